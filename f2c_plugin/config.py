@@ -1,0 +1,90 @@
+"""The ``f2c_`` keys of a config, their defaults and what is wrong with them."""
+
+import difflib
+import math
+from dataclasses import dataclass, fields
+
+PREFIX = "f2c_"
+RECIPES = ("ramp", "paper")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be trained with; names each key, the value found and the remedy."""
+
+
+@dataclass(frozen=True)
+class F2CConfig:
+    """Settings of F²C; ``config.f2c_<name>`` in a config file.
+
+    Attributes:
+        pool_rate: slots of the pool as a share of ``num_classes``.
+        momentum: m of the gallery net.
+        symmetric: whether a step does both half-steps, or only the second with half the images
+            of a batch as probes.
+        identity_rate: share of a batch that the identity-based loader fills.
+        hard_negatives: h, per probe that is not in the pool; None takes it from the pool's size.
+        recipe: "ramp" or "paper", see ``Recipe``.
+    """
+
+    pool_rate: float = 0.1
+    momentum: float = 0.99
+    symmetric: bool = True
+    identity_rate: float = 2 / 3
+    hard_negatives: int | None = None
+    recipe: str = "ramp"
+
+    @classmethod
+    def read(cls, cfg, world_size: int = 1) -> "F2CConfig":
+        """Take the ``f2c_`` keys from a host's config and check them with what they depend on.
+
+        Args:
+            cfg: mapping of the host's config keys.
+            world_size: number of ranks.
+        Raises:
+            ConfigError: lists everything that is wrong.
+        """
+        names = [field.name for field in fields(cls)]
+        given = {key.removeprefix(PREFIX): value for key, value in cfg.items() if key.startswith(PREFIX)}
+        problems = [_unknown_key(PREFIX + name, [PREFIX + known for known in names])
+                    for name in given if name not in names]
+        settings = cls(**{name: value for name, value in given.items() if name in names})
+        problems += settings._problems(cfg, world_size)
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return settings
+
+    def num_slots(self, num_identities: int) -> int:
+        """K for a training set of ``num_identities``."""
+        return int(self.pool_rate * num_identities)
+
+    def _problems(self, cfg, world_size):
+        for name, kind, valid, range_text in (
+                ("pool_rate", (int, float), lambda v: 0 < v <= 1, "above 0, up to 1"),
+                ("momentum", (int, float), lambda v: 0 <= v < 1, "from 0 to below 1"),
+                ("symmetric", bool, lambda v: True, "True or False"),
+                ("identity_rate", (int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
+                ("hard_negatives", (int, type(None)), lambda v: v is None or v > 0, "a whole number above 0, or None"),
+                ("recipe", str, lambda v: v in RECIPES, "one of " + ", ".join(map(repr, RECIPES)))):
+            value = getattr(self, name)
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind) or not valid(value):
+                yield f"{PREFIX}{name}={value!r}: must be {range_text}"
+                return  # what follows builds on these
+        if cfg.get("dali"):
+            yield "dali=True: F²C's loader decodes by itself and needs pairs of images: set dali=False"
+        batch = cfg["batch_size"]
+        if batch < 2 or batch % 2:
+            yield (f"batch_size={batch}: F²C splits a batch into two halves, gallery and probe: "
+                   f"make it even, {max(batch - 1, 2)} or {batch + 1}")
+            return
+        classes = cfg["num_classes"]
+        gathered = min(batch // 2 * world_size, classes)
+        slots = self.num_slots(classes)
+        if slots < gathered:
+            needed = math.ceil(gathered / classes * 1e6) / 1e6
+            yield (f"{PREFIX}pool_rate={self.pool_rate} gives {slots} slots for num_classes={classes}, but a gathered "
+                   f"batch holds up to {gathered} identities: raise it to at least {needed:g}")
+
+
+def _unknown_key(key, known):
+    close = difflib.get_close_matches(key, known, 1)
+    return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}")

@@ -1,0 +1,154 @@
+"""The F²C head: probe net, gallery net, pool and loss put together (paper, algorithm 1)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+
+from f2c_plugin.gallery import GalleryNet
+from f2c_plugin.loss import PoolLoss, default_hard_negatives, pool_loss
+from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool, PoolWrite
+from f2c_plugin.recipe import Recipe
+
+
+@dataclass
+class StepStatistics:
+    """What a step saw on this rank; float () tensors on the device, so that keeping them costs no wait.
+
+    Attributes:
+        loss, found, positive_cosine, hard_negative_cosine: as in PoolLoss, mean over the half-steps.
+        evictions: identities that lost their slots to the write that stays, over all ranks.
+    """
+
+    loss: Tensor
+    found: Tensor
+    positive_cosine: Tensor
+    hard_negative_cosine: Tensor
+    evictions: Tensor
+
+
+class F2CHead(nn.Module):
+    """The loss of a batch by F²C, in the place of arcface_torch's ``PartialFC_V2``.
+
+    Called as ``head(local_embeddings, local_labels)`` after the backbone has embedded the batch.
+    The images, which the gallery net needs, come from a forward pre-hook on the backbone; in eval
+    mode the hook does nothing. With ``symmetric=False`` the hook hands only the second half of the
+    batch on to the backbone, for only these are probes.
+
+    A batch is two halves x and y. The first half-step has y as gallery and x as probe, its pool
+    write is undone; the second has x as gallery and y as probe, and its write stays.
+
+    Args:
+        backbone: the probe net as the training loop calls it, in DDP or not.
+        pool: the Dynamic Class Pool.
+        recipe: margin and loss weight of each step.
+        momentum: m of the gallery net.
+        symmetric: whether to do both half-steps.
+        num_hard_negatives: h; None takes it from the pool's size.
+        gradient_acc: batches per optimizer step; the gallery net follows once for all of them.
+        autocast: whether the matrix products with the pool run in the autocast type.
+
+    Attributes:
+        steps: batches seen.
+        statistics: StepStatistics of the last batch, or None.
+    """
+
+    def __init__(self, backbone: nn.Module, pool: DynamicClassPool, recipe: Recipe, momentum: float = 0.99,
+                 symmetric: bool = True, num_hard_negatives: int | None = None, gradient_acc: int = 1,
+                 autocast: bool = False):
+        super().__init__()
+        # In a tuple, for as a submodule the probe net would enter parameters() and state_dict().
+        self._probe_net = (getattr(backbone, "module", backbone),)
+        self.gallery = GalleryNet(self._probe_net[0])
+        self.pool = pool
+        self.recipe = recipe
+        self.momentum = momentum
+        self.symmetric = symmetric
+        self.num_hard_negatives = num_hard_negatives or default_hard_negatives(pool.num_slots)
+        self.gradient_acc = gradient_acc
+        self.autocast = autocast
+        self.steps = 0
+        self.statistics: StepStatistics | None = None
+        self._images = None
+        backbone.register_forward_pre_hook(self._see_images)
+
+    def _see_images(self, backbone, args):
+        if not backbone.training:
+            return None
+        self._images = args[0]
+        return None if self.symmetric else (args[0].chunk(2)[1], *args[1:])
+
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+        """Loss of a batch.
+
+        Args:
+            local_embeddings: (B, D) of the images that the backbone was just called with on this
+                rank; (B/2, D) of the second half if not symmetric.
+            local_labels: int64 (B,) their identities.
+        Returns:
+            Scalar, with gradient to the embeddings.
+        Raises:
+            RuntimeError: the backbone was not called in training mode since the last call.
+            ValueError: an odd batch, or labels beyond num_classes (looked at on CPU only: on a GPU
+                it would stall the step, and the loader has checked the pack).
+        """
+        images, self._images = self._images, None
+        if images is None:
+            raise RuntimeError("the F²C head has seen no images: call the backbone in training mode before the head, "
+                               "once for each call of the head")
+        labels = local_labels.reshape(-1).long()
+        self._check(images, labels)
+        if self.steps and self.steps % self.gradient_acc == 0:
+            self.gallery.follow(self._probe_net[0], self.momentum)
+        embeddings = local_embeddings.to(self.pool.rows.dtype)
+        label_x, label_y = labels.chunk(2)  # (B/2,) each
+
+        if self.symmetric:
+            gallery_x, gallery_y = self.gallery(images).chunk(2)  # (B/2, D) each
+            probe_x, probe_y = embeddings.chunk(2)
+            write, first = self._half_step(gallery_y, label_y, probe_x, label_x)
+            self.pool.undo(write)
+            write, second = self._half_step(gallery_x, label_x, probe_y, label_y)
+            half_steps = first, second
+        else:
+            gallery_x = self.gallery(images.chunk(2)[0])  # (B/2, D)
+            write, only = self._half_step(gallery_x, label_x, embeddings, label_y)
+            half_steps = only,
+
+        self.steps += 1
+        means = torch.stack([torch.stack(half_step).detach() for half_step in half_steps]).nanmean(dim=0)  # (4,)
+        self.statistics = StepStatistics(*means, evictions=(write.evicted != NOT_IN_POOL).sum().float())
+        return sum(half_step.loss for half_step in half_steps) * self.recipe.loss_weight(2 * len(half_steps))
+
+    def _half_step(self, gallery: Tensor, gallery_labels: Tensor, probe: Tensor, probe_labels: Tensor
+                   ) -> tuple[PoolWrite, PoolLoss]:
+        """Write the gallery features of all ranks into the pool, compare this rank's probes with it."""
+        write = self.pool.write(_gather(gallery_labels), _gather(gallery))
+        slots = self.pool.lookup(probe_labels)
+        renewed = write.slot[write.renewed]  # synchronises
+        return write, pool_loss(probe, slots, self.pool.rows, renewed, self.recipe.margin_at(self.steps),
+                                self.num_hard_negatives, self.autocast)
+
+    def _check(self, images, labels):
+        if len(images) % 2 or len(labels) != len(images):
+            raise ValueError(f"a batch of {len(images)} images and {len(labels)} labels: "
+                             "F²C needs an even batch with a label for each image")
+        num_identities = len(self.pool.slot_of) - 1
+        if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < num_identities:
+            raise ValueError(f"labels from {labels.min()} to {labels.max()}, but num_classes={num_identities}: "
+                             "identities are numbered from 0")
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor):
+        self.steps = int(state)
+
+
+def _gather(local: Tensor) -> Tensor:
+    """The tensors of all ranks, in the order of the ranks, along the first dimension."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return local.contiguous()
+    parts = [torch.empty_like(local) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, local.contiguous())
+    return torch.cat(parts)

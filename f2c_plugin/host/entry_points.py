@@ -1,0 +1,92 @@
+"""The factories behind the entry points ``f2c_dcp`` (head) and ``f2c_dual`` (loader).
+
+The host knows a group name, a name and a signature; these know the host's config.
+"""
+
+import torch
+from torch import distributed, nn
+
+from f2c_plugin.config import ConfigError, F2CConfig
+from f2c_plugin.data import DualLoader, DualSampler, RecordDataset
+from f2c_plugin.head import F2CHead
+from f2c_plugin.loss import Margin
+from f2c_plugin.pool import DynamicClassPool
+from f2c_plugin.recipe import Recipe
+
+
+def f2c_dcp(cfg, backbone: nn.Module, margin_loss) -> F2CHead:
+    """Head factory, group ``arcface_torch.heads``.
+
+    Args:
+        cfg: the host's config.
+        backbone: the probe net, on its device and in DDP.
+        margin_loss: the host's ``CombinedMarginLoss``, or anything with its attributes.
+    Raises:
+        ConfigError: lists everything that is wrong with the config.
+    """
+    _, world_size = _rank_and_world_size()
+    settings = F2CConfig.read(cfg, world_size)
+    pool = DynamicClassPool(settings.num_slots(cfg["num_classes"]), cfg["num_classes"], cfg["embedding_size"],
+                            cfg.get("seed") or 0)
+    total_steps = steps_per_epoch(cfg, world_size) * cfg["num_epoch"]
+    recipe = Recipe(settings.recipe, Margin.of_host(margin_loss), total_steps)
+    head = F2CHead(backbone, pool, recipe, settings.momentum, settings.symmetric, settings.hard_negatives,
+                   cfg.get("gradient_acc", 1), bool(cfg.get("fp16")))
+    return head.to(next(backbone.parameters()).device)
+
+
+f2c_dcp.sampler = "f2c_dual"  # the loader that the head brings along
+
+
+def f2c_dual(cfg, local_rank: int) -> DualLoader:
+    """Loader factory, group ``arcface_torch.samplers``.
+
+    Args:
+        cfg: the host's config.
+        local_rank: index of this process's GPU; without GPUs the batches stay on the CPU.
+    Raises:
+        ConfigError: the config is wrong in itself or unlike the pack.
+        RecordError: the pack cannot be read.
+    """
+    rank, world_size = _rank_and_world_size()
+    settings = F2CConfig.read(cfg, world_size)
+    return record_loader(cfg, local_rank, settings.identity_rate)
+
+
+def record_loader(cfg, local_rank: int, identity_rate: float) -> DualLoader:
+    """Loader over the pack in ``cfg.rec`` with ``identity_rate`` of each batch in pairs."""
+    rank, world_size = _rank_and_world_size()
+    dataset = RecordDataset(cfg["rec"])
+    _check_pack(cfg, dataset)
+    sampler = DualSampler(dataset.index, cfg["batch_size"], steps_per_epoch(cfg, world_size), identity_rate,
+                          cfg.get("seed") or 0, rank, world_size)
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return DualLoader(dataset, sampler, device, cfg.get("num_workers", 0))
+
+
+def steps_per_epoch(cfg, world_size: int) -> int:
+    """Steps of an epoch, as the host's schedule counts them."""
+    steps = cfg["num_image"] // (cfg["batch_size"] * world_size)
+    if steps == 0:
+        raise ConfigError(f"num_image={cfg['num_image']} is less than one global batch, batch_size={cfg['batch_size']} "
+                          f"× {world_size} ranks: an epoch would have no steps; lower batch_size")
+    return steps
+
+
+def _check_pack(cfg, dataset):
+    largest = int(dataset.index.numbers[-1])
+    problems = []
+    if largest >= cfg["num_classes"]:
+        problems.append(f"num_classes={cfg['num_classes']}, but {dataset.records.path} has identities up to {largest}: "
+                        f"set num_classes={largest + 1}")
+    if cfg["num_image"] != len(dataset):
+        problems.append(f"num_image={cfg['num_image']}, but {dataset.records.path} holds {len(dataset)} images: "
+                        f"set num_image={len(dataset)}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _rank_and_world_size():
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1

@@ -1,0 +1,41 @@
+"""How scale, margin and the weight of the losses run over a training (``config.f2c_recipe``)."""
+
+from dataclasses import dataclass
+
+from f2c_plugin.loss import Margin
+
+START_SCALE = 8.0
+RAMP_SHARE = 0.7  # of the run; the rest trains with the configured scale and margin
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Margin and loss weight for every step.
+
+    "ramp": the scale grows linearly from 8 and the margin from 0 to the configured ones over the
+    first 70 % of the run, and losses of views and half-steps are averaged. With the full scale
+    from the first step, probe and gallery features, which start out nearly equal for everyone,
+    need long to part.
+    "paper": scale and margin as configured from the first step, losses summed.
+
+    Args:
+        name: "ramp" or "paper".
+        margin: the configured one.
+        total_steps: length of the run in training steps.
+    """
+
+    name: str
+    margin: Margin
+    total_steps: int
+
+    def margin_at(self, step: int) -> Margin:
+        """The margin of a step, counted from 0."""
+        if self.name == "paper":
+            return self.margin
+        share = min(1.0, step / max(1.0, RAMP_SHARE * self.total_steps))
+        start = min(START_SCALE, self.margin.scale)
+        return self.margin.scaled(scale=start + share * (self.margin.scale - start), share=share)
+
+    def loss_weight(self, terms: int) -> float:
+        """Factor for each of the ``terms`` losses (views × half-steps) that make up a step's."""
+        return 1.0 if self.name == "paper" else 1.0 / terms

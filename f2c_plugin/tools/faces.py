@@ -1,0 +1,638 @@
+"""Synthetic face crops: an endless labelled data set that needs no download.
+
+A person is a vector of independent traits in [0, 1); a picture is that person
+painted layer by layer under a random pose, expression, light and occlusion.
+
+Lengths are in face pixels: picture pixels at scale 1, x to the right and y
+down, with the origin near the bridge of the nose.  Every shape is a signed
+distance in these coordinates whose edge is softened over about one pixel.
+A head turn is a smooth warp of the coordinates, done once per picture, so each
+feature is drawn as if it were seen from the front.
+
+The same seed gives the same bytes on every machine: drawing uses only
+arithmetic and square roots, which IEEE 754 rounds exactly, and no reductions.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+
+SIZE = 112
+
+# What makes a person: the values each trait takes at 0 and at 1.
+_TRAITS = {
+    "skin_tone": (0.0, 1.0),  # position on _SKIN
+    "face_width": (33.0, 41.0),  # half width at the eye line
+    "face_length": (41.0, 51.0),  # y of the chin
+    "jaw_width": (0.55, 0.95),  # jaw over face width
+    "chin_roundness": (1.25, 0.55),  # > 1 pinched, 1 oval, < 1 square
+    "cheek": (0.0, 1.0),  # blush and depth of the fold beside the mouth
+    "hair_colour": (0.0, 1.0),  # position on _HAIR
+    "hair_length": (-15.0, 75.0),  # y where the hair behind the head ends
+    "hair_volume": (1.0, 10.0),  # height of the hair above the skull
+    "hairline": (-45.0, -24.0),  # y at the middle of the forehead
+    "hair_parting": (-26.0, 26.0),  # x
+    "hair_curl": (0.0, 1.0),
+    "eye_spacing": (14.5, 19.0),  # half distance between the eyes
+    "eye_width": (6.2, 8.8),  # half width
+    "eye_height": (2.6, 4.4),  # half height of the opening
+    "eye_tilt": (-0.16, 0.24),  # slope, outer corner up
+    "iris_colour": (0.0, 1.0),  # position on _IRIS
+    "brow_thickness": (1.0, 3.0),
+    "brow_height": (7.5, 12.5),  # above the eye
+    "brow_tilt": (-0.18, 0.26),  # slope, outer end up
+    "brow_darkness": (0.35, 1.0),
+    "nose_length": (17.0, 27.0),  # eye line to tip
+    "nose_width": (5.0, 9.5),  # half width
+    "mouth_height": (27.0, 34.0),  # y
+    "mouth_width": (10.0, 16.0),  # half width
+    "lip_thickness": (1.4, 4.0),
+    "lip_colour": (0.0, 1.0),  # position on _LIPS
+    "ear_size": (0.7, 1.3),
+    "beard": (-1.0, 0.9),  # opacity; none at all below 0
+    "mole_x": (-0.75, 0.75),  # over the half width at its height
+    "mole_y": (2.0, 30.0),
+    "freckles": (-0.7, 0.5),  # opacity; none at all below 0
+}
+IDENTITY_DIM = len(_TRAITS)
+
+# What makes pictures of one person differ.  _DIFFICULTY scales every entry.
+_DIFFICULTY = 1.0
+_VARIATION = {
+    # Pose: largest deviations.
+    "roll": 0.16,  # sine of the angle
+    "yaw": 0.36,  # sine of the angle
+    "pitch": 0.22,  # sine of the angle
+    "scale": 0.09,  # relative
+    "shift": 5.0,  # picture pixels, each axis
+    # Expression: largest deviations.
+    "smile": 3.5,  # px the mouth corners move up or down
+    "mouth_open": 6.0,  # px between the lips, when open
+    "blink": 0.55,  # share of the eye closed
+    "brow_raise": 2.5,  # px
+    "gaze": 2.4,  # px
+    # Looks that change from day to day: largest deviations.
+    "hair_jitter": 3.0,  # px of hairline and volume
+    "skin_jitter": 0.06,  # on each of red, green and blue: tan, make-up
+    "lip_makeup": 0.5,  # opacity of a random lip colour
+    # Light and camera: largest deviations.
+    "exposure": 0.38,  # relative
+    "side_light": 0.55,  # relative brightness from centre to border
+    "temperature": 0.16,  # red gain up, blue gain down
+    "tint": 0.07,  # green gain
+    "tone_curve": 0.45,  # curvature: crushed to lifted midtones
+    "desaturation": 0.35,  # share of colour lost in any picture
+    "noise": 0.035,  # of full scale
+    # Events: the share of pictures that have them.
+    "open_mouth_share": 0.40,
+    "greyscale_share": 0.08,
+    "blur_share": 0.30,
+    "glasses_share": 0.15,
+    "sunglasses_share": 0.05,
+    "mask_share": 0.06,
+    "scarf_share": 0.05,
+    "block_share": 0.08,
+}
+
+
+def _colour(*levels):
+    """Three levels in [0, 1] as a column that broadcasts over (3, H, W)."""
+    return np.array(levels, np.float32).reshape(3, 1, 1)
+
+
+_SKIN = [_colour(0.96, 0.82, 0.74), _colour(0.90, 0.72, 0.58), _colour(0.72, 0.52, 0.38), _colour(0.45, 0.31, 0.23)]
+_HAIR = [
+    _colour(0.09, 0.08, 0.09),
+    _colour(0.24, 0.15, 0.10),
+    _colour(0.44, 0.28, 0.16),
+    _colour(0.60, 0.27, 0.12),
+    _colour(0.85, 0.67, 0.38),
+    _colour(0.68, 0.66, 0.65),
+]
+_IRIS = [_colour(0.20, 0.11, 0.06), _colour(0.42, 0.26, 0.12), _colour(0.33, 0.44, 0.25), _colour(0.30, 0.50, 0.70)]
+_LIPS = [_colour(0.62, 0.36, 0.33), _colour(0.80, 0.45, 0.43), _colour(0.74, 0.24, 0.29)]
+_WHITE = _colour(0.95, 0.93, 0.91)
+_DARK = _colour(0.08, 0.05, 0.05)
+_MOUTH_INSIDE = _colour(0.30, 0.07, 0.08)
+_BLUSH = _colour(0.88, 0.38, 0.36)
+_SKIN_SHADOW = _colour(0.75, 1.0, 1.1)  # light scattered under the skin keeps shadows red
+
+# Freckles at the points of a low-discrepancy sequence: even, yet irregular.
+_FRECKLE_X = (60.0 * (0.7549 * np.arange(28.0) % 1.0) - 30.0).astype(np.float32)[:, None, None]
+_FRECKLE_Y = (16.0 * (0.5698 * np.arange(28.0) % 1.0) - 8.0).astype(np.float32)[:, None, None]
+
+_EYE_LINE = -7.0  # y
+_SKULL_TOP = -51.0  # y
+_WIDE = 60.0  # pixels from which whole rows, which are contiguous, are faster
+
+
+# --- Chance -----------------------------------------------------------------
+
+
+class _Chance:
+    """Draws what is not identity, each amount named after its knob."""
+
+    def __init__(self, rng):
+        self.uniform = rng.random
+        self.bytes = rng.bytes
+
+    def around(self, knob):
+        """Signed deviation up to the knob; large ones are rare (triangular)."""
+        return _DIFFICULTY * _VARIATION[knob] * (self.uniform() - self.uniform())
+
+    def upto(self, knob):
+        return _DIFFICULTY * _VARIATION[knob] * self.uniform()
+
+    def happens(self, knob):
+        return self.uniform() < _DIFFICULTY * _VARIATION[knob]
+
+    def colour(self, low=0.05, high=0.95):
+        return _colour(*(low + (high - low) * self.uniform() for _ in range(3)))
+
+
+@dataclass
+class _Expression:
+    smile: float
+    mouth_open: float
+    blink: float
+    brow_raise: float
+    gaze_x: float
+    gaze_y: float
+
+
+def _draw_expression(chance):
+    return _Expression(
+        smile=chance.around("smile") + 1.5,
+        mouth_open=chance.upto("mouth_open") if chance.happens("open_mouth_share") else 0.0,
+        blink=chance.upto("blink") * chance.uniform(),
+        brow_raise=chance.around("brow_raise"),
+        gaze_x=chance.around("gaze"),
+        gaze_y=0.4 * chance.around("gaze"),
+    )
+
+
+# --- Shapes and paint -------------------------------------------------------
+
+
+def _cover(distance, softness=1.0):
+    """Opacity from a signed distance: 1 inside, 0 outside, a ramp between."""
+    return (0.5 - distance * (1.0 / softness)).clip(0.0, 1.0)
+
+
+def _ellipse(x, y, half_w, half_h):
+    """Approximate distance to an ellipse, exact to a circle."""
+    u, v = x * (1.0 / half_w), y * (1.0 / half_h)
+    return (np.sqrt(u * u + v * v) - 1.0) * min(half_w, half_h)
+
+
+def _lens(x, y, half_w, rise, drop):
+    """Distance to the area between two parabolas that meet at x = +-half_w."""
+    arch = 1.0 - (x * (1.0 / half_w)) ** 2
+    return np.maximum(-rise * arch - y, y - drop * arch)
+
+
+def _blob(x, y, half_w, half_h):
+    """Opacity that fades from 1 at the centre to 0 at the ellipse."""
+    fade = np.maximum(1.0 - (x * (1.0 / half_w)) ** 2 - (y * (1.0 / half_h)) ** 2, 0.0)
+    return fade * fade
+
+
+def _wave(t):
+    """Smooth wave of period 1 between 0 and 1, in place of a sine."""
+    t = t - np.rint(t)
+    t = 4.0 * t * t
+    return t * (2.0 - t)
+
+
+def _ramp(stops, t):
+    """Colour at t in [0, 1] on a piecewise linear scale of colours."""
+    position = t * (len(stops) - 1)
+    index = min(int(position), len(stops) - 2)
+    return stops[index] + (position - index) * (stops[index + 1] - stops[index])
+
+
+def _paint(rgb, cover, colour, shade=1.0):
+    """Blend colour, times the brightness shade of each pixel, over the picture."""
+    rgb *= 1.0 - cover
+    rgb += (cover * shade) * colour
+
+
+def _darken(rgb, cover, tint=_SKIN_SHADOW):
+    rgb *= 1.0 - cover * tint
+
+
+# --- Pose -------------------------------------------------------------------
+
+
+class _Frame:
+    """A picture with the face coordinates of its pixels, under one pose.
+
+    rgb is (3, SIZE, SIZE); x and y are (SIZE, SIZE).
+    """
+
+    def __init__(self, rgb, chance):
+        self.rgb = rgb
+        self.sin = chance.around("roll")
+        self.cos = (1.0 - self.sin**2) ** 0.5
+        self.scale = 0.97 * (1.0 + chance.around("scale"))
+        self.centre_x = 0.5 * SIZE + chance.around("shift")
+        self.centre_y = 0.5 * SIZE + chance.around("shift")
+        self.yaw = self.pitch = 0.0
+        pixels = np.arange(SIZE, dtype=np.float32)
+        column = (pixels - self.centre_x) / self.scale
+        row = (pixels[:, None] - self.centre_y) / self.scale
+        self.x = self.cos * column + self.sin * row
+        self.y = self.cos * row - self.sin * column
+
+    def turned(self, yaw, pitch):
+        """The same picture in coordinates that turn with the head (sines)."""
+        frame = object.__new__(_Frame)
+        frame.__dict__.update(self.__dict__)
+        frame.yaw, frame.pitch = yaw, pitch
+        depth = _depth(self.x, self.y)
+        frame.x = (1.0 - yaw**2) ** 0.5 * self.x - yaw * depth
+        frame.y = (1.0 - pitch**2) ** 0.5 * self.y - pitch * depth
+        return frame
+
+    def box(self, x, y, half_w, half_h):
+        """Rows and columns of the picture that hold a box around (x, y)."""
+        flat_x, flat_y = x, y
+        for _ in range(2):  # fixed point of the warp in turned()
+            depth = _depth(flat_x, flat_y)
+            flat_x, flat_y = x + self.yaw * depth, y + self.pitch * depth
+        slant = abs(self.sin)
+        reach_x = self.scale * 1.25 * (half_w + slant * half_h) + 2.0
+        reach_y = self.scale * 1.15 * (half_h + slant * half_w) + 2.0
+        row = self.centre_y + self.scale * (self.cos * flat_y + self.sin * flat_x)
+        column = self.centre_x + self.scale * (self.cos * flat_x - self.sin * flat_y)
+        rows = slice(max(int(row - reach_y), 0), max(int(row + reach_y) + 1, 0))
+        if 2.0 * reach_x > _WIDE:
+            return rows, slice(None)
+        return rows, slice(max(int(column - reach_x), 0), max(int(column + reach_x) + 1, 0))
+
+    def patch(self, x, y, half_w, half_h):
+        """(rgb, x, y) of that box, in coordinates relative to its centre."""
+        rows, columns = self.box(x, y, half_w, half_h)
+        return self.rgb[:, rows, columns], self.x[rows, columns] - x, self.y[rows, columns] - y
+
+
+def _depth(x, y):
+    """Height of the face above the picture plane.
+
+    A paraboloid, unlike a sphere, goes on smoothly beyond the head, so the warp
+    is defined everywhere.
+    """
+    return 24.0 - x * x * (24.0 / 46.0**2) - y * y * (24.0 / 80.0**2)
+
+
+def _head_distance(x, y, person):
+    """Distance to the outline of skull and jaw, which meet at the eye line."""
+    below = np.maximum(y - _EYE_LINE, 0.0) * (1.0 / (person.face_length - _EYE_LINE))
+    above = np.minimum(y - _EYE_LINE, 0.0) * (1.0 / (_EYE_LINE - _SKULL_TOP))
+    width = person.face_width * (1.0 - (1.0 - person.jaw_width) * below * below)
+    u, v = x / width, above + below
+    u, v = u * u, v * v
+    radius = np.sqrt(np.sqrt(u * u + v * v + (2.0 * person.chin_roundness) * u * v))
+    return (radius - 1.0) * person.face_width
+
+
+# --- Layers, from back to front ---------------------------------------------
+
+
+def _paint_background(frame, chance):
+    """Two colours, mixed by a gradient and a few soft blobs."""
+    tilt_x, tilt_y = 0.012 * (chance.uniform() - 0.5), 0.012 * (chance.uniform() - 0.5)
+    mix = tilt_x * frame.x + tilt_y * frame.y + 0.5
+    for _ in range(3):
+        x, y = 120.0 * (chance.uniform() - 0.5), 120.0 * (chance.uniform() - 0.5)
+        half_w, half_h = 8.0 + 16.0 * chance.uniform(), 8.0 + 16.0 * chance.uniform()
+        box = frame.box(x, y, half_w, half_h)
+        mix[box] += (1.4 * chance.uniform() - 0.7) * _cover(_ellipse(frame.x[box] - x, frame.y[box] - y, half_w, half_h), 5.0)
+    first, second = chance.colour(), chance.colour()
+    np.multiply(mix, second - first, out=frame.rgb)
+    frame.rgb += first
+
+
+def _hair_texture(x, y, person):
+    """Brightness of strands that run along y, wavier with curl."""
+    return 0.76 + 0.4 * _wave(0.2 * x + person.hair_curl * _wave(0.05 * y))
+
+
+def _paint_back_hair(frame, person):
+    if person.hair_length < 0.0:
+        return
+    volume = 0.7 * person.hair_volume
+    rgb, x, y = frame.patch(0.0, 10.0, 60.0, 85.0)
+    half_w = person.face_width + min(0.3 * person.hair_length - 6.0, 2.0) + volume  # short hair stays close
+    shape = _ellipse(x, np.minimum(y + 14.0, 0.0), half_w, 46.0 + volume)
+    shape = np.maximum(shape, 0.8 * (y + 10.0 - person.hair_length))
+    shape = shape + (3.0 * person.hair_curl) * _wave(0.07 * y)
+    _paint(rgb, _cover(shape, 1.5), 0.72 * person.hair, _hair_texture(x, y, person))
+
+
+def _paint_neck_and_clothes(frame, person, chance):
+    rgb, x, y = frame.patch(0.0, 44.0, 60.0, 18.0)
+    neck = np.abs(x) - 0.52 * person.face_width
+    _paint(rgb, _cover(neck), person.skin, 0.85 - 0.35 * _cover(y - 6.0, 30.0))
+    collar = 4.0 + 0.03 * chance.uniform() * x * x
+    shoulders = 5.0 + 0.006 * x * x - y
+    neckline = 12.0 * chance.uniform() - 0.03 * x * x
+    _paint(rgb, _cover(np.maximum(shoulders, neckline + 5.0 - y), 1.5), chance.colour())
+
+
+def _paint_ears(head, person):
+    rgb, x, y = head.patch(0.0, 1.0, person.face_width + 8.0, 13.0)
+    x = np.abs(x) - (person.face_width + 1.5) + 0.15 * y
+    half_w, half_h = 4.6 * person.ear_size, 9.5 * person.ear_size
+    _paint(rgb, _cover(_ellipse(x, y, half_w, half_h)), person.skin)
+    _darken(rgb, 0.3 * _blob(x, y, 0.9 * half_w, 0.9 * half_h))
+
+
+def _paint_skin(rgb, x, y, distance, person):
+    """Skin of the face, darker towards the outline, where it turns away."""
+    cover = _cover(distance)
+    radius = np.maximum(distance * (1.0 / person.face_width) + 1.0, 0.0)
+    radius = radius * radius
+    _paint(rgb, cover, person.skin, 1.05 - 0.27 * radius * radius)
+
+
+def _paint_cheeks(head, person):
+    rgb, x, y = head.patch(0.0, 15.0, 34.0, 10.0)
+    blush = (0.1 + 0.3 * person.cheek) * _blob(np.abs(x) - 21.0, y, 12.0, 9.0)
+    _paint(rgb, blush, person.skin * _BLUSH)
+
+
+def _paint_freckles(head, person):
+    if person.freckles <= 0.0:
+        return
+    rgb, x, y = head.patch(0.0, 9.0, 32.0, 9.0)
+    dots = np.min((x - _FRECKLE_X) ** 2 + (y - _FRECKLE_Y) ** 2, axis=0)
+    _darken(rgb, person.freckles * np.maximum(1.0 - 0.8 * dots, 0.0))
+
+
+def _paint_mole(head, person):
+    narrowing = person.face_width * (1.0 - 0.02 * person.mole_y)
+    rgb, x, y = head.patch(person.mole_x * narrowing, person.mole_y, 2.0, 2.0)
+    _paint(rgb, 0.85 * _cover(_ellipse(x, y, 1.3, 1.3)), 0.35 * person.skin)
+
+
+def _paint_beard(rgb, x, y, distance, person):
+    """Stubble to full beard: below a line from the ears to under the nose."""
+    if person.beard <= 0.0:
+        return
+    across = x * (1.0 / person.face_width)
+    across = across * across
+    line = _EYE_LINE + person.nose_length + 5.0 - 24.0 * across * across
+    _paint(rgb, person.beard * _cover(line - y, 5.0) * _cover(distance + 0.5), 0.9 * person.hair)
+
+
+def _paint_eyes(head, person, expression):
+    half_w = person.eye_width
+    rgb, x, y = head.patch(0.0, _EYE_LINE, person.eye_spacing + half_w + 4.0, 8.0)
+    across = np.abs(x) - person.eye_spacing
+    to_iris_x = across - np.copysign(expression.gaze_x, x)
+    to_iris_y = y - expression.gaze_y + 0.4
+    to_iris = np.sqrt(to_iris_x * to_iris_x + to_iris_y * to_iris_y)
+    socket = 0.22 * _blob(across, y + 1.0, half_w + 4.0, 8.0)
+    y = y + person.eye_tilt * across
+    rise = person.eye_height * (1.0 - expression.blink)
+    drop = 0.75 * rise
+    crease = 0.25 * _cover(_lens(across, y + 2.0, half_w, rise + 0.9, -rise), 1.5)
+    lower_lid = 0.3 * _cover(_lens(across, y, half_w, -drop, drop + 1.0))
+    _darken(rgb, socket + crease + lower_lid)
+    opening = _cover(_lens(across, y, half_w, rise, drop))
+    _paint(rgb, opening, _WHITE)
+    _paint(rgb, opening * _cover(to_iris - 3.7), person.iris)
+    _paint(rgb, opening * _cover(to_iris - 1.7), _DARK)
+    _paint(rgb, opening * _blob(to_iris_x + np.copysign(1.2, x), to_iris_y + 1.3, 1.5, 1.5), _WHITE)
+    _paint(rgb, 0.85 * _cover(_lens(across, y, half_w + 1.0, rise + 1.0, 0.5 - rise)), _DARK)
+
+
+def _paint_brows(head, person, expression):
+    half_w = person.eye_width + 2.5
+    height = _EYE_LINE - person.brow_height - expression.brow_raise
+    rgb, x, y = head.patch(0.0, height, person.eye_spacing + half_w + 1.0, 6.0)
+    x = np.abs(x) - person.eye_spacing - 0.5
+    y = y + x * (person.brow_tilt + 0.02 * x)
+    thickness = person.brow_thickness * (1.0 - 0.04 * x).clip(0.3, 1.5)
+    shape = _lens(x, y, half_w, thickness, 0.6 * thickness)
+    _paint(rgb, person.brow_darkness * _cover(shape, 1.5), 0.8 * person.hair)
+
+
+def _paint_nose(head, person):
+    """Ridge with a shadow on both sides, tip, wings and nostrils.
+
+    The nose stands out from the face, so its tip moves further than the rest
+    when the head turns.
+    """
+    tip_x, tip_y = 10.0 * head.yaw, 10.0 * head.pitch
+    half_w, length = person.nose_width, person.nose_length
+    rgb, x, y = head.patch(tip_x, _EYE_LINE + length + tip_y, half_w + 5.0, length + 4.0)
+    up = (y * (-1.0 / length)).clip(0.0, 1.0)
+    outwards = np.abs(x)
+    edge = np.abs(np.abs(x + tip_x * up) - 2.0 - (half_w - 2.5) * (1.0 - up) ** 2)
+    sides = 0.24 * (1.0 - up) * _cover(edge - 0.5, 4.0) * _cover(y - 2.0, 3.0)
+    underside = 0.28 * _cover(_lens(x, y - 2.6, half_w, 0.6, 1.6), 2.0)
+    wing = np.abs(_ellipse(outwards - 0.62 * half_w, y, 0.4 * half_w, 3.6))
+    wings = 0.35 * _cover(wing - 0.2, 1.2) * _cover(0.7 * half_w - outwards, 2.0)
+    nostrils = 0.6 * _cover(_ellipse(outwards - 0.45 * half_w, y - 2.2, 0.24 * half_w, 1.1))
+    highlight = 0.12 * _blob(x, y + 1.5, 0.6 * half_w, 6.0)
+    _darken(rgb, sides + underside + wings + nostrils - highlight)
+
+
+def _paint_mouth(head, person, expression):
+    half_w = person.mouth_width + 0.5 * expression.smile - 0.25 * expression.mouth_open
+    gap, lip = expression.mouth_open, person.lip_thickness
+    rgb, x, y = head.patch(0.0, person.mouth_height, half_w + 5.0, gap + 9.0)
+    across = x * (1.0 / half_w)
+    across = across * across
+    y = y + expression.smile * (across - 0.4)
+    _darken(rgb, 0.2 * _blob(x, y - gap - 1.6 * lip - 2.0, 0.6 * half_w, 3.0))
+    cupid = 0.9 * np.maximum(1.0 - 18.0 * across, 0.0)  # the notch of the upper lip
+    upper = _cover(_lens(x, y - cupid, half_w, lip + 0.3 * gap, 0.5))
+    lower = _cover(_lens(x, y, half_w - 1.0, 0.3 * gap, 1.3 * lip + gap))
+    _paint(rgb, 0.85 * lower, person.lips)
+    _paint(rgb, 0.85 * upper, 0.86 * person.lips)
+    _darken(rgb, -0.15 * _blob(x, y - gap - 0.6 * lip, 0.5 * half_w, 0.5 * lip + 0.5))
+    inside = _lens(x, y, half_w - 0.5, 0.3 * gap + 0.3, gap + 0.3)
+    _paint(rgb, 0.9 * _cover(inside), _MOUTH_INSIDE)
+    teeth = np.maximum(inside + 0.8, y - 0.35 * gap)
+    _paint(rgb, _cover(teeth), _WHITE)
+
+
+def _paint_smile_folds(head, person, expression):
+    strength = 0.1 + 0.06 * (1.0 + person.cheek) * max(expression.smile, 0.0)
+    rgb, x, y = head.patch(0.0, person.mouth_height - 6.0, person.mouth_width + 9.0, 9.0)
+    x = np.abs(x) - person.mouth_width - 3.5
+    fold = np.abs(x - y * (0.35 - 0.03 * y)) - 0.4
+    _darken(rgb, strength * _cover(fold, 2.0) * _blob(x, y, 8.0, 10.0))
+
+
+def _paint_front_hair(rgb, x, y, distance, person):
+    """Hair on top of the skull, down to the hairline and the temples."""
+    across = x * (1.0 / person.face_width)
+    across = across * across
+    from_parting = np.abs(x - person.hair_parting)
+    temples = 36.0 + 0.2 * max(person.hair_length, 0.0)
+    hairline = person.hairline + temples * across * across - np.maximum(7.0 - 0.5 * from_parting, 0.0)
+    height = (0.3 - 0.03 * y).clip(0.1, 1.0) * person.hair_volume
+    outline = distance - height
+    outline = outline + (2.5 * person.hair_curl) * _wave(0.07 * (np.abs(x) + y))
+    cover = np.minimum(_cover(outline, 1.5), _cover(y - hairline, 2.0))
+    fan = (x - person.hair_parting) * 45.0 / (y + 100.0)  # strands spread from the parting
+    _paint(rgb, cover, person.hair, _hair_texture(fan, y, person))
+
+
+# --- Occlusion --------------------------------------------------------------
+
+
+def _paint_glasses(head, person, chance, lens_opacity):
+    frame_colour, lens_colour = chance.colour(0.0, 0.4), chance.colour(0.0, 0.2)
+    half_w, half_h = 10.0 + 3.0 * chance.uniform(), 7.0 + 4.0 * chance.uniform()
+    rgb, x, y = head.patch(0.0, _EYE_LINE + 1.0, person.face_width, 12.0)
+    outwards = np.abs(x)
+    rim = _ellipse(outwards - person.eye_spacing, y, half_w, half_h)
+    _paint(rgb, lens_opacity * _cover(rim), lens_colour)
+    bridge = np.abs(y + 2.0) + np.maximum(outwards - person.eye_spacing + half_w, 0.0)
+    temple = np.abs(y + 2.0) + np.maximum(person.eye_spacing + half_w - outwards, 0.0)
+    wire = np.minimum(np.abs(rim), np.minimum(bridge, temple))
+    _paint(rgb, _cover(np.maximum(wire - 0.7, outwards - person.face_width - 1.0)), frame_colour)
+
+
+def _paint_mask(rgb, x, y, distance, chance):
+    colour = chance.colour(0.3, 1.0)
+    top = 8.0 + 6.0 * chance.uniform() + 0.006 * x * x
+    pleats = 0.9 + 0.1 * _wave(0.14 * y)
+    _paint(rgb, _cover(np.maximum(distance - 1.5, top - y)), colour, pleats)
+    strap = np.abs(y - top + 0.2 * np.abs(x) - 2.0) - 0.6
+    _paint(rgb, _cover(np.maximum(distance, strap)), colour)
+
+
+def _paint_scarf(frame, chance):
+    rgb, x, y = frame.patch(0.0, 58.0, 80.0, 42.0)
+    top = -34.0 + 14.0 * chance.uniform() + (0.3 * (chance.uniform() - 0.5)) * x + 0.004 * x * x
+    stripes = _wave((0.02 + 0.06 * chance.uniform()) * (y + 0.4 * x))
+    first, second = chance.colour(), chance.colour()
+    _paint(rgb, _cover(top - y, 1.5), first + stripes * (second - first))
+
+
+def _paint_block(frame, chance):
+    half_w, half_h = 8.0 + 14.0 * chance.uniform(), 8.0 + 14.0 * chance.uniform()
+    x, y = 90.0 * (chance.uniform() - 0.5), 90.0 * (chance.uniform() - 0.5)
+    rgb, x, y = frame.patch(x, y, half_w, half_h)
+    _paint(rgb, _cover(np.maximum(np.abs(x) - half_w, np.abs(y) - half_h)), chance.colour())
+
+
+# --- Light and camera -------------------------------------------------------
+
+
+def _light(frame, chance):
+    """Exposure, a light from one side, and the colour of the light."""
+    across, down = chance.around("side_light") / 50.0, chance.around("side_light") / 50.0
+    exposure, warm, green = chance.around("exposure"), chance.around("temperature"), chance.around("tint")
+    shade = np.maximum(across * frame.x + down * frame.y + 1.0, 0.2) * (1.0 + exposure)
+    frame.rgb *= shade
+    frame.rgb *= _colour(1.0 + warm, 1.0 + green, 1.0 - warm)
+
+
+def _develop(rgb, chance):
+    """Tone curve and loss of colour; leaves every level in [0, 1]."""
+    rgb.clip(0.0, 1.0, out=rgb)
+    curvature = chance.around("tone_curve")
+    rgb *= (1.0 + curvature) - curvature * rgb
+    faded = 1.0 if chance.happens("greyscale_share") else chance.upto("desaturation")
+    grey = 0.3 * rgb[0] + 0.6 * rgb[1] + 0.1 * rgb[2]
+    _paint(rgb, faded, grey)
+
+
+def _blur(rgb, weight):
+    """One pass of the kernel (weight, 1 - 2 weight, weight) along each axis."""
+    rgb[:, 1:-1] += weight * (rgb[:, :-2] + rgb[:, 2:] - 2.0 * rgb[:, 1:-1])
+    rgb[:, :, 1:-1] += weight * (rgb[:, :, :-2] + rgb[:, :, 2:] - 2.0 * rgb[:, :, 1:-1])
+
+
+def _quantise(rgb, chance):
+    """Sensor noise, then 8 bits: (3, H, W) in [0, 1] to uint8 (H, W, 3)."""
+    amplitude = chance.upto("noise")
+    noise = np.frombuffer(chance.bytes(rgb.size), np.int8).reshape(rgb.shape)
+    levels = noise.astype(np.float32)
+    levels *= 2.0 * amplitude
+    levels += 255.0 * rgb
+    picture = np.empty((SIZE, SIZE, 3), np.uint8)
+    picture.transpose(2, 0, 1)[:] = levels.clip(0.0, 255.0, out=levels)
+    return picture
+
+
+# --- The person and the picture ---------------------------------------------
+
+
+def _meet(identity, chance):
+    """The traits of a person, and the looks of the day, as named values."""
+    traits = zip(_TRAITS.items(), identity.tolist(), strict=True)
+    person = SimpleNamespace(**{name: low + t * (high - low) for (name, (low, high)), t in traits})
+    person.hairline += chance.around("hair_jitter")
+    person.hair_volume = max(person.hair_volume + chance.around("hair_jitter"), 0.5)
+    tan = _colour(*(1.0 + chance.around("skin_jitter") for _ in range(3)))
+    person.skin = tan * _ramp(_SKIN, person.skin_tone)
+    person.hair = _ramp(_HAIR, person.hair_colour)
+    person.iris = _ramp(_IRIS, person.iris_colour)
+    lips = _ramp(_LIPS, person.lip_colour)
+    makeup = _colour(0.5 + 0.4 * chance.uniform(), 0.2, 0.25 + 0.2 * chance.uniform())
+    person.lips = 0.4 * person.skin + 0.6 * lips
+    person.lips = person.lips + chance.upto("lip_makeup") * (makeup - person.lips)
+    return person
+
+
+def draw_identity(rng: np.random.Generator) -> np.ndarray:
+    """Draw a person: float64 (IDENTITY_DIM,), independent uniforms in [0, 1)."""
+    return rng.random(IDENTITY_DIM)
+
+
+def draw_face(identity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw one picture of a person.
+
+    identity is (IDENTITY_DIM,) in [0, 1), from draw_identity; rng draws all the
+    rest.  Returns uint8 (SIZE, SIZE, 3), RGB.
+    """
+    chance = _Chance(rng)
+    person = _meet(identity, chance)
+    expression = _draw_expression(chance)
+    body = _Frame(np.empty((3, SIZE, SIZE), np.float32), chance)
+    head = body.turned(chance.around("yaw"), chance.around("pitch"))
+
+    _paint_background(body, chance)
+    _paint_back_hair(body, person)
+    _paint_neck_and_clothes(body, person, chance)
+    _paint_ears(head, person)
+    rgb, x, y = head.patch(0.0, 0.0, person.face_width + 8.0, 58.0)
+    distance = _head_distance(x, y, person)
+    _paint_skin(rgb, x, y, distance, person)
+    _paint_cheeks(head, person)
+    _paint_freckles(head, person)
+    _paint_beard(rgb, x, y, distance, person)
+    _paint_mole(head, person)
+    _paint_smile_folds(head, person, expression)
+    _paint_nose(head, person)
+    _paint_mouth(head, person, expression)
+    _paint_eyes(head, person, expression)
+    _paint_brows(head, person, expression)
+    _paint_front_hair(rgb, x, y, distance, person)
+
+    if chance.happens("mask_share"):
+        _paint_mask(rgb, x, y, distance, chance)
+    if chance.happens("sunglasses_share"):
+        _paint_glasses(head, person, chance, lens_opacity=0.9)
+    elif chance.happens("glasses_share"):
+        _paint_glasses(head, person, chance, lens_opacity=0.12)
+    if chance.happens("scarf_share"):
+        _paint_scarf(body, chance)
+    if chance.happens("block_share"):
+        _paint_block(body, chance)
+
+    _light(body, chance)
+    _develop(body.rgb, chance)
+    if chance.happens("blur_share"):
+        for _ in range(1 + int(3.0 * chance.uniform())):
+            _blur(body.rgb, 0.25)
+    return _quantise(body.rgb, chance)
