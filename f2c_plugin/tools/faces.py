@@ -25,7 +25,7 @@ _TRAITS = {
     "skin_tone": (0.0, 1.0),  # position on _SKIN
     "face_width": (33.0, 41.0),  # half width at the eye line
     "face_length": (41.0, 51.0),  # y of the chin
-    "jaw_width": (0.55, 0.95),  # jaw over face width
+    "jaw_width": (0.62, 0.98),  # jaw over face width
     "chin_roundness": (1.25, 0.55),  # > 1 pinched, 1 oval, < 1 square
     "cheek": (0.0, 1.0),  # blush and depth of the fold beside the mouth
     "hair_colour": (0.0, 1.0),  # position on _HAIR
@@ -35,13 +35,13 @@ _TRAITS = {
     "hair_parting": (-26.0, 26.0),  # x
     "hair_curl": (0.0, 1.0),
     "eye_spacing": (14.5, 19.0),  # half distance between the eyes
-    "eye_width": (6.2, 8.8),  # half width
-    "eye_height": (2.6, 4.4),  # half height of the opening
+    "eye_width": (6.6, 9.4),  # half width
+    "eye_height": (3.0, 4.8),  # half height of the opening
     "eye_tilt": (-0.16, 0.24),  # slope, outer corner up
     "iris_colour": (0.0, 1.0),  # position on _IRIS
     "brow_thickness": (1.0, 3.0),
     "brow_height": (7.5, 12.5),  # above the eye
-    "brow_tilt": (-0.18, 0.26),  # slope, outer end up
+    "brow_tilt": (-0.10, 0.28),  # slope, outer end up
     "brow_darkness": (0.35, 1.0),
     "nose_length": (17.0, 27.0),  # eye line to tip
     "nose_width": (5.0, 9.5),  # half width
@@ -118,13 +118,8 @@ _MOUTH_INSIDE = _colour(0.30, 0.07, 0.08)
 _BLUSH = _colour(0.88, 0.38, 0.36)
 _SKIN_SHADOW = _colour(0.75, 1.0, 1.1)  # light scattered under the skin keeps shadows red
 
-# Freckles at the points of a low-discrepancy sequence: even, yet irregular.
-_FRECKLE_X = (60.0 * (0.7549 * np.arange(28.0) % 1.0) - 30.0).astype(np.float32)[:, None, None]
-_FRECKLE_Y = (16.0 * (0.5698 * np.arange(28.0) % 1.0) - 8.0).astype(np.float32)[:, None, None]
-
 _EYE_LINE = -7.0  # y
 _SKULL_TOP = -51.0  # y
-_WIDE = 60.0  # pixels from which whole rows, which are contiguous, are faster
 
 
 # --- Chance -----------------------------------------------------------------
@@ -163,7 +158,7 @@ class _Expression:
 
 def _draw_expression(chance):
     return _Expression(
-        smile=chance.around("smile") + 1.5,
+        smile=chance.around("smile") + 2.0,
         mouth_open=chance.upto("mouth_open") if chance.happens("open_mouth_share") else 0.0,
         blink=chance.upto("blink") * chance.uniform(),
         brow_raise=chance.around("brow_raise"),
@@ -255,26 +250,24 @@ class _Frame:
         frame.y = (1.0 - pitch**2) ** 0.5 * self.y - pitch * depth
         return frame
 
-    def box(self, x, y, half_w, half_h):
-        """Rows and columns of the picture that hold a box around (x, y)."""
+    def band(self, x, y, half_w, half_h):
+        """The rows of the picture that hold a box around (x, y).
+
+        Whole rows, because they are contiguous: that is faster than cutting
+        out the box.
+        """
         flat_x, flat_y = x, y
         for _ in range(2):  # fixed point of the warp in turned()
             depth = _depth(flat_x, flat_y)
             flat_x, flat_y = x + self.yaw * depth, y + self.pitch * depth
-        slant = abs(self.sin)
-        reach_x = self.scale * 1.25 * (half_w + slant * half_h) + 2.0
-        reach_y = self.scale * 1.15 * (half_h + slant * half_w) + 2.0
-        row = self.centre_y + self.scale * (self.cos * flat_y + self.sin * flat_x)
-        column = self.centre_x + self.scale * (self.cos * flat_x - self.sin * flat_y)
-        rows = slice(max(int(row - reach_y), 0), max(int(row + reach_y) + 1, 0))
-        if 2.0 * reach_x > _WIDE:
-            return rows, slice(None)
-        return rows, slice(max(int(column - reach_x), 0), max(int(column + reach_x) + 1, 0))
+        middle = self.centre_y + self.scale * (self.cos * flat_y + self.sin * flat_x)
+        reach = self.scale * 1.15 * (half_h + abs(self.sin) * half_w) + 2.0
+        return slice(max(int(middle - reach), 0), max(int(middle + reach), 0))
 
     def patch(self, x, y, half_w, half_h):
-        """(rgb, x, y) of that box, in coordinates relative to its centre."""
-        rows, columns = self.box(x, y, half_w, half_h)
-        return self.rgb[:, rows, columns], self.x[rows, columns] - x, self.y[rows, columns] - y
+        """(rgb, x, y) of that band, in coordinates relative to (x, y)."""
+        rows = self.band(x, y, half_w, half_h)
+        return self.rgb[:, rows], self.x[rows] - x, self.y[rows] - y
 
 
 def _depth(x, y):
@@ -307,8 +300,9 @@ def _paint_background(frame, chance):
     for _ in range(3):
         x, y = 120.0 * (chance.uniform() - 0.5), 120.0 * (chance.uniform() - 0.5)
         half_w, half_h = 8.0 + 16.0 * chance.uniform(), 8.0 + 16.0 * chance.uniform()
-        box = frame.box(x, y, half_w, half_h)
-        mix[box] += (1.4 * chance.uniform() - 0.7) * _cover(_ellipse(frame.x[box] - x, frame.y[box] - y, half_w, half_h), 5.0)
+        rows = frame.band(x, y, half_w, half_h)
+        shape = _ellipse(frame.x[rows] - x, frame.y[rows] - y, half_w, half_h)
+        mix[rows] += (1.4 * chance.uniform() - 0.7) * _cover(shape, 5.0)
     first, second = chance.colour(), chance.colour()
     np.multiply(mix, second - first, out=frame.rgb)
     frame.rgb += first
@@ -316,7 +310,7 @@ def _paint_background(frame, chance):
 
 def _hair_texture(x, y, person):
     """Brightness of strands that run along y, wavier with curl."""
-    return 0.76 + 0.4 * _wave(0.2 * x + person.hair_curl * _wave(0.05 * y))
+    return 0.8 + 0.3 * _wave(0.2 * x + person.hair_curl * _wave(0.05 * y))
 
 
 def _paint_back_hair(frame, person):
@@ -334,7 +328,7 @@ def _paint_back_hair(frame, person):
 def _paint_neck_and_clothes(frame, person, chance):
     rgb, x, y = frame.patch(0.0, 44.0, 60.0, 18.0)
     neck = np.abs(x) - 0.52 * person.face_width
-    _paint(rgb, _cover(neck), person.skin, 0.85 - 0.35 * _cover(y - 6.0, 30.0))
+    _paint(rgb, _cover(neck), person.skin, 0.9 - 0.3 * _cover(y - 6.0, 30.0))
     collar = 4.0 + 0.03 * chance.uniform() * x * x
     shoulders = 5.0 + 0.006 * x * x - y
     neckline = 12.0 * chance.uniform() - 0.03 * x * x
@@ -364,11 +358,17 @@ def _paint_cheeks(head, person):
 
 
 def _paint_freckles(head, person):
+    """One dot in each cell of a grid whose rows and columns are shifted unevenly."""
     if person.freckles <= 0.0:
         return
-    rgb, x, y = head.patch(0.0, 9.0, 32.0, 9.0)
-    dots = np.min((x - _FRECKLE_X) ** 2 + (y - _FRECKLE_Y) ** 2, axis=0)
-    _darken(rgb, person.freckles * np.maximum(1.0 - 0.8 * dots, 0.0))
+    rgb, x, y = head.patch(0.0, 9.0, 32.0, 10.0)
+    row = np.rint(0.2 * y)
+    x_in_row = x + 2.3 * row * row
+    column = np.rint(0.18 * x_in_row)
+    y_in_cell = y - 5.0 * row + 3.0 * _wave(0.38 * column + 0.2 * row) - 1.5
+    x_in_cell = x_in_row - column * (1.0 / 0.18)
+    dots = (1.0 - 0.7 * (x_in_cell * x_in_cell + y_in_cell * y_in_cell)).clip(0.0, 1.0)
+    _darken(rgb, person.freckles * dots * _cover(_ellipse(x, y, 30.0, 10.0), 4.0))
 
 
 def _paint_mole(head, person):
@@ -403,7 +403,7 @@ def _paint_eyes(head, person, expression):
     _darken(rgb, socket + crease + lower_lid)
     opening = _cover(_lens(across, y, half_w, rise, drop))
     _paint(rgb, opening, _WHITE)
-    _paint(rgb, opening * _cover(to_iris - 3.7), person.iris)
+    _paint(rgb, opening * _cover(to_iris - 4.0), person.iris)
     _paint(rgb, opening * _cover(to_iris - 1.7), _DARK)
     _paint(rgb, opening * _blob(to_iris_x + np.copysign(1.2, x), to_iris_y + 1.3, 1.5, 1.5), _WHITE)
     _paint(rgb, 0.85 * _cover(_lens(across, y, half_w + 1.0, rise + 1.0, 0.5 - rise)), _DARK)
@@ -414,7 +414,7 @@ def _paint_brows(head, person, expression):
     height = _EYE_LINE - person.brow_height - expression.brow_raise
     rgb, x, y = head.patch(0.0, height, person.eye_spacing + half_w + 1.0, 6.0)
     x = np.abs(x) - person.eye_spacing - 0.5
-    y = y + x * (person.brow_tilt + 0.02 * x)
+    y = y + x * (person.brow_tilt - 0.02 * x)
     thickness = person.brow_thickness * (1.0 - 0.04 * x).clip(0.3, 1.5)
     shape = _lens(x, y, half_w, thickness, 0.6 * thickness)
     _paint(rgb, person.brow_darkness * _cover(shape, 1.5), 0.8 * person.hair)
