@@ -13,6 +13,7 @@ The same seed gives the same bytes on every machine: drawing uses only
 arithmetic and square roots, which IEEE 754 rounds exactly, and no reductions.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -84,6 +85,7 @@ _VARIATION = {
     "tone_curve": 0.45,  # curvature: crushed to lifted midtones
     "desaturation": 0.35,  # share of colour lost in any picture
     "noise": 0.035,  # of full scale
+    "blur_passes": 3.0,  # of a 3 x 3 kernel, in the pictures that are blurred
     # Events: the share of pictures that have them.
     "open_mouth_share": 0.40,
     "greyscale_share": 0.08,
@@ -170,9 +172,11 @@ def _draw_expression(chance):
 # --- Shapes and paint -------------------------------------------------------
 
 
-def _cover(distance, softness=1.0):
+def _cover(distance, softness=None):
     """Opacity from a signed distance: 1 inside, 0 outside, a ramp between."""
-    return (0.5 - distance * (1.0 / softness)).clip(0.0, 1.0)
+    if softness is not None:
+        distance = distance * (1.0 / softness)
+    return (0.5 - distance).clip(0.0, 1.0)
 
 
 def _ellipse(x, y, half_w, half_h):
@@ -207,10 +211,10 @@ def _ramp(stops, t):
     return stops[index] + (position - index) * (stops[index + 1] - stops[index])
 
 
-def _paint(rgb, cover, colour, shade=1.0):
+def _paint(rgb, cover, colour, shade=None):
     """Blend colour, times the brightness shade of each pixel, over the picture."""
     rgb *= 1.0 - cover
-    rgb += (cover * shade) * colour
+    rgb += (cover if shade is None else cover * shade) * colour
 
 
 def _darken(rgb, cover, tint=_SKIN_SHADOW):
@@ -242,32 +246,35 @@ class _Frame:
 
     def turned(self, yaw, pitch):
         """The same picture in coordinates that turn with the head (sines)."""
-        frame = object.__new__(_Frame)
-        frame.__dict__.update(self.__dict__)
+        frame = copy(self)
         frame.yaw, frame.pitch = yaw, pitch
         depth = _depth(self.x, self.y)
         frame.x = (1.0 - yaw**2) ** 0.5 * self.x - yaw * depth
         frame.y = (1.0 - pitch**2) ** 0.5 * self.y - pitch * depth
         return frame
 
-    def band(self, x, y, half_w, half_h):
-        """The rows of the picture that hold a box around (x, y).
+    def box(self, x, y, half_w, half_h):
+        """Rows and columns of the picture that hold a box around (x, y).
 
-        Whole rows, because they are contiguous: that is faster than cutting
-        out the box.
+        A wide box gets whole rows: they are contiguous, so that is faster.
         """
         flat_x, flat_y = x, y
         for _ in range(2):  # fixed point of the warp in turned()
             depth = _depth(flat_x, flat_y)
             flat_x, flat_y = x + self.yaw * depth, y + self.pitch * depth
-        middle = self.centre_y + self.scale * (self.cos * flat_y + self.sin * flat_x)
+        row = self.centre_y + self.scale * (self.cos * flat_y + self.sin * flat_x)
         reach = self.scale * 1.15 * (half_h + abs(self.sin) * half_w) + 2.0
-        return slice(max(int(middle - reach), 0), max(int(middle + reach), 0))
+        rows = slice(max(int(row - reach), 0), max(int(row + reach), 0))
+        column = self.centre_x + self.scale * (self.cos * flat_x - self.sin * flat_y)
+        reach = self.scale * 1.25 * (half_w + abs(self.sin) * half_h) + 2.0
+        if reach > 0.25 * SIZE:
+            return rows, slice(None)
+        return rows, slice(max(int(column - reach), 0), max(int(column + reach), 0))
 
     def patch(self, x, y, half_w, half_h):
-        """(rgb, x, y) of that band, in coordinates relative to (x, y)."""
-        rows = self.band(x, y, half_w, half_h)
-        return self.rgb[:, rows], self.x[rows] - x, self.y[rows] - y
+        """(rgb, x, y) of that box, in coordinates relative to its centre."""
+        rows, columns = self.box(x, y, half_w, half_h)
+        return self.rgb[:, rows, columns], self.x[rows, columns] - x, self.y[rows, columns] - y
 
 
 def _depth(x, y):
@@ -297,12 +304,12 @@ def _paint_background(frame, chance):
     """Two colours, mixed by a gradient and a few soft blobs."""
     tilt_x, tilt_y = 0.012 * (chance.uniform() - 0.5), 0.012 * (chance.uniform() - 0.5)
     mix = tilt_x * frame.x + tilt_y * frame.y + 0.5
-    for _ in range(3):
+    for _ in range(2):
         x, y = 120.0 * (chance.uniform() - 0.5), 120.0 * (chance.uniform() - 0.5)
         half_w, half_h = 8.0 + 16.0 * chance.uniform(), 8.0 + 16.0 * chance.uniform()
-        rows = frame.band(x, y, half_w, half_h)
-        shape = _ellipse(frame.x[rows] - x, frame.y[rows] - y, half_w, half_h)
-        mix[rows] += (1.4 * chance.uniform() - 0.7) * _cover(shape, 5.0)
+        box = frame.box(x, y, half_w, half_h)
+        shape = _ellipse(frame.x[box] - x, frame.y[box] - y, half_w, half_h)
+        mix[box] += (1.4 * chance.uniform() - 0.7) * _cover(shape, 5.0)
     first, second = chance.colour(), chance.colour()
     np.multiply(mix, second - first, out=frame.rgb)
     frame.rgb += first
@@ -343,12 +350,11 @@ def _paint_ears(head, person):
     _darken(rgb, 0.3 * _blob(x, y, 0.9 * half_w, 0.9 * half_h))
 
 
-def _paint_skin(rgb, x, y, distance, person):
+def _paint_skin(head, distance, person):
     """Skin of the face, darker towards the outline, where it turns away."""
-    cover = _cover(distance)
-    radius = np.maximum(distance * (1.0 / person.face_width) + 1.0, 0.0)
+    radius = distance * (1.0 / person.face_width) + 1.0
     radius = radius * radius
-    _paint(rgb, cover, person.skin, 1.05 - 0.27 * radius * radius)
+    _paint(head.rgb, _cover(distance), person.skin, 1.05 - 0.27 * radius * radius)
 
 
 def _paint_cheeks(head, person):
@@ -377,14 +383,16 @@ def _paint_mole(head, person):
     _paint(rgb, 0.85 * _cover(_ellipse(x, y, 1.3, 1.3)), 0.35 * person.skin)
 
 
-def _paint_beard(rgb, x, y, distance, person):
+def _paint_beard(head, distance, person):
     """Stubble to full beard: below a line from the ears to under the nose."""
     if person.beard <= 0.0:
         return
-    across = x * (1.0 / person.face_width)
+    rows, _ = head.box(0.0, 25.0, person.face_width, 30.0)
+    across = head.x[rows] * (1.0 / person.face_width)
     across = across * across
-    line = _EYE_LINE + person.nose_length + 5.0 - 24.0 * across * across
-    _paint(rgb, person.beard * _cover(line - y, 5.0) * _cover(distance + 0.5), 0.9 * person.hair)
+    below = head.y[rows] - (_EYE_LINE + person.nose_length + 5.0 - 24.0 * across * across)
+    cover = _cover(-below, 5.0) * _cover(distance[rows] + 0.5)
+    _paint(head.rgb[:, rows], person.beard * cover, 0.9 * person.hair)
 
 
 def _paint_eyes(head, person, expression):
@@ -403,8 +411,8 @@ def _paint_eyes(head, person, expression):
     _darken(rgb, socket + crease + lower_lid)
     opening = _cover(_lens(across, y, half_w, rise, drop))
     _paint(rgb, opening, _WHITE)
-    _paint(rgb, opening * _cover(to_iris - 4.0), person.iris)
-    _paint(rgb, opening * _cover(to_iris - 1.7), _DARK)
+    pupil = _cover(to_iris - 1.7)
+    _paint(rgb, opening * _cover(to_iris - 4.0), person.iris, 1.0 - 0.9 * pupil)
     _paint(rgb, opening * _blob(to_iris_x + np.copysign(1.2, x), to_iris_y + 1.3, 1.5, 1.5), _WHITE)
     _paint(rgb, 0.85 * _cover(_lens(across, y, half_w + 1.0, rise + 1.0, 0.5 - rise)), _DARK)
 
@@ -452,13 +460,13 @@ def _paint_mouth(head, person, expression):
     cupid = 0.9 * np.maximum(1.0 - 18.0 * across, 0.0)  # the notch of the upper lip
     upper = _cover(_lens(x, y - cupid, half_w, lip + 0.3 * gap, 0.5))
     lower = _cover(_lens(x, y, half_w - 1.0, 0.3 * gap, 1.3 * lip + gap))
-    _paint(rgb, 0.85 * lower, person.lips)
-    _paint(rgb, 0.85 * upper, 0.86 * person.lips)
-    _darken(rgb, -0.15 * _blob(x, y - gap - 0.6 * lip, 0.5 * half_w, 0.5 * lip + 0.5))
+    light = 0.15 * _blob(x, y - gap - 0.6 * lip, 0.5 * half_w, 0.5 * lip + 0.5)
+    _paint(rgb, 0.85 * np.maximum(upper, lower), person.lips, 1.0 - 0.14 * upper + light)
     inside = _lens(x, y, half_w - 0.5, 0.3 * gap + 0.3, gap + 0.3)
     _paint(rgb, 0.9 * _cover(inside), _MOUTH_INSIDE)
-    teeth = np.maximum(inside + 0.8, y - 0.35 * gap)
-    _paint(rgb, _cover(teeth), _WHITE)
+    if gap > 0.0:
+        teeth = np.maximum(inside + 0.8, y - 0.35 * gap)
+        _paint(rgb, _cover(teeth), _WHITE)
 
 
 def _paint_smile_folds(head, person, expression):
@@ -469,19 +477,21 @@ def _paint_smile_folds(head, person, expression):
     _darken(rgb, strength * _cover(fold, 2.0) * _blob(x, y, 8.0, 10.0))
 
 
-def _paint_front_hair(rgb, x, y, distance, person):
+def _paint_front_hair(head, distance, person):
     """Hair on top of the skull, down to the hairline and the temples."""
+    rows, _ = head.box(0.0, -20.0, person.face_width, 45.0)
+    x, y = head.x[rows], head.y[rows]
     across = x * (1.0 / person.face_width)
     across = across * across
-    from_parting = np.abs(x - person.hair_parting)
     temples = 36.0 + 0.2 * max(person.hair_length, 0.0)
-    hairline = person.hairline + temples * across * across - np.maximum(7.0 - 0.5 * from_parting, 0.0)
-    height = (0.3 - 0.03 * y).clip(0.1, 1.0) * person.hair_volume
-    outline = distance - height
-    outline = outline + (2.5 * person.hair_curl) * _wave(0.07 * (np.abs(x) + y))
-    cover = np.minimum(_cover(outline, 1.5), _cover(y - hairline, 2.0))
-    fan = (x - person.hair_parting) * 45.0 / (y + 100.0)  # strands spread from the parting
-    _paint(rgb, cover, person.hair, _hair_texture(fan, y, person))
+    from_parting = x - person.hair_parting
+    peak = (7.0 - 0.5 * np.abs(from_parting)).clip(0.0, 7.0)
+    hairline = person.hairline + temples * across * across - peak
+    height = person.hair_volume * (0.3 - 0.03 * y).clip(0.1, 1.0)
+    curls = (2.5 * person.hair_curl) * _wave(0.07 * (np.abs(x) + y))
+    cover = np.minimum(_cover(distance[rows] - height + curls, 1.5), _cover(y - hairline, 2.0))
+    fan = from_parting * (45.0 / (y + 100.0))  # strands spread from the parting
+    _paint(head.rgb[:, rows], cover, person.hair, _hair_texture(fan, y, person))
 
 
 # --- Occlusion --------------------------------------------------------------
@@ -500,13 +510,14 @@ def _paint_glasses(head, person, chance, lens_opacity):
     _paint(rgb, _cover(np.maximum(wire - 0.7, outwards - person.face_width - 1.0)), frame_colour)
 
 
-def _paint_mask(rgb, x, y, distance, chance):
+def _paint_mask(head, distance, chance):
+    x, y = head.x, head.y
     colour = chance.colour(0.3, 1.0)
     top = 8.0 + 6.0 * chance.uniform() + 0.006 * x * x
     pleats = 0.9 + 0.1 * _wave(0.14 * y)
-    _paint(rgb, _cover(np.maximum(distance - 1.5, top - y)), colour, pleats)
+    _paint(head.rgb, _cover(np.maximum(distance - 1.5, top - y)), colour, pleats)
     strap = np.abs(y - top + 0.2 * np.abs(x) - 2.0) - 0.6
-    _paint(rgb, _cover(np.maximum(distance, strap)), colour)
+    _paint(head.rgb, _cover(np.maximum(distance, strap)), colour)
 
 
 def _paint_scarf(frame, chance):
@@ -546,21 +557,21 @@ def _develop(rgb, chance):
     _paint(rgb, faded, grey)
 
 
-def _blur(rgb, weight):
-    """One pass of the kernel (weight, 1 - 2 weight, weight) along each axis."""
-    rgb[:, 1:-1] += weight * (rgb[:, :-2] + rgb[:, 2:] - 2.0 * rgb[:, 1:-1])
-    rgb[:, :, 1:-1] += weight * (rgb[:, :, :-2] + rgb[:, :, 2:] - 2.0 * rgb[:, :, 1:-1])
+def _blur(rgb):
+    """One pass of the kernel (1, 2, 1) / 4 along each axis; the border stays."""
+    for planes in (rgb, rgb.transpose(0, 2, 1)):
+        pairs = planes[:, :-1] + planes[:, 1:]
+        np.add(pairs[:, :-1], pairs[:, 1:], out=planes[:, 1:-1])
+        planes[:, 1:-1] *= 0.25
 
 
 def _quantise(rgb, chance):
     """Sensor noise, then 8 bits: (3, H, W) in [0, 1] to uint8 (H, W, 3)."""
-    amplitude = chance.upto("noise")
-    noise = np.frombuffer(chance.bytes(rgb.size), np.int8).reshape(rgb.shape)
-    levels = noise.astype(np.float32)
-    levels *= 2.0 * amplitude
-    levels += 255.0 * rgb
+    noise = np.frombuffer(chance.bytes(SIZE * SIZE), np.int8).reshape(SIZE, SIZE)
+    noise = noise * np.float32(2.0 * chance.upto("noise"))
     picture = np.empty((SIZE, SIZE, 3), np.uint8)
-    picture.transpose(2, 0, 1)[:] = levels.clip(0.0, 255.0, out=levels)
+    for channel, plane in enumerate(rgb):
+        picture[:, :, channel] = (255.0 * plane + noise).clip(0.0, 255.0)
     return picture
 
 
@@ -605,22 +616,21 @@ def draw_face(identity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     _paint_back_hair(body, person)
     _paint_neck_and_clothes(body, person, chance)
     _paint_ears(head, person)
-    rgb, x, y = head.patch(0.0, 0.0, person.face_width + 8.0, 58.0)
-    distance = _head_distance(x, y, person)
-    _paint_skin(rgb, x, y, distance, person)
+    outline = _head_distance(head.x, head.y, person)
+    _paint_skin(head, outline, person)
     _paint_cheeks(head, person)
     _paint_freckles(head, person)
-    _paint_beard(rgb, x, y, distance, person)
+    _paint_beard(head, outline, person)
     _paint_mole(head, person)
     _paint_smile_folds(head, person, expression)
     _paint_nose(head, person)
     _paint_mouth(head, person, expression)
     _paint_eyes(head, person, expression)
     _paint_brows(head, person, expression)
-    _paint_front_hair(rgb, x, y, distance, person)
+    _paint_front_hair(head, outline, person)
 
     if chance.happens("mask_share"):
-        _paint_mask(rgb, x, y, distance, chance)
+        _paint_mask(head, outline, chance)
     if chance.happens("sunglasses_share"):
         _paint_glasses(head, person, chance, lens_opacity=0.9)
     elif chance.happens("glasses_share"):
@@ -633,6 +643,6 @@ def draw_face(identity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     _light(body, chance)
     _develop(body.rgb, chance)
     if chance.happens("blur_share"):
-        for _ in range(1 + int(3.0 * chance.uniform())):
-            _blur(body.rgb, 0.25)
+        for _ in range(1 + int(chance.upto("blur_passes"))):
+            _blur(body.rgb)
     return _quantise(body.rgb, chance)

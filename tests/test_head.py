@@ -1,0 +1,231 @@
+"""The whole head against the slow pool and the slow loss, on one rank and over gloo."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import distributed, nn
+
+from f2c_plugin.head import F2CHead
+from f2c_plugin.loss import Margin
+from f2c_plugin.pool import DynamicClassPool
+from f2c_plugin.recipe import Recipe
+from test_loss import slow_loss
+from test_pool import SlowPool
+
+MARGIN = Margin(scale=16.0, angular=0.3)
+NUM_IDENTITIES, NUM_SLOTS, BATCH, STEPS = 30, 12, 12, 20
+
+
+def make_net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.PReLU(), nn.Dropout(0.2),
+                         nn.Linear(16, 6)).double()
+
+
+def make_head(net, symmetric=True, gradient_acc=1, recipe="paper"):
+    pool = DynamicClassPool(NUM_SLOTS, NUM_IDENTITIES, 6).double()
+    return F2CHead(net, pool, Recipe(recipe, MARGIN, STEPS), 0.9, symmetric, 3, gradient_acc)
+
+
+def batches(steps=STEPS, batch=BATCH, seed=0):
+    """Halves that share identities, as the dual loader's do, and random ones beside."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        pairs = torch.randperm(NUM_IDENTITIES, generator=generator)[:batch // 3]
+        rest = torch.randint(NUM_IDENTITIES, (2, batch // 2 - len(pairs)), generator=generator)
+        labels = torch.cat([pairs, rest[0], pairs, rest[1]])
+        yield torch.randn(batch, 3, 2, 2, dtype=torch.float64, generator=generator), labels
+
+
+class SlowHead:
+    """Algorithm 1 step by step, with the slow pool and the slow loss, and undo by copying."""
+
+    def __init__(self, head):
+        self.pool = SlowPool(head.pool)
+        self.gallery = make_net().train()
+        self.gallery[4].p = 0.0
+
+    def half_step(self, gallery, gallery_labels, probe, probe_labels):
+        renewed, evicted = self.pool.write(gallery_labels.tolist(), gallery)
+        slots = torch.tensor([self.pool.slots.get(identity, -1) for identity in probe_labels.tolist()])
+        return slow_loss(probe, slots, self.pool.rows.clone(), torch.tensor(sorted(renewed)), MARGIN, 3)
+
+    def step(self, net, images, embeddings, labels, symmetric, follow):
+        with torch.no_grad():
+            if follow:
+                for mine, theirs in zip(self.gallery.parameters(), net.parameters()):
+                    mine.copy_(0.9 * mine + 0.1 * theirs)
+        label_x, label_y = labels.chunk(2)
+        with torch.no_grad():
+            if symmetric:
+                gallery_x, gallery_y = self.gallery(images).chunk(2)
+            else:
+                gallery_x = self.gallery(images.chunk(2)[0])
+        if not symmetric:
+            return self.half_step(gallery_x, label_x, embeddings, label_y)
+        probe_x, probe_y = embeddings.chunk(2)
+        before = deepcopy(self.pool)
+        first = self.half_step(gallery_y, label_y, probe_x, label_x)
+        self.pool = before
+        return first + self.half_step(gallery_x, label_x, probe_y, label_y)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("gradient_acc", [1, 3])
+def test_twenty_steps_equal_the_slow_reference(symmetric, gradient_acc):
+    net = make_net()
+    head = make_head(net, symmetric, gradient_acc)
+    slow = SlowHead(head)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
+    for step, (images, labels) in enumerate(batches()):
+        embeddings = net(images)
+        assert len(embeddings) == (BATCH if symmetric else BATCH // 2)
+        loss = head(embeddings, labels)
+        follow = step > 0 and step % gradient_acc == 0
+        expected = slow.step(net, images, embeddings, labels, symmetric, follow)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-9)
+        gradient, = torch.autograd.grad(loss, embeddings, retain_graph=True)
+        expected_gradient, = torch.autograd.grad(expected, embeddings, retain_graph=True)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-9)
+        torch.testing.assert_close(head.pool.rows, slow.pool.rows, rtol=0, atol=1e-9)
+        loss.backward()
+        if (step + 1) % gradient_acc == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    by_recency = head.pool.slot_identity[head.pool.last_used.argsort()]
+    assert by_recency[by_recency >= 0].tolist() == list(slow.pool.slots)
+
+
+def test_verification_between_steps_leaves_no_trace():
+    net = make_net()
+    head = make_head(net)
+    (images, labels), (others, _) = list(batches(2))
+    embeddings = net(images)
+    net.eval()(others)
+    net.train()
+    assert torch.isfinite(head(embeddings, labels))
+    with pytest.raises(RuntimeError, match="has seen no images"):
+        head(embeddings, labels)
+
+
+def test_bad_batches_are_refused_with_what_was_found():
+    net = make_net()
+    head = make_head(net)
+    images, labels = next(batches())
+    with pytest.raises(ValueError, match="11 images and 11 labels"):
+        head(net(images[:11]), labels[:11])
+    with pytest.raises(ValueError, match="labels from 0 to 30, but num_classes=30"):
+        head(net(images), torch.arange(BATCH) * 30 // (BATCH - 1))
+
+
+def test_the_probe_net_is_no_part_of_the_head_and_the_head_has_nothing_to_train():
+    head = make_head(make_net())
+    assert {name.split(".")[0] for name in head.state_dict()} == {"gallery", "pool", "_extra_state"}
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+    assert all(isinstance(value, torch.Tensor) for value in head.state_dict().values())
+
+
+def test_a_head_resumed_from_its_state_goes_on_bit_for_bit():
+    net = make_net()
+    head = make_head(net, recipe="ramp")
+    steps = list(batches())
+    for images, labels in steps[:10]:
+        head(net(images), labels)
+    net_again = make_net()
+    net_again.load_state_dict(net.state_dict())
+    again = make_head(net_again, recipe="ramp")
+    again.load_state_dict(head.state_dict())
+    for images, labels in steps[10:]:
+        rng = torch.get_rng_state()
+        expected = head(net(images), labels)
+        torch.set_rng_state(rng)  # dropout
+        assert torch.equal(again(net_again(images), labels), expected)
+
+
+def test_what_is_watched_counts_evictions_and_probes_found():
+    net = make_net()
+    head = make_head(net)
+    images, _ = next(batches())
+    halves = [torch.arange(6), torch.arange(6, 12), torch.arange(12, 18)]
+    head(net(images), torch.cat([halves[0], halves[0]]))
+    assert head.statistics.found == 1 and head.statistics.evictions == 0 and head.pool.fill() == 0.5
+    head(net(images), torch.cat([halves[1], halves[2]]))
+    assert head.statistics.found == 0 and head.statistics.evictions == 0
+    assert torch.isnan(head.statistics.positive_cosine) and 0 <= head.statistics.hard_negative_cosine <= 1
+    head(net(images), torch.cat([halves[2], halves[1]]))
+    assert head.statistics.found == 0.5 and head.statistics.evictions == 6
+
+
+def test_mixed_precision_stays_close_to_full_precision():
+    images, labels = next(batches())
+    images = images.float()
+    losses = []
+    for autocast in False, True:
+        net = make_net().float().eval()
+        head = make_head(net).float()
+        head.autocast = autocast
+        net.train()[4].p = 0.0
+        loss = head(net(images), labels)
+        loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def run_rank(rank, world_size, folder):
+    """Train one rank over gloo and leave its pool after every step in ``folder``."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    torch.set_num_threads(1)
+    net = make_net()
+    backbone = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    head = make_head(backbone)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    trained, watched = [], []
+    for images, labels in batches(seed=rank, batch=8):
+        loss = head(backbone(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trained.append({name: buffer.clone() for name, buffer in head.pool.named_buffers()})
+    # The same again with a probe net that moves by a rule, for one process to repeat it.
+    net = make_plain_net()
+    backbone = nn.parallel.DistributedDataParallel(net)
+    head = make_head(backbone)
+    for images, labels in batches(seed=rank, batch=8):
+        head(backbone(images), labels)
+        move(net)
+        watched.append({name: buffer.clone() for name, buffer in head.pool.named_buffers()})
+    torch.save((trained, watched), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def make_plain_net():
+    """Without BatchNorm, an embedding does not depend on who else is in the batch."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 16, bias=False), nn.PReLU(), nn.Linear(16, 6)).double()
+
+
+def move(net):
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.1).add_(0.01)
+
+
+def test_two_ranks_keep_equal_pools_and_those_of_one_rank_fed_the_gathered_batches(tmp_path):
+    multiprocessing.spawn(run_rank, (2, tmp_path), nprocs=2)
+    (trained_0, watched_0), (trained_1, watched_1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for step_0, step_1 in zip(trained_0 + watched_0, trained_1 + watched_1):
+        assert all(torch.equal(step_0[name], step_1[name]) for name in step_0)
+    assert not torch.equal(trained_0[0]["rows"], trained_0[-1]["rows"])
+
+    net = make_plain_net()
+    head = make_head(net)
+    for ranks, expected in zip(zip(batches(seed=0, batch=8), batches(seed=1, batch=8)), watched_0):
+        images, labels = (torch.cat([part.chunk(2)[half] for half in (0, 1) for part in parts])
+                          for parts in zip(*ranks))
+        head(net(images), labels)
+        move(net)
+        for name, buffer in head.pool.named_buffers():
+            torch.testing.assert_close(buffer, expected[name], rtol=0, atol=1e-12)
