@@ -1,8 +1,13 @@
-"""The ``f2c_`` keys of a config, their defaults and what is wrong with them."""
+"""Configs: the ``f2c_`` keys, their defaults and what is wrong with them; loading config files."""
 
 import difflib
 import math
+import runpy
 from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+
+from easydict import EasyDict
 
 PREFIX = "f2c_"
 RECIPES = ("ramp", "paper")
@@ -88,3 +93,53 @@ class F2CConfig:
 def _unknown_key(key, known):
     close = difflib.get_close_matches(key, known, 1)
     return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}")
+
+
+# Keys that arcface_torch's configs/base.py sets, as far as the built-in host knows them, and its own.
+HOST_DEFAULTS = dict(
+    head=None, sampler=None, output=None, resume=False, save_all_states=False, seed=2048,
+    network="r50", embedding_size=512, fp16=False, margin_list=(1.0, 0.5, 0.0), interclass_filtering_threshold=0,
+    scale=64.0,  # the host has it in its code
+    batch_size=128, gradient_acc=1, num_workers=2, dali=False,
+    optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, num_epoch=20, warmup_epoch=0,
+    val_targets=[], verbose=2000, frequent=10,
+)
+REQUIRED = ("rec", "num_classes", "num_image")
+
+
+def load_config(name: str) -> EasyDict:
+    """Load a config file of arcface_torch's kind: Python that sets ``config``.
+
+    A ``base.py`` beside the file is loaded first, as the host does.
+
+    Args:
+        name: path of the file, with or without ``.py``, or the name of a config that comes with
+            this package.
+    Raises:
+        ConfigError: there is no such file, it does not set ``config``, or lacks what has no default.
+    """
+    path = _find_config(name)
+    cfg = EasyDict(HOST_DEFAULTS)
+    base = path.with_name("base.py")
+    for file in ([base] if base.is_file() and base != path else []) + [path]:
+        found = runpy.run_path(str(file)).get("config")
+        if not isinstance(found, dict):
+            raise ConfigError(f"{file}: sets no `config`; a config file ends with one, config = EasyDict()")
+        cfg.update(found)
+    missing = [key for key in REQUIRED if key not in cfg]
+    if missing:
+        raise ConfigError(f"{path}: lacks {', '.join(missing)}")
+    if cfg.output is None:
+        cfg.output = str(Path("work_dirs") / path.stem)
+    return cfg
+
+
+def _find_config(name):
+    given = Path(name if name.endswith(".py") else name + ".py")
+    shipped = Path(str(resources.files("f2c_plugin.configs"))) / given.name
+    if given.is_file():
+        return given
+    if given.name == str(given) and shipped.is_file():
+        return shipped
+    known = sorted(file.stem for file in shipped.parent.glob("*.py") if file.stem != "__init__")
+    raise ConfigError(f"{name}: no such config file, nor one of those that come with the package: {', '.join(known)}")

@@ -14,7 +14,7 @@ arithmetic and square roots, which IEEE 754 rounds exactly, and no reductions.
 """
 
 from copy import copy
-from dataclasses import dataclass
+from math import sqrt
 from types import SimpleNamespace
 
 import numpy as np
@@ -58,7 +58,8 @@ _TRAITS = {
 }
 IDENTITY_DIM = len(_TRAITS)
 
-# What makes pictures of one person differ.  _DIFFICULTY scales every entry.
+# What makes pictures of one person differ.  _DIFFICULTY scales every entry; the
+# turned head looks sound up to about 1.5.
 _DIFFICULTY = 1.0
 _VARIATION = {
     # Pose: largest deviations.
@@ -99,25 +100,19 @@ _VARIATION = {
 
 
 def _colour(*levels):
-    """Three levels in [0, 1] as a column that broadcasts over (3, H, W)."""
+    """Red, green and blue in [0, 1], shaped to broadcast over (3, H, W)."""
     return np.array(levels, np.float32).reshape(3, 1, 1)
 
 
-_SKIN = [_colour(0.96, 0.82, 0.74), _colour(0.90, 0.72, 0.58), _colour(0.72, 0.52, 0.38), _colour(0.45, 0.31, 0.23)]
-_HAIR = [
-    _colour(0.09, 0.08, 0.09),
-    _colour(0.24, 0.15, 0.10),
-    _colour(0.44, 0.28, 0.16),
-    _colour(0.60, 0.27, 0.12),
-    _colour(0.85, 0.67, 0.38),
-    _colour(0.68, 0.66, 0.65),
-]
-_IRIS = [_colour(0.20, 0.11, 0.06), _colour(0.42, 0.26, 0.12), _colour(0.33, 0.44, 0.25), _colour(0.30, 0.50, 0.70)]
-_LIPS = [_colour(0.62, 0.36, 0.33), _colour(0.80, 0.45, 0.43), _colour(0.74, 0.24, 0.29)]
-_WHITE = _colour(0.95, 0.93, 0.91)
-_DARK = _colour(0.08, 0.05, 0.05)
-_MOUTH_INSIDE = _colour(0.30, 0.07, 0.08)
-_BLUSH = _colour(0.88, 0.38, 0.36)
+def _palette(hex_codes):
+    return [_colour(*(level / 255.0 for level in bytes.fromhex(code))) for code in hex_codes.split()]
+
+
+_SKIN = _palette("f5d1bd e6b894 b88561 734f3b")
+_HAIR = _palette("171417 3d261a 704729 99451f d9ab61 ada8a6")
+_IRIS = _palette("331c0f 6b421f 547040 4d80b3")
+_LIPS = _palette("9e5c54 cc736e bd3d4a")
+_WHITE, _DARK, _MOUTH_INSIDE, _BLUSH = _palette("f2ede8 140d0d 4d1214 e0615c")
 _SKIN_SHADOW = _colour(0.75, 1.0, 1.1)  # light scattered under the skin keeps shadows red
 
 _EYE_LINE = -7.0  # y
@@ -139,28 +134,20 @@ class _Chance:
         return _DIFFICULTY * _VARIATION[knob] * (self.uniform() - self.uniform())
 
     def upto(self, knob):
+        """Amount between none and the knob."""
         return _DIFFICULTY * _VARIATION[knob] * self.uniform()
 
     def happens(self, knob):
+        """Whether an event with the knob as its share takes place."""
         return self.uniform() < _DIFFICULTY * _VARIATION[knob]
 
     def colour(self, low=0.05, high=0.95):
         return _colour(*(low + (high - low) * self.uniform() for _ in range(3)))
 
 
-@dataclass
-class _Expression:
-    smile: float
-    mouth_open: float
-    blink: float
-    brow_raise: float
-    gaze_x: float
-    gaze_y: float
-
-
 def _draw_expression(chance):
-    return _Expression(
-        smile=chance.around("smile") + 2.0,
+    return SimpleNamespace(
+        smile=2.0 + chance.around("smile"),
         mouth_open=chance.upto("mouth_open") if chance.happens("open_mouth_share") else 0.0,
         blink=chance.upto("blink") * chance.uniform(),
         brow_raise=chance.around("brow_raise"),
@@ -217,8 +204,9 @@ def _paint(rgb, cover, colour, shade=None):
     rgb += (cover if shade is None else cover * shade) * colour
 
 
-def _darken(rgb, cover, tint=_SKIN_SHADOW):
-    rgb *= 1.0 - cover * tint
+def _darken(rgb, amount):
+    """Shade the skin; a negative amount lights it up."""
+    rgb *= 1.0 - amount * _SKIN_SHADOW
 
 
 # --- Pose -------------------------------------------------------------------
@@ -230,10 +218,10 @@ class _Frame:
     rgb is (3, SIZE, SIZE); x and y are (SIZE, SIZE).
     """
 
-    def __init__(self, rgb, chance):
-        self.rgb = rgb
+    def __init__(self, chance):
+        self.rgb = np.empty((3, SIZE, SIZE), np.float32)
         self.sin = chance.around("roll")
-        self.cos = (1.0 - self.sin**2) ** 0.5
+        self.cos = sqrt(1.0 - self.sin * self.sin)
         self.scale = 0.97 * (1.0 + chance.around("scale"))
         self.centre_x = 0.5 * SIZE + chance.around("shift")
         self.centre_y = 0.5 * SIZE + chance.around("shift")
@@ -249,8 +237,8 @@ class _Frame:
         frame = copy(self)
         frame.yaw, frame.pitch = yaw, pitch
         depth = _depth(self.x, self.y)
-        frame.x = (1.0 - yaw**2) ** 0.5 * self.x - yaw * depth
-        frame.y = (1.0 - pitch**2) ** 0.5 * self.y - pitch * depth
+        frame.x = sqrt(1.0 - yaw * yaw) * self.x - yaw * depth
+        frame.y = sqrt(1.0 - pitch * pitch) * self.y - pitch * depth
         return frame
 
     def box(self, x, y, half_w, half_h):
@@ -291,8 +279,7 @@ def _head_distance(x, y, person):
     below = np.maximum(y - _EYE_LINE, 0.0) * (1.0 / (person.face_length - _EYE_LINE))
     above = np.minimum(y - _EYE_LINE, 0.0) * (1.0 / (_EYE_LINE - _SKULL_TOP))
     width = person.face_width * (1.0 - (1.0 - person.jaw_width) * below * below)
-    u, v = x / width, above + below
-    u, v = u * u, v * v
+    u, v = (x / width) ** 2, (above + below) ** 2
     radius = np.sqrt(np.sqrt(u * u + v * v + (2.0 * person.chin_roundness) * u * v))
     return (radius - 1.0) * person.face_width
 
@@ -325,7 +312,7 @@ def _paint_back_hair(frame, person):
         return
     volume = 0.7 * person.hair_volume
     rgb, x, y = frame.patch(0.0, 10.0, 60.0, 85.0)
-    half_w = person.face_width + min(0.3 * person.hair_length - 6.0, 2.0) + volume  # short hair stays close
+    half_w = person.face_width + volume + min(0.3 * person.hair_length - 6.0, 2.0)  # short hair stays close
     shape = _ellipse(x, np.minimum(y + 14.0, 0.0), half_w, 46.0 + volume)
     shape = np.maximum(shape, 0.8 * (y + 10.0 - person.hair_length))
     shape = shape + (3.0 * person.hair_curl) * _wave(0.07 * y)
@@ -336,10 +323,9 @@ def _paint_neck_and_clothes(frame, person, chance):
     rgb, x, y = frame.patch(0.0, 44.0, 60.0, 18.0)
     neck = np.abs(x) - 0.52 * person.face_width
     _paint(rgb, _cover(neck), person.skin, 0.9 - 0.3 * _cover(y - 6.0, 30.0))
-    collar = 4.0 + 0.03 * chance.uniform() * x * x
-    shoulders = 5.0 + 0.006 * x * x - y
-    neckline = 12.0 * chance.uniform() - 0.03 * x * x
-    _paint(rgb, _cover(np.maximum(shoulders, neckline + 5.0 - y), 1.5), chance.colour())
+    shoulders = 5.0 + 0.006 * x * x
+    neckline = 5.0 + 12.0 * chance.uniform() - 0.03 * x * x
+    _paint(rgb, _cover(np.maximum(shoulders, neckline) - y, 1.5), chance.colour())
 
 
 def _paint_ears(head, person):
@@ -352,8 +338,7 @@ def _paint_ears(head, person):
 
 def _paint_skin(head, distance, person):
     """Skin of the face, darker towards the outline, where it turns away."""
-    radius = distance * (1.0 / person.face_width) + 1.0
-    radius = radius * radius
+    radius = (distance * (1.0 / person.face_width) + 1.0) ** 2
     _paint(head.rgb, _cover(distance), person.skin, 1.05 - 0.27 * radius * radius)
 
 
@@ -388,10 +373,9 @@ def _paint_beard(head, distance, person):
     if person.beard <= 0.0:
         return
     rows, _ = head.box(0.0, 25.0, person.face_width, 30.0)
-    across = head.x[rows] * (1.0 / person.face_width)
-    across = across * across
-    below = head.y[rows] - (_EYE_LINE + person.nose_length + 5.0 - 24.0 * across * across)
-    cover = _cover(-below, 5.0) * _cover(distance[rows] + 0.5)
+    across = (head.x[rows] * (1.0 / person.face_width)) ** 2
+    line = _EYE_LINE + person.nose_length + 5.0 - 24.0 * across * across
+    cover = _cover(line - head.y[rows], 5.0) * _cover(distance[rows] + 0.5)
     _paint(head.rgb[:, rows], person.beard * cover, 0.9 * person.hair)
 
 
@@ -404,7 +388,7 @@ def _paint_eyes(head, person, expression):
     to_iris = np.sqrt(to_iris_x * to_iris_x + to_iris_y * to_iris_y)
     socket = 0.22 * _blob(across, y + 1.0, half_w + 4.0, 8.0)
     y = y + person.eye_tilt * across
-    rise = person.eye_height * (1.0 - expression.blink)
+    rise = person.eye_height * max(1.0 - expression.blink, 0.0)
     drop = 0.75 * rise
     crease = 0.25 * _cover(_lens(across, y + 2.0, half_w, rise + 0.9, -rise), 1.5)
     lower_lid = 0.3 * _cover(_lens(across, y, half_w, -drop, drop + 1.0))
@@ -453,8 +437,7 @@ def _paint_mouth(head, person, expression):
     half_w = person.mouth_width + 0.5 * expression.smile - 0.25 * expression.mouth_open
     gap, lip = expression.mouth_open, person.lip_thickness
     rgb, x, y = head.patch(0.0, person.mouth_height, half_w + 5.0, gap + 9.0)
-    across = x * (1.0 / half_w)
-    across = across * across
+    across = (x * (1.0 / half_w)) ** 2
     y = y + expression.smile * (across - 0.4)
     _darken(rgb, 0.2 * _blob(x, y - gap - 1.6 * lip - 2.0, 0.6 * half_w, 3.0))
     cupid = 0.9 * np.maximum(1.0 - 18.0 * across, 0.0)  # the notch of the upper lip
@@ -465,8 +448,7 @@ def _paint_mouth(head, person, expression):
     inside = _lens(x, y, half_w - 0.5, 0.3 * gap + 0.3, gap + 0.3)
     _paint(rgb, 0.9 * _cover(inside), _MOUTH_INSIDE)
     if gap > 0.0:
-        teeth = np.maximum(inside + 0.8, y - 0.35 * gap)
-        _paint(rgb, _cover(teeth), _WHITE)
+        _paint(rgb, _cover(np.maximum(inside + 0.8, y - 0.35 * gap)), _WHITE)  # teeth
 
 
 def _paint_smile_folds(head, person, expression):
@@ -481,8 +463,7 @@ def _paint_front_hair(head, distance, person):
     """Hair on top of the skull, down to the hairline and the temples."""
     rows, _ = head.box(0.0, -20.0, person.face_width, 45.0)
     x, y = head.x[rows], head.y[rows]
-    across = x * (1.0 / person.face_width)
-    across = across * across
+    across = (x * (1.0 / person.face_width)) ** 2
     temples = 36.0 + 0.2 * max(person.hair_length, 0.0)
     from_parting = x - person.hair_parting
     peak = (7.0 - 0.5 * np.abs(from_parting)).clip(0.0, 7.0)
@@ -554,7 +535,7 @@ def _develop(rgb, chance):
     rgb *= (1.0 + curvature) - curvature * rgb
     faded = 1.0 if chance.happens("greyscale_share") else chance.upto("desaturation")
     grey = 0.3 * rgb[0] + 0.6 * rgb[1] + 0.1 * rgb[2]
-    _paint(rgb, faded, grey)
+    rgb += faded * (grey - rgb)
 
 
 def _blur(rgb):
@@ -588,10 +569,9 @@ def _meet(identity, chance):
     person.skin = tan * _ramp(_SKIN, person.skin_tone)
     person.hair = _ramp(_HAIR, person.hair_colour)
     person.iris = _ramp(_IRIS, person.iris_colour)
-    lips = _ramp(_LIPS, person.lip_colour)
+    lips = 0.4 * person.skin + 0.6 * _ramp(_LIPS, person.lip_colour)
     makeup = _colour(0.5 + 0.4 * chance.uniform(), 0.2, 0.25 + 0.2 * chance.uniform())
-    person.lips = 0.4 * person.skin + 0.6 * lips
-    person.lips = person.lips + chance.upto("lip_makeup") * (makeup - person.lips)
+    person.lips = lips + chance.upto("lip_makeup") * (makeup - lips)
     return person
 
 
@@ -609,7 +589,7 @@ def draw_face(identity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     chance = _Chance(rng)
     person = _meet(identity, chance)
     expression = _draw_expression(chance)
-    body = _Frame(np.empty((3, SIZE, SIZE), np.float32), chance)
+    body = _Frame(chance)
     head = body.turned(chance.around("yaw"), chance.around("pitch"))
 
     _paint_background(body, chance)

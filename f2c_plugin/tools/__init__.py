@@ -1,0 +1,1 @@
+"""Around the training: verification, export, synthetic faces, pictures."""
