@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from f2c_plugin.host.patching import HOST_URL
+
 
 def synth(arguments):
     """Draw a pack of synthetic faces and a verification set."""
@@ -18,14 +20,67 @@ def synth(arguments):
         print("no contact_sheet.png: pip install f2c-plugin[plot]")
 
 
+def install(arguments):
+    """Patch an arcface_torch checkout and copy the configs into it."""
+    from f2c_plugin.host import patching
+
+    host = patching.find_host(arguments.checkout)
+    changes = patching.plan_reverse(host) if arguments.reverse else patching.plan_install(host)
+    if not arguments.check:
+        patching.apply(host, changes)
+    for change in changes:
+        verb = "removed" if change.content is None else "written"
+        print(f"{change.path} {'would be' if arguments.check else 'is'} {verb} ({change.reason})")
+    if not changes:
+        print(f"{host}: nothing to do, it is {'as it was without' if arguments.reverse else 'ready for'} the plugin")
+
+
+def fetch_host(arguments):
+    """Clone the tested revision of arcface_torch into the project's cache."""
+    from f2c_plugin.host import patching
+
+    print(patching.fetch_host(arguments.source))
+
+
+def doctor(arguments):
+    """Say what is installed, whether a checkout is patched, and what a dataset holds."""
+    from f2c_plugin.tools.doctor import examine
+
+    if not examine(arguments.checkout, arguments.dataset):
+        sys.exit(1)
+
+
+def report(arguments):
+    """Print the summary of a training run and draw its pictures."""
+    from f2c_plugin.tools.report import report
+
+    report(arguments.folder)
+
+
 def _parser():
     parser = argparse.ArgumentParser("f2c-plugin", description="F²C for arcface_torch.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(function, name=None):
-        sub = commands.add_parser(name or function.__name__, help=function.__doc__, description=function.__doc__)
+    def command(function):
+        name = function.__name__.replace("_", "-")
+        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(function=function)
         return sub.add_argument
+
+    add = command(install)
+    add("checkout", help="arcface_torch, or the insightface checkout around it")
+    add("--check", action="store_true", help="say what would happen, change nothing")
+    add("--reverse", action="store_true", help="restore the checkout")
+
+    add = command(fetch_host)
+    add("--from", dest="source", default=HOST_URL, metavar="GIT_URL_OR_PATH")
+
+    add = command(doctor)
+    add("--checkout", help="an arcface_torch checkout to look at")
+    add("--dataset", help="folder of a pack to look at")
+
+    add = command(report)
+    add("folder", help="a run's output folder")
 
     add = command(synth)
     add("folder", help="where train.rec, train.idx, property, synth.bin and contact_sheet.png go")

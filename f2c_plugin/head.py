@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from f2c_plugin.gallery import GalleryNet
-from f2c_plugin.loss import PoolLoss, default_hard_negatives, pool_loss
+from f2c_plugin.loss import Margin, PoolLoss, default_hard_negatives, pool_loss
 from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool, PoolWrite
 from f2c_plugin.recipe import Recipe
 
@@ -18,6 +18,7 @@ class StepStatistics:
     Attributes:
         loss, found, positive_cosine, hard_negative_cosine: as in PoolLoss, mean over the half-steps.
         evictions: identities that lost their slots to the write that stays, over all ranks.
+        scale: s of this step, a number.
     """
 
     loss: Tensor
@@ -25,6 +26,7 @@ class StepStatistics:
     positive_cosine: Tensor
     hard_negative_cosine: Tensor
     evictions: Tensor
+    scale: float
 
 
 class F2CHead(nn.Module):
@@ -100,34 +102,36 @@ class F2CHead(nn.Module):
         self._check(images, labels)
         if self.steps and self.steps % self.gradient_acc == 0:
             self.gallery.follow(self._probe_net[0], self.momentum)
+        margin = self.recipe.margin_at(self.steps)
         embeddings = local_embeddings.to(self.pool.rows.dtype)
         label_x, label_y = labels.chunk(2)  # (B/2,) each
 
         if self.symmetric:
             gallery_x, gallery_y = self.gallery(images).chunk(2)  # (B/2, D) each
             probe_x, probe_y = embeddings.chunk(2)
-            write, first = self._half_step(gallery_y, label_y, probe_x, label_x)
+            write, first = self._half_step(gallery_y, label_y, probe_x, label_x, margin)
             self.pool.undo(write)
-            write, second = self._half_step(gallery_x, label_x, probe_y, label_y)
+            write, second = self._half_step(gallery_x, label_x, probe_y, label_y, margin)
             half_steps = first, second
         else:
             gallery_x = self.gallery(images.chunk(2)[0])  # (B/2, D)
-            write, only = self._half_step(gallery_x, label_x, embeddings, label_y)
+            write, only = self._half_step(gallery_x, label_x, embeddings, label_y, margin)
             half_steps = only,
 
         self.steps += 1
         means = torch.stack([torch.stack(half_step).detach() for half_step in half_steps]).nanmean(dim=0)  # (4,)
-        self.statistics = StepStatistics(*means, evictions=(write.evicted != NOT_IN_POOL).sum().float())
+        self.statistics = StepStatistics(*means, evictions=(write.evicted != NOT_IN_POOL).sum().float(),
+                                         scale=margin.scale)
         return sum(half_step.loss for half_step in half_steps) * self.recipe.loss_weight(2 * len(half_steps))
 
-    def _half_step(self, gallery: Tensor, gallery_labels: Tensor, probe: Tensor, probe_labels: Tensor
-                   ) -> tuple[PoolWrite, PoolLoss]:
+    def _half_step(self, gallery: Tensor, gallery_labels: Tensor, probe: Tensor, probe_labels: Tensor,
+                   margin: Margin) -> tuple[PoolWrite, PoolLoss]:
         """Write the gallery features of all ranks into the pool, compare this rank's probes with it."""
         write = self.pool.write(_gather(gallery_labels), _gather(gallery))
         slots = self.pool.lookup(probe_labels)
         renewed = write.slot[write.renewed]  # synchronises
-        return write, pool_loss(probe, slots, self.pool.rows, renewed, self.recipe.margin_at(self.steps),
-                                self.num_hard_negatives, self.autocast)
+        return write, pool_loss(probe, slots, self.pool.rows, renewed, margin, self.num_hard_negatives,
+                                self.autocast)
 
     def _check(self, images, labels):
         if len(images) % 2 or len(labels) != len(images):

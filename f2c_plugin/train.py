@@ -210,7 +210,7 @@ class _Log:
                    "images_per_second": (step - self.since) * self.images_per_step / seconds}
         statistics = getattr(head, "statistics", None)
         if statistics is not None:
-            scalars |= {f"f2c/{name}": value.item() for name, value in vars(statistics).items() if name != "loss"}
+            scalars |= {f"f2c/{name}": float(value) for name, value in vars(statistics).items() if name != "loss"}
             scalars["f2c/pool_fill"] = head.pool.fill().item()
         self._record(step, scalars)
         self.bar.set_postfix(loss=f"{scalars['loss']:.3f}")

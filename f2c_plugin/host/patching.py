@@ -1,0 +1,204 @@
+"""Opening an arcface_torch checkout for the plugin, and closing it again."""
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+HOST_URL = "https://github.com/deepinsight/insightface"
+HOST_FOLDER = Path("recognition/arcface_torch")
+# The revision that the patches were made for and the tests run with. The code of arcface_torch has
+# not changed since 2023-06-10.
+HOST_REVISION = "7fadd420c2351d0ffa8cac403421c1a3ed733365"
+BUILT_IN_ONLY = "f2c_demo.py"  # a config that names what the host does not have
+
+
+class HostError(ValueError):
+    """A checkout that cannot be patched; it was left as it was."""
+
+
+@dataclass
+class Change:
+    """What is to be done to one file of the checkout.
+
+    Attributes:
+        path: relative to the checkout.
+        content: new content, or None to remove the file.
+        reason: the patch or config that wants it.
+    """
+
+    path: Path
+    content: bytes | None
+    reason: str
+
+
+def patches() -> list[Path]:
+    """The patches, in the order in which they apply."""
+    return sorted(Path(str(resources.files("f2c_plugin.patches"))).glob("*.patch"))
+
+
+def host_configs() -> list[Path]:
+    """The configs for the host."""
+    files = Path(str(resources.files("f2c_plugin.configs"))).glob("*.py")
+    return sorted(file for file in files if file.name not in ("__init__.py", BUILT_IN_ONLY))
+
+
+def find_host(folder) -> Path:
+    """The arcface_torch folder in ``folder``, which may also be a checkout of all of insightface.
+
+    Raises:
+        HostError: there is none.
+    """
+    for candidate in (Path(folder), Path(folder) / HOST_FOLDER):
+        if (candidate / "train_v2.py").is_file() and (candidate / "partial_fc_v2.py").is_file():
+            return candidate.resolve()
+    raise HostError(f"{folder}: no arcface_torch here (no train_v2.py); give the folder {HOST_FOLDER} of an insightface checkout")
+
+
+def plan_install(host: Path) -> list[Change]:
+    """What installing changes: the patches that are not in yet, and the configs. Empty if all is there.
+
+    Raises:
+        HostError: a patch does not fit, or a config of the same name with other content is in the way.
+    """
+    changes = _patched(host, applied_patches(host), len(patches()))
+    for config in host_configs():
+        target = host / "configs" / config.name
+        if not target.exists():
+            changes.append(Change(target.relative_to(host), config.read_bytes(), "config"))
+        elif target.read_bytes() != config.read_bytes():
+            raise HostError(f"{target} differs from the config that would be copied there: rename or remove it")
+    return changes
+
+
+def plan_reverse(host: Path) -> list[Change]:
+    """What undoing an installation changes. Configs that were edited since stay."""
+    changes = _patched(host, applied_patches(host), 0)
+    for config in host_configs():
+        target = host / "configs" / config.name
+        if target.is_file() and target.read_bytes() == config.read_bytes():
+            changes.append(Change(target.relative_to(host), None, "config"))
+    return changes
+
+
+def apply(host: Path, changes: list[Change]) -> None:
+    """Make the changes: all new content is written beside its place before the first file is replaced."""
+    staged = []
+    try:
+        for change in changes:
+            if change.content is not None:
+                target = host / change.path
+                partial = target.with_name(target.name + ".f2c-partial")
+                staged.append((partial, target))
+                partial.write_bytes(change.content)
+                if target.exists():
+                    shutil.copymode(target, partial)
+    except OSError:
+        for partial, _ in staged:
+            partial.unlink(missing_ok=True)
+        raise
+    for partial, target in staged:
+        os.replace(partial, target)
+    for change in changes:
+        if change.content is None:
+            (host / change.path).unlink()
+
+
+def applied_patches(host: Path) -> int:
+    """How many of the patches are in; they stack, so these are the first ones."""
+    for count in range(len(patches()), 0, -1):
+        with tempfile.TemporaryDirectory() as folder:
+            _copy_touched(host, Path(folder))
+            if all(_git_apply(Path(folder), patch, "--reverse") is None for patch in reversed(patches()[:count])):
+                return count
+    return 0
+
+
+def _patched(host, present, wanted) -> list[Change]:
+    """Changes from ``present`` patches to ``wanted``, worked out in a copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        touched = _copy_touched(host, copy)
+        for patch in reversed(patches()[wanted:present]):
+            _must_fit(_git_apply(copy, patch, "--reverse"), patch, host)
+        for patch in patches()[present:wanted]:
+            _must_fit(_git_apply(copy, patch), patch, host)
+        changes = []
+        for path, reason in touched.items():
+            before, after = (file.read_bytes() if (file := root / path).is_file() else None for root in (host, copy))
+            if before != after:
+                changes.append(Change(path, after, reason))
+        return changes
+
+
+def _copy_touched(host, folder) -> dict[Path, str]:
+    """Copy the files that patches touch; returns which patches touch them."""
+    touched: dict[Path, str] = {}
+    for patch in patches():
+        for name in re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(), re.MULTILINE):
+            path = Path(name)
+            touched[path] = f"{touched[path]}, {patch.stem}" if path in touched else patch.stem
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            if (host / path).is_file():
+                shutil.copy(host / path, folder / path)
+    return touched
+
+
+def _git_apply(folder, patch, *options) -> str | None:
+    """None if the patch fits, else what git says. Nothing is changed then."""
+    # Below the ceiling git takes the folder for no repository, and paths for relative to it.
+    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent), "LC_ALL": "C"}
+    try:
+        done = subprocess.run(["git", "apply", *options, str(patch)], cwd=folder, env=environment,
+                              capture_output=True, text=True)
+    except FileNotFoundError:
+        raise HostError("git is needed to apply the patches, and there is none on the PATH") from None
+    return None if done.returncode == 0 else done.stderr
+
+
+def _must_fit(complaint, patch, host):
+    if complaint is None:
+        return
+    places = re.findall(r"patch failed: (.+)", complaint) or [complaint.strip()]
+    raise HostError(f"{patch.name} does not fit {host}: it fails at {', '.join(places)} (file:line). Nothing was changed. "
+                    f"The patches are made for revision {HOST_REVISION[:12]} of {HOST_URL}")
+
+
+def cache_folder() -> Path:
+    """The project's cache: $F2C_CACHE, else f2c-plugin in the user's cache folder."""
+    if "F2C_CACHE" in os.environ:
+        return Path(os.environ["F2C_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2c-plugin"
+
+
+def fetch_host(source: str = HOST_URL) -> Path:
+    """Clone the tested revision of the host, arcface_torch alone, into the cache; returns its folder.
+
+    Raises:
+        HostError: the source cannot be cloned, or does not have the revision.
+    """
+    clone = cache_folder() / f"insightface-{HOST_REVISION[:12]}"
+    if clone.is_dir():
+        return find_host(clone)
+    clone.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=clone.parent) as folder:
+        work = Path(folder) / "clone"
+        _git("clone", "--quiet", "--no-checkout", "--filter=blob:none", source, str(work))
+        _git("-C", str(work), "sparse-checkout", "set", "--no-cone", f"/{HOST_FOLDER}/")
+        _git("-C", str(work), "checkout", "--quiet", HOST_REVISION)
+        find_host(work)
+        os.replace(work, clone)
+    return find_host(clone)
+
+
+def _git(*arguments):
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise HostError("git is needed to fetch the host, and there is none on the PATH") from None
+    if done.returncode:
+        raise HostError(f"git {' '.join(arguments)}: {done.stderr.strip()}")

@@ -1,0 +1,108 @@
+"""What is installed, what is found, and what a checkout or a pack holds."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from f2c_plugin.data import RecordDataset, RecordError
+from f2c_plugin.host import patching
+from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
+from f2c_plugin.tools.verification import VerificationSet, VerificationSetError
+
+PACKAGES = ("f2c-plugin", "torch", "numpy", "easydict", "simplejpeg", "tqdm", "onnx")
+EXTRAS = ("onnxruntime", "matplotlib", "pillow", "tensorboard", "scikit-learn", "scipy", "insightface", "mxnet")
+
+
+class Examination:
+    """Prints findings line by line and remembers whether one of them is bad."""
+
+    def __init__(self):
+        self.healthy = True
+
+    def note(self, what, finding):
+        print(f"  {what:<22} {finding}")
+
+    def complain(self, what, finding):
+        self.healthy = False
+        print(f"! {what:<22} {finding}")
+
+
+def examine(checkout=None, dataset=None) -> bool:
+    """Print what there is; returns whether all that was asked for is in order."""
+    examination = Examination()
+    _versions(examination)
+    _entry_points(examination)
+    if checkout:
+        _checkout(examination, checkout)
+    if dataset:
+        _dataset(examination, Path(dataset))
+    return examination.healthy
+
+
+def _versions(examination):
+    examination.note("python", platform.python_version())
+    for package in PACKAGES:
+        try:
+            examination.note(package, metadata.version(package))
+        except metadata.PackageNotFoundError:
+            examination.complain(package, "not installed: pip install f2c-plugin")
+    for package in EXTRAS:
+        try:
+            examination.note(package, metadata.version(package))
+        except metadata.PackageNotFoundError:
+            examination.note(package, "not installed (optional)")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    examination.note("GPUs", ", ".join(gpus) or "none: training runs on the CPU")
+    examination.note("CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()}")
+
+
+def _entry_points(examination):
+    for group, name in (HEADS, "f2c_dcp"), (SAMPLERS, "f2c_dual"):
+        try:
+            examination.note(name, f"found, {load_plugin(group, name).__module__} in {group}")
+        except UnknownPlugin as error:
+            examination.complain(name, error)
+
+
+def _checkout(examination, folder):
+    try:
+        host = patching.find_host(folder)
+        changes = patching.plan_install(host)
+        present, files = patching.applied_patches(host), patching.patches()
+    except patching.HostError as error:
+        examination.complain("checkout", error)
+        return
+    if not changes:
+        examination.note("checkout", f"{host} is patched, configs are in")
+    elif present == 0:
+        examination.complain("checkout", f"{host} is not patched: f2c-plugin install {folder}")
+    else:
+        missing = [patch.stem for patch in files[present:]] or [str(change.path) for change in changes]
+        examination.complain("checkout", f"{host} lacks {', '.join(missing)}: f2c-plugin install {folder}")
+
+
+def _dataset(examination, folder):
+    try:
+        dataset = RecordDataset(folder)
+        sizes = np.diff(dataset.index.starts)
+        examination.note("dataset", f"{dataset.records.path}: {len(dataset)} images of {len(sizes)} identities, "
+                                    f"numbered up to {dataset.index.numbers[-1]}")
+        examination.note("images per identity", f"{sizes.min()} to {sizes.max()}, median {np.median(sizes):g}, "
+                                                f"{(sizes == 1).mean():.1%} with one image")
+        for position in np.linspace(0, len(dataset) - 1, min(100, len(dataset))).astype(int):
+            dataset.face(position)
+        examination.note("images", f"{min(100, len(dataset))} of them decoded")
+        examination.note("config", f'config.rec = "{folder}"; config.num_classes = {dataset.index.numbers[-1] + 1}; '
+                                   f"config.num_image = {len(dataset)}")
+    except RecordError as error:
+        examination.complain("dataset", error)
+    for path in sorted(folder.glob("*.bin")):
+        try:
+            verification_set = VerificationSet(path)
+            examination.note(path.name, f"{len(verification_set.same)} pairs, {verification_set.same.mean():.0%} same")
+        except VerificationSetError as error:
+            examination.complain(path.name, error)

@@ -1,0 +1,221 @@
+"""The real arcface_torch, patched, run under torchrun on CPU over gloo.
+
+Needs a checkout: ARCFACE_TORCH, or `f2c-plugin fetch-host`.
+"""
+
+import filecmp
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from f2c_plugin.backbones import get_model
+from f2c_plugin.cli import main as cli
+from f2c_plugin.host import patching
+from f2c_plugin.tools.synth import write_dataset
+
+pytestmark = pytest.mark.host
+
+IDENTITIES, IMAGES = 40, 8
+
+
+@pytest.fixture(scope="session")
+def checkout():
+    """The unpatched host."""
+    folder = os.environ.get("ARCFACE_TORCH")
+    if not folder:
+        cached = patching.cache_folder() / f"insightface-{patching.HOST_REVISION[:12]}"
+        if not cached.is_dir():
+            pytest.skip("NOT RUN IN THE REAL HOST: set ARCFACE_TORCH to an arcface_torch checkout or run "
+                        "`f2c-plugin fetch-host`")
+        folder = cached
+    return patching.find_host(folder)
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pack")
+    write_dataset(folder, IDENTITIES, IMAGES, num_pairs=40, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def patched(checkout, tmp_path_factory):
+    """A copy of the host with the plugin installed by the command."""
+    copy = tmp_path_factory.mktemp("host") / "arcface_torch"
+    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns("__pycache__", ".git"))
+    cli(["install", str(copy)])
+    return copy
+
+
+def write_config(host, name, pack, **keys):
+    """A config of the host: base.py's defaults, the pack, and ``keys``."""
+    lines = ["from easydict import EasyDict as edict", "config = edict()"]
+    keys = dict(network="mbf", output=f"work_dirs/{name}", embedding_size=64, batch_size=8, lr=0.05, num_workers=1,
+                rec=str(pack), num_classes=IDENTITIES, num_image=IDENTITIES * IMAGES, num_epoch=2, warmup_epoch=0,
+                val_targets=["synth"], verbose=15, frequent=2, save_all_states=True,
+                margin_list=(1.0, 0.0, 0.4)) | keys
+    lines += [f"config.{key} = {value!r}" for key, value in keys.items()]
+    (host / "configs" / f"{name}.py").write_text("\n".join(lines) + "\n")
+
+
+def run(host, name):
+    """The host's own command; returns what it logged."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_v2.py",
+               f"configs/{name}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return (host / "work_dirs" / name / "training.log").read_text()
+
+
+def losses(log):
+    return [float(value) for value in re.findall(r"Loss (\S+)", log)]
+
+
+def assert_trained(log, host, name, ranks=2):
+    values = losses(log)
+    assert len(values) >= 10 and all(map(math.isfinite, values))
+    third = len(values) // 3
+    assert sum(values[-third:]) < sum(values[:third])
+    assert re.search(r"\[synth\]\[\d+\]Accuracy-Flip: 0\.\d+", log)
+    return [torch.load(host / "work_dirs" / name / f"checkpoint_gpu_{rank}.pt") for rank in range(ranks)]
+
+
+def test_f2c_trains_verifies_saves_and_resumes_with_the_pool_as_it_was(patched, pack):
+    # As published: under the ramp the loss grows because its scale does.
+    keys = dict(head="f2c_dcp", f2c_pool_rate=0.5, f2c_recipe="paper", f2c_momentum=0.9)
+    write_config(patched, "f2c", pack, **keys)
+    rank_0, rank_1 = assert_trained(run(patched, "f2c"), patched, "f2c")
+    for name, value in rank_0["state_dict_softmax_fc"].items():
+        if name.startswith("pool."):
+            assert torch.equal(value, rank_1["state_dict_softmax_fc"][name]), name
+    assert rank_0["state_dict_softmax_fc"]["pool.slot_identity"].min() >= 0
+
+    write_config(patched, "f2c", pack, **keys, resume=True, num_epoch=3)
+    log = run(patched, "f2c")
+    steps = [int(step) for step in re.findall(r"Global Step: (\d+)", log)]
+    assert steps[-1] > rank_0["global_step"] and min(steps[steps.index(max(steps)) - 5:]) > rank_0["global_step"]
+    resumed = torch.load(patched / "work_dirs" / "f2c" / "checkpoint_gpu_0.pt")
+    batch = 8
+    per_step = batch  # gallery features of both ranks in the half-step that stays
+    before, after = (state["state_dict_softmax_fc"]["pool.clock"] for state in (rank_0, resumed))
+    assert after - before == per_step * (resumed["global_step"] - rank_0["global_step"])
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+def test_configs_without_a_head_train_partial_fc_as_before(patched, pack, sample_rate):
+    name = f"pfc_{int(10 * sample_rate)}"
+    write_config(patched, name, pack, sample_rate=sample_rate)
+    rank_0, rank_1 = assert_trained(run(patched, name), patched, name)
+    assert rank_0["state_dict_softmax_fc"]["weight"].shape == (IDENTITIES // 2, 64)
+    assert not torch.equal(rank_0["state_dict_softmax_fc"]["weight"], rank_1["state_dict_softmax_fc"]["weight"])
+
+
+def test_model_pt_loads_into_the_hosts_own_backbone_and_ours_into_the_hosts(patched, pack, tmp_path):
+    if not (patched / "work_dirs" / "f2c" / "model.pt").is_file():
+        write_config(patched, "f2c", pack, head="f2c_dcp", f2c_pool_rate=0.5, num_epoch=1)
+        run(patched, "f2c")
+    for name in "r18", "r50", "r100":
+        torch.save(get_model(name).state_dict(), tmp_path / f"{name}.pt")
+    script = f"""
+import torch
+from backbones import get_model
+net = get_model("mbf", num_features=64)
+net.load_state_dict(torch.load("work_dirs/f2c/model.pt"), strict=True)
+for name in "r18", "r50", "r100":
+    net = get_model(name, num_features=512, fp16=False)
+    net.load_state_dict(torch.load(r"{tmp_path}/" + name + ".pt"), strict=True)
+    net.eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        torch.save(net(torch.randn(2, 3, 112, 112)), r"{tmp_path}/" + name + "_embeddings.pt")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=patched, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in "r18", "r50", "r100":
+        net = get_model(name).eval()
+        net.load_state_dict(torch.load(tmp_path / f"{name}.pt"))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            torch.testing.assert_close(net(torch.randn(2, 3, 112, 112)),
+                                       torch.load(tmp_path / f"{name}_embeddings.pt"))
+
+
+def test_an_unknown_head_names_those_there_are(patched, pack):
+    write_config(patched, "unknown", pack, head="f2c_dpc")
+    with pytest.raises(AssertionError, match=r"'f2c_dpc' is none of the installed arcface_torch.heads: f2c_dcp"):
+        run(patched, "unknown")
+
+
+def tree(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(Path(folder).rglob("*"))
+            if path.is_file() and "__pycache__" not in path.parts}
+
+
+@pytest.fixture
+def copy(checkout, tmp_path):
+    return Path(shutil.copytree(checkout, tmp_path / "arcface_torch", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def test_installing_twice_changes_nothing_and_reversing_restores_every_byte(copy, checkout):
+    cli(["install", str(copy), "--check"])
+    assert tree(copy) == tree(checkout)
+    cli(["install", str(copy)])
+    installed = tree(copy)
+    assert installed != tree(checkout)
+    cli(["install", str(copy)])
+    assert tree(copy) == installed
+    cli(["install", str(copy), "--reverse"])
+    assert tree(copy) == tree(checkout)
+    assert filecmp.cmp(copy / "train_v2.py", checkout / "train_v2.py", shallow=False)
+
+
+def test_a_checkout_with_the_first_patch_alone_gets_the_others(copy):
+    first = patching.patches()[0]
+    subprocess.run(["git", "apply", str(first)], cwd=copy, check=True,
+                   env={**os.environ, "GIT_CEILING_DIRECTORIES": str(copy.parent)})
+    assert patching.applied_patches(copy) == 1
+    cli(["install", str(copy)])
+    assert patching.applied_patches(copy) == len(patching.patches())
+
+
+def test_a_checkout_that_does_not_fit_is_left_untouched_with_file_and_line_named(copy):
+    text = (copy / "partial_fc_v2.py").read_text()
+    (copy / "partial_fc_v2.py").write_text(text.replace("torch.cuda.amp.autocast(self.fp16)", "nullcontext()"))
+    before = tree(copy)
+    with pytest.raises(SystemExit, match=r"0002-todays-stack.patch does not fit .* partial_fc_v2.py:\d+ .*Nothing was changed"):
+        cli(["install", str(copy)])
+    assert tree(copy) == before
+
+
+def test_a_config_in_the_way_is_not_overwritten(copy):
+    (copy / "configs" / "ms1mv3_r50_f2c.py").write_text("mine")
+    before = tree(copy)
+    with pytest.raises(SystemExit, match="ms1mv3_r50_f2c.py differs"):
+        cli(["install", str(copy)])
+    assert tree(copy) == before
+
+
+def test_configs_for_the_host_load_as_the_host_loads_them(patched):
+    names = [config.stem for config in patching.host_configs()]
+    script = ("from utils.utils_config import get_config; import sys;"
+              "cfg = get_config('configs/' + sys.argv[1]); assert cfg.head == 'f2c_dcp' and cfg.output")
+    for name in names:
+        subprocess.run([sys.executable, "-c", script, name], cwd=patched, check=True)
+
+
+def test_fetch_host_clones_the_tested_revision_into_the_cache(checkout, tmp_path, monkeypatch):
+    root = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--show-toplevel"], capture_output=True, text=True)
+    if root.returncode:
+        pytest.skip("ARCFACE_TORCH is not in a git checkout")
+    monkeypatch.setenv("F2C_CACHE", str(tmp_path / "cache"))
+    host = patching.fetch_host(root.stdout.strip())
+    assert tree(host) == tree(checkout)
+    assert patching.fetch_host("no such source") == host  # it is there already
