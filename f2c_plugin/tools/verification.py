@@ -140,14 +140,10 @@ class _PlainUnpickler(pickle.Unpickler):
     """Lists, tuples, bytes, bools, numbers, and NumPy arrays of bytes or bools. Nothing is imported."""
 
     def find_class(self, module, name):
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return _PickledArray if name == "_reconstruct" else _scalar
-        if (module, name) == ("numpy", "ndarray"):
-            return None
-        if (module, name) == ("numpy", "dtype"):
-            return _PickledDtype
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 writes bytes
-            return _encode_latin1
+        try:
+            return _STAND_INS[module.replace("numpy._core", "numpy.core"), name]
+        except KeyError:
+            pass
         raise VerificationSetError(f"it asks for {module}.{name}; a verification set needs only lists of images and "
                                    "answers, so the file is damaged or malicious")
 
@@ -170,9 +166,16 @@ class _PickledArray:
 
     def __setstate__(self, state):
         _, shape, dtype, _, content = state
-        if not isinstance(dtype, _PickledDtype) or not isinstance(content, bytes) or len(content) != np.prod(shape):
+        matches = isinstance(dtype, _PickledDtype) and isinstance(content, (bytes, bytearray))
+        if not matches or len(content) != np.prod(shape):
             raise VerificationSetError("it holds a NumPy array whose content does not match its shape")
         self.array = np.frombuffer(content, np.uint8)
+
+
+def _array_from_buffer(content, dtype, shape, order):  # protocol 5
+    array = _PickledArray()
+    array.__setstate__((1, shape, dtype, order, content))
+    return array
 
 
 def _scalar(_, content):
@@ -185,6 +188,16 @@ def _encode_latin1(text, encoding):
     return text.encode("latin1")
 
 
+_STAND_INS = {
+    ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): _array_from_buffer,
+    ("numpy", "ndarray"): None,  # an argument of _reconstruct, of no meaning here
+    ("numpy", "dtype"): _PickledDtype,
+    ("_codecs", "encode"): _encode_latin1,  # how protocol 2 writes bytes
+}
+
+
 def _load_pickle(path):
     if not path.is_file():
         raise VerificationSetError(f"{path}: no such file")
@@ -195,6 +208,8 @@ def _load_pickle(path):
                         for part in (_as_list(images), _as_list(same)))
         if not all(isinstance(image, (bytes, np.ndarray)) for image in images):
             raise VerificationSetError("its images are not byte strings")
+        if not all(isinstance(answer, (bool, int, np.integer)) for answer in same):
+            raise VerificationSetError("its answers are not true or false")
         return images, [bool(answer) for answer in same]
     except VerificationSetError as error:
         raise VerificationSetError(f"{path}: {error}") from None

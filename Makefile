@@ -1,0 +1,39 @@
+# make demo: from nothing to a verified face recognition model on a CPU
+# make test: the tests
+# make mxnet: mxnet in an environment of its own, for the tests that compare with it
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := data/f2c_demo
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+.PHONY: demo test mxnet clean
+
+demo: .venv/ready-demo $(DEMO)/train.rec
+	$(BIN)/python -m f2c_plugin.train f2c_demo
+	@echo
+	$(BIN)/f2c-plugin report work_dirs/f2c_demo
+	@echo $(DEMO)/contact_sheet.png
+
+$(DEMO)/train.rec: | .venv/ready-demo
+	$(BIN)/f2c-plugin synth $(DEMO) --identities 1000 --images-per-identity 20 --pairs 2000
+
+test: .venv/ready-test
+	$(BIN)/python -m pytest
+
+# torch comes first and by itself: the version in constraints.txt, not what an extra would draw in.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+
+.venv/ready-%: setup.cfg constraints.txt | .venv/bin/python
+	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
+	touch $@
+
+mxnet: .venv-mxnet/bin/python
+.venv-mxnet/bin/python:
+	$(PYTHON) -m venv .venv-mxnet
+	.venv-mxnet/bin/pip install -q 'mxnet==1.9.1' 'numpy<1.24' 'opencv-python-headless<4.9'
+
+clean:
+	rm -rf .venv .venv-mxnet work_dirs $(DEMO)
