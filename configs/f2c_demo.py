@@ -1,6 +1,6 @@
 """For the built-in host: synthetic faces, from scratch to a verified model in minutes on two CPU cores.
 
-    f2c-plugin synth data/f2c_demo --identities 1000 --images-per-identity 20 --pairs 3000
+    f2c-plugin synth data/f2c_demo --identities 1000 --images-per-identity 20 --pairs 2000
     python -m f2c_plugin.train f2c_demo
 """
 
@@ -20,7 +20,7 @@ config.weight_decay = 5e-4
 config.num_workers = 0  # decoding 128 small JPEGs takes 2 % of a step
 config.num_epoch = 2
 config.frequent = 10
-config.verbose = 100
+config.verbose = 150
 
 config.rec = "data/f2c_demo"
 config.num_classes = 1000
