@@ -7,6 +7,8 @@ in either with ``strict=True``. ``small`` is for CPUs: demo, tests and benchmark
 import torch
 from torch import Tensor, nn
 
+from f2c_plugin.config import ConfigError
+
 _BLOCKS = {"r18": (2, 2, 2, 2), "r34": (3, 4, 6, 3), "r50": (3, 4, 14, 3), "r100": (3, 13, 30, 3), "r200": (6, 26, 60, 6)}
 NETWORKS = (*_BLOCKS, "small")
 
@@ -18,12 +20,12 @@ def get_model(name: str, num_features: int = 512, dropout: float = 0.0, fp16: bo
         name: one of NETWORKS.
         fp16: whether everything but the last layer runs in the autocast type.
     Raises:
-        ValueError: an unknown name; lists those there are.
+        ConfigError: an unknown name; lists those there are.
     """
     if name == "small":
         return SmallNet(num_features, fp16)
     if name not in _BLOCKS:
-        raise ValueError(f"network={name!r}: the built-in host has {', '.join(NETWORKS)}")
+        raise ConfigError(f"network={name!r}: the built-in host has {', '.join(NETWORKS)}")
     return IResNet(_BLOCKS[name], num_features, dropout, fp16)
 
 

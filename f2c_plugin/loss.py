@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from f2c_plugin.config import ConfigError
+
 # Keeps the slope of ArcFace's cos(θ + m), which has sin θ as divisor, finite at θ = 0.
 _MIN_SIN_SQUARED = 1e-7
 
@@ -38,7 +40,7 @@ class Margin:
         """Read the margin off the host's ``CombinedMarginLoss``.
 
         Raises:
-            ValueError: for a ``margin_list`` that the host refuses, too.
+            ConfigError: for a ``margin_list`` that the host refuses, too.
         """
         m1, m2, m3 = margin_loss.m1, margin_loss.m2, margin_loss.m3
         threshold = margin_loss.interclass_filtering_threshold
@@ -46,7 +48,7 @@ class Margin:
             return cls(margin_loss.s, angular=m2, filter_threshold=threshold)
         if m3 > 0:
             return cls(margin_loss.s, additive=m3, filter_threshold=threshold)
-        raise ValueError(f"margin_list=({m1}, {m2}, {m3}) is neither ArcFace (1, m2, 0) nor CosFace (1, 0, m3 > 0)")
+        raise ConfigError(f"margin_list=({m1}, {m2}, {m3}) is neither ArcFace (1, m2, 0) nor CosFace (1, 0, m3 > 0)")
 
     def scaled(self, scale: float, share: float) -> "Margin":
         """This margin with another scale and ``share`` of its margins."""

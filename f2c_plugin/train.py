@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,12 +74,12 @@ def train(cfg) -> dict:
 
     net = get_model(cfg.network, cfg.embedding_size, fp16=cfg.fp16).to(device)
     backbone = _wrap(net).train()
-    margin_loss = SimpleNamespace(s=cfg.scale, **dict(zip(("m1", "m2", "m3"), cfg.margin_list)),
-                                  interclass_filtering_threshold=cfg.interclass_filtering_threshold)
-    head = head_factory(cfg, backbone, margin_loss).train()
+    head = head_factory(cfg, backbone, _margin_loss(cfg)).train()
     optimizer = _optimizer(cfg, [{"params": backbone.parameters()}, {"params": head.parameters()}])
     total_steps = steps_per_epoch(cfg, world_size) * cfg.num_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate(cfg, total_steps))
+    # The schedule counts batches, as the host's does, so with gradient_acc it steps before the optimizer.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.fp16, growth_interval=100)
 
     parts = dict(backbone=net, head=head, optimizer=optimizer, schedule=schedule, scaler=scaler)
@@ -148,6 +149,15 @@ def _seed(seed):
     random.seed(seed)
 
 
+def _margin_loss(cfg):
+    """What head factories read of the host's CombinedMarginLoss."""
+    if len(cfg.margin_list) != 3:
+        raise ConfigError(f"margin_list={cfg.margin_list}: must be three numbers, (m1, m2, m3)")
+    m1, m2, m3 = cfg.margin_list
+    return SimpleNamespace(s=cfg.scale, m1=m1, m2=m2, m3=m3,
+                           interclass_filtering_threshold=cfg.interclass_filtering_threshold)
+
+
 def _optimizer(cfg, groups):
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
@@ -161,7 +171,7 @@ def _learning_rate(cfg, total_steps):
     warmup = total_steps // cfg.num_epoch * cfg.warmup_epoch
 
     def factor(step):
-        return (step + 1) / warmup if step < warmup else (total_steps - step) / (total_steps - warmup)
+        return (step + 1) / warmup if step < warmup else (total_steps - step) / max(total_steps - warmup, 1)
     return factor
 
 

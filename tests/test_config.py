@@ -1,0 +1,77 @@
+"""Configs: what is refused, and what is said then; what comes with the package."""
+
+import pytest
+
+from f2c_plugin.config import ConfigError, F2CConfig, load_config
+from f2c_plugin.host.patching import host_configs
+
+GOOD = dict(batch_size=128, num_classes=10_000, dali=False)
+
+
+def test_defaults_are_what_the_readme_says():
+    assert F2CConfig.read(GOOD) == F2CConfig(0.1, 0.99, True, 2 / 3, None, "ramp")
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(f2c_pool_rat=0.1), "f2c_pool_rat: unknown key; did you mean f2c_pool_rate?"),
+    (dict(f2c_zebra=1), "f2c_zebra: unknown key; there are f2c_pool_rate, f2c_momentum"),
+    (dict(f2c_pool_rate=0), "f2c_pool_rate=0: must be above 0, up to 1"),
+    (dict(f2c_pool_rate="0.1"), "f2c_pool_rate='0.1': must be"),
+    (dict(f2c_momentum=1.0), "f2c_momentum=1.0: must be from 0 to below 1"),
+    (dict(f2c_symmetric=1), "f2c_symmetric=1: must be True or False"),
+    (dict(f2c_identity_rate=1.5), "f2c_identity_rate=1.5: must be from 0 to 1"),
+    (dict(f2c_identity_rate=True), "f2c_identity_rate=True: must be from 0 to 1"),
+    (dict(f2c_hard_negatives=0), "f2c_hard_negatives=0: must be a whole number above 0, or None"),
+    (dict(f2c_recipe="fast"), "f2c_recipe='fast': must be one of 'ramp', 'paper'"),
+    (dict(batch_size=127), "batch_size=127: .* make it even, 126 or 128"),
+    (dict(dali=True), "dali=True: .*set dali=False"),
+])
+def test_a_bad_key_is_named_with_the_value_found_and_the_remedy(change, message):
+    with pytest.raises(ConfigError, match=message):
+        F2CConfig.read(GOOD | change)
+
+
+def test_a_pool_smaller_than_a_gathered_batch_is_refused_with_the_rate_that_would_do():
+    bad = GOOD | dict(f2c_pool_rate=0.001, num_classes=93_431)
+    message = (r"f2c_pool_rate=0.001 gives 93 slots for num_classes=93431, but a gathered batch holds up to 512 "
+               r"identities: raise it to at least 0.00548")
+    with pytest.raises(ConfigError, match=message):
+        F2CConfig.read(bad, world_size=8)
+    enough = float(str(pytest.raises(ConfigError, F2CConfig.read, bad, 8).value).split()[-1])
+    assert F2CConfig.read(bad | dict(f2c_pool_rate=enough), 8).num_slots(93_431) == 512
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(ConfigError) as error:
+        F2CConfig.read(GOOD | dict(f2c_zebra=1, dali=True, batch_size=3))
+    assert all(word in str(error.value) for word in ("f2c_zebra", "dali", "batch_size=3"))
+
+
+@pytest.mark.parametrize("name", [config.stem for config in host_configs()] + ["f2c_demo"])
+def test_configs_that_come_with_the_package_are_in_order(name):
+    cfg = load_config(name)
+    assert cfg.head == "f2c_dcp" and cfg.output == f"work_dirs/{name}"
+    F2CConfig.read(cfg, world_size=1 if "onegpu" in name or name == "f2c_demo" else 8)
+
+
+def write(path, text):
+    path.write_text("from easydict import EasyDict as edict\nconfig = edict()\n" + text)
+    return str(path)
+
+
+def test_a_config_by_path_takes_the_base_beside_it_as_the_host_does(tmp_path):
+    write(tmp_path / "base.py", "config.lr = 0.5\nconfig.momentum = 0.8\n")
+    path = write(tmp_path / "mine.py", "config.lr = 0.3\nconfig.rec = 'x'\nconfig.num_classes = config.num_image = 9\n")
+    for name in path, path.removesuffix(".py"):
+        cfg = load_config(name)
+        assert (cfg.lr, cfg.momentum, cfg.weight_decay) == (0.3, 0.8, 5e-4)
+
+
+def test_configs_that_are_none_are_refused_with_the_reason(tmp_path):
+    with pytest.raises(ConfigError, match="no such config file.*f2c_demo, glint360k_r100_f2c"):
+        load_config("f2c_dmeo")
+    with pytest.raises(ConfigError, match="mine.py: lacks num_classes, num_image"):
+        load_config(write(tmp_path / "mine.py", "config.rec = 'x'\n"))
+    (tmp_path / "none.py").write_text("x = 1\n")
+    with pytest.raises(ConfigError, match="none.py: sets no `config`"):
+        load_config(str(tmp_path / "none.py"))

@@ -1,0 +1,175 @@
+"""The built-in host, run for real on a small pack: what it leaves behind, resuming, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from f2c_plugin import train
+from f2c_plugin.backbones import get_model
+from f2c_plugin.config import load_config
+from f2c_plugin.data import DualSampler, RecordWriter
+from f2c_plugin.data.dataset import normalize_faces
+from f2c_plugin.tools.report import report
+from f2c_plugin.tools.synth import write_dataset
+from f2c_plugin.tools.verification import VerificationSet
+
+IDENTITIES, IMAGES = 12, 10
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces")
+    write_dataset(folder, IDENTITIES, IMAGES, num_pairs=60, processes=1)
+    return folder
+
+
+@pytest.fixture
+def config(pack, tmp_path, monkeypatch):
+    """Writes a config file into an empty working folder; returns its path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**keys):
+        keys = dict(head="f2c_dcp", f2c_pool_rate=1.0, network="small", embedding_size=32, batch_size=12, lr=0.05,
+                    margin_list=(1.0, 0.0, 0.2), scale=16.0, rec=str(pack), num_classes=IDENTITIES,
+                    num_image=IDENTITIES * IMAGES, num_epoch=2, num_workers=0, val_targets=["synth"], frequent=2,
+                    verbose=5, output="out") | keys
+        lines = [f"config.{key} = {value!r}" for key, value in keys.items()]
+        text = "from easydict import EasyDict as edict\nconfig = edict()\n" + "\n".join(lines)
+        Path("config.py").write_text(text)
+        return "config.py"
+    return write
+
+
+def history(folder="out"):
+    return [json.loads(line) for line in (Path(folder) / "history.jsonl").read_text().splitlines()]
+
+
+def run(path):
+    cfg = load_config(path)
+    Path(cfg.output).mkdir(exist_ok=True)
+    with train.process_group():
+        return train.train(cfg)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, pack, ranks):
+    path = config(head="f2c_dcp", f2c_pool_rate=1.0, batch_size=12 // ranks, num_workers=1)
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run([sys.executable, *launcher, "-m", "f2c_plugin.train", path], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    summary = json.loads(Path("out/report.json").read_text())
+    assert summary["head"] == "f2c_dcp" and summary["images_seen"] == 2 * 120
+    assert 0 <= summary["verification"]["tar_at_far_1e-3"] <= summary["verification"]["accuracy"] <= 1
+    entries = history()
+    steps = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(2, 21, 2))
+    for name in ("learning_rate", "images_per_second", "f2c/pool_fill", "f2c/found", "f2c/evictions",
+                 "f2c/positive_cosine", "f2c/scale"):
+        assert all(np.isfinite(entry[name]) for entry in steps), name
+    assert steps[-1]["f2c/pool_fill"] == 1.0 and steps[-1]["f2c/scale"] == 16.0
+    assert [entry["step"] for entry in entries if "synth/accuracy" in entry] == [5, 10, 15, 20]
+    assert "Accuracy-Flip" in Path("out/training.log").read_text()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator("out/tensorboard")
+    events.Reload()
+    assert {"loss", "f2c/found", "synth/accuracy"} <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("loss")) == len(steps)
+
+    net = get_model("small", 32)
+    net.load_state_dict(torch.load("out/model.pt"), strict=True)
+    import onnxruntime
+    images = normalize_faces(VerificationSet(pack / "synth.bin").faces()[:5])
+    exported = onnxruntime.InferenceSession("out/model.onnx").run(None, {"data": images.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(exported, net.eval()(images).numpy(), atol=1e-4)
+    assert summary["onnx_cosine"] > 0.9999
+
+    assert [picture.name for picture in report("out")] == ["curves.png", "scores.png"]
+    assert all((Path("out") / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "scores.png"))
+
+
+def test_the_full_fc_baseline_learns_its_training_set(config):
+    run(config(head="softmax", num_epoch=12, val_targets=[]))
+    losses = [entry["loss"] for entry in history()]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_f2c_pulls_probes_to_their_slots(config):
+    run(config(num_epoch=12, val_targets=[], f2c_momentum=0.9))
+    margins = [entry["f2c/positive_cosine"] for entry in history()]
+    scaled = [entry["loss"] / entry["f2c/scale"] for entry in history()]
+    assert np.mean(scaled[-5:]) < 0.6 * np.mean(scaled[:5])
+    assert np.mean(margins[-5:]) > np.mean(margins[:5])
+
+
+@pytest.mark.parametrize("keys", [dict(fp16=True), dict(gradient_acc=2), dict(optimizer="adamw", lr=1e-3),
+                                  dict(f2c_symmetric=False), dict(f2c_identity_rate=0.0), dict(f2c_identity_rate=1.0),
+                                  dict(margin_list=(1.0, 0.5, 0.0), interclass_filtering_threshold=0.4),
+                                  dict(f2c_recipe="paper"), dict(warmup_epoch=1)], ids=str)
+def test_settings_train_to_finite_losses(config, keys):
+    run(config(num_epoch=1, val_targets=[], **keys))
+    assert all(np.isfinite(entry["loss"]) for entry in history())
+
+
+def test_a_run_resumed_after_an_epoch_ends_as_one_that_was_not_interrupted(config, monkeypatch):
+    run(config(val_targets=[], output="whole"))
+
+    def interrupted(self, epoch, set_epoch=DualSampler.set_epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        set_epoch(self, epoch)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DualSampler, "set_epoch", interrupted)
+        run(config(val_targets=[], save_all_states=True))
+    run(config(val_targets=[], resume=True))
+    whole, resumed = torch.load("whole/model.pt"), torch.load("out/model.pt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [entry["loss"] for entry in history("whole")] == [entry["loss"] for entry in history("out")]
+
+
+def refusal(path):
+    with pytest.raises(SystemExit) as exit:
+        train.main([path])
+    return str(exit.value.code)
+
+
+@pytest.mark.parametrize("keys, message", [
+    (dict(head="f2c_dpc"), "config.head='f2c_dpc' is unknown; installed: f2c_dcp"),
+    (dict(sampler="f2c_dula"), "config.sampler='f2c_dula' is unknown; installed: f2c_dual"),
+    (dict(batch_size=13), "batch_size=13: F²C splits a batch into two halves"),
+    (dict(f2c_pool_rate=0.3), "f2c_pool_rate=0.3 gives 3 slots"),
+    (dict(num_classes=11, f2c_pool_rate=1.0), "num_classes=11, but"),
+    (dict(num_image=121), "num_image=121, but"),
+    (dict(batch_size=122), "num_image=120 is less than one global batch"),
+    (dict(network="r19"), "network='r19': the built-in host has r18"),
+    (dict(optimizer="sdg"), "optimizer='sdg': must be 'sgd' or 'adamw'"),
+    (dict(resume=True), "resume=True, but there is no out/checkpoint_gpu_0.pt"),
+    (dict(val_targets=["lfw"]), "lfw.bin: no such file"),
+    (dict(rec="nowhere"), "nowhere/train.rec: no such file"),
+    (dict(margin_list=(1.0, 0.5, 0.2, 0.1)), "margin_list"),
+    (dict(margin_list=(2.0, 0.5, 0.0)), r"margin_list=(2.0, 0.5, 0.0) is neither ArcFace"),
+], ids=str)
+def test_bad_input_is_refused_with_the_key_or_file_the_value_and_the_remedy(config, keys, message):
+    assert message in refusal(config(**keys))
+
+
+def test_damaged_packs_are_refused_with_the_file(config, pack, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "train.rec").write_bytes((pack / "train.rec").read_bytes())
+    assert "broken/train.idx: no such file" in refusal(config(rec="broken"))
+    with RecordWriter(broken / "train.rec"):
+        pass
+    assert "broken/train.idx: the index is empty" in refusal(config(rec="broken"))
+    (broken / "train.rec").write_bytes((pack / "train.rec").read_bytes()[:-5000])
+    (broken / "train.idx").write_bytes((pack / "train.idx").read_bytes())
+    assert "broken/train.rec" in refusal(config(rec="broken"))
