@@ -46,6 +46,13 @@ def softmax(cfg, backbone, margin_loss):
     return _wrap(head)
 
 
+def _head_factory(name):
+    if name is None:
+        raise ConfigError("head is not set, and the built-in host has no Partial FC: set head='f2c_dcp', or 'softmax' "
+                          "for the full FC layer")
+    return softmax if name == "softmax" else load_plugin(HEADS, name)
+
+
 def images_once(cfg, local_rank):
     """Loader factory of plain training: every image once a pass."""
     return record_loader(cfg, local_rank, identity_rate=0.0)
@@ -67,7 +74,7 @@ def train(cfg) -> dict:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     _seed(cfg.seed)
 
-    head_factory = softmax if cfg.head == "softmax" else load_plugin(HEADS, cfg.head)
+    head_factory = _head_factory(cfg.head)
     sampler = cfg.sampler or getattr(head_factory, "sampler", None)
     loader = (load_plugin(SAMPLERS, sampler) if sampler else images_once)(cfg, local_rank)
     verification_sets = {name: VerificationSet(Path(cfg.rec) / f"{name}.bin") for name in cfg.val_targets}

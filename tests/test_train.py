@@ -144,6 +144,7 @@ def refusal(path):
 
 @pytest.mark.parametrize("keys, message", [
     (dict(head="f2c_dpc"), "config.head='f2c_dpc' is unknown; installed: f2c_dcp"),
+    (dict(head=None), "head is not set, and the built-in host has no Partial FC"),
     (dict(sampler="f2c_dula"), "config.sampler='f2c_dula' is unknown; installed: f2c_dual"),
     (dict(batch_size=13), "batch_size=13: F²C splits a batch into two halves"),
     (dict(f2c_pool_rate=0.3), "f2c_pool_rate=0.3 gives 3 slots"),
