@@ -20,7 +20,7 @@ config.weight_decay = 5e-4
 config.num_workers = 0  # decoding 128 small JPEGs takes 2 % of a step
 config.num_epoch = 2
 config.frequent = 10
-config.verbose = 125
+config.verbose = 50
 
 config.rec = "data/f2c_demo"
 config.num_classes = 800

@@ -215,24 +215,30 @@ class _Log:
         self.history = open(self.folder / "history.jsonl", "a" if cfg.resume else "w")
         self.writer = _tensorboard(self.folder / "tensorboard")
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, file=sys.stdout)
-        self.losses, self.since, self.start = [], step, time.perf_counter()
+        self._start_interval(step)
+
+    def _start_interval(self, step):
+        self.losses, self.statistics = [], []
+        self.since, self.start = step, time.perf_counter()
 
     def step(self, step, loss, learning_rate, head):
         self.losses.append(loss.detach())
+        if getattr(head, "statistics", None) is not None:
+            self.statistics.append(vars(head.statistics))
         self.bar.update()
         if step % self.cfg.frequent:
             return
         seconds = time.perf_counter() - self.start
         scalars = {"loss": torch.stack(self.losses).mean().item(), "learning_rate": learning_rate,
                    "images_per_second": (step - self.since) * self.images_per_step / seconds}
-        statistics = getattr(head, "statistics", None)
-        if statistics is not None:
-            scalars |= {f"f2c/{name}": float(value) for name, value in vars(statistics).items() if name != "loss"}
+        if self.statistics:
+            scalars |= {f"f2c/{name}": torch.tensor([each[name] for each in self.statistics]).nanmean().item()
+                        for name in self.statistics[0] if name != "loss"}
             scalars["f2c/pool_fill"] = head.pool.fill().item()
         self._record(step, scalars)
         self.bar.set_postfix(loss=f"{scalars['loss']:.3f}")
         logging.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
-        self.losses, self.since, self.start = [], step, time.perf_counter()
+        self._start_interval(step)
 
     def verify(self, step, net, verification_sets):
         results = {}

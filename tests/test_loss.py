@@ -58,7 +58,7 @@ def assert_exact(embeddings, labels, rows, renewed, margin, num_hard_negatives):
     gradient, = torch.autograd.grad(result.loss, embeddings)
     expected = slow_loss(embeddings, labels, rows, renewed, margin, num_hard_negatives)
     expected_gradient, = torch.autograd.grad(expected, embeddings)
-    assert math.isclose(result.loss, expected, rel_tol=0, abs_tol=1e-9)
+    assert math.isclose(result.loss.item(), expected.item(), rel_tol=0, abs_tol=1e-9)
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-9)
 
 

@@ -76,7 +76,7 @@ def test_both_images_of_a_pair_are_drawn_evenly():
 
 
 def test_the_share_of_the_identity_loader_is_the_identity_rate():
-    index = index_of([5] * 300)
+    index = index_of([5] * 420)
     for batch_size, pairs in (128, 42), (12, 4), (6, 2), (2, 0):
         assert split(DualSampler(index, batch_size, 10), 0)[0].shape == (2, pairs)
 

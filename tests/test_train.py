@@ -74,7 +74,7 @@ def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, pack, 
     for name in ("learning_rate", "images_per_second", "f2c/pool_fill", "f2c/found", "f2c/evictions",
                  "f2c/positive_cosine", "f2c/scale"):
         assert all(np.isfinite(entry[name]) for entry in steps), name
-    assert steps[-1]["f2c/pool_fill"] == 1.0 and steps[-1]["f2c/scale"] == 16.0
+    assert steps[-1]["f2c/pool_fill"] == 1.0 and steps[-1]["f2c/scale"] == 16.0 and steps[0]["f2c/scale"] < 9
     assert [entry["step"] for entry in entries if "synth/accuracy" in entry] == [5, 10, 15, 20]
     assert "Accuracy-Flip" in Path("out/training.log").read_text()
 

@@ -49,14 +49,14 @@ class DualSampler(Sampler):
     - the two images of a pair differ if their identity has two;
     - batches depend on (seed, epoch, rank, world_size) only.
 
-    So that the first two hold at once, the last step of an identity pass takes what is left of it,
-    and images of the instance-based loader fill its batch.
+    So that the first two hold at once, a pass of the identity-based loader is shared out evenly
+    over a whole number of steps, and images of the instance-based loader fill the batches.
 
     Args:
         index: the pack's IdentityIndex.
         batch_size: images per rank and step, even.
         num_steps: steps per epoch.
-        identity_rate: share of the batch that the identity-based loader fills, 0 to 1.
+        identity_rate: share of the batch that the identity-based loader fills at most, 0 to 1.
         seed: the same on all ranks.
     """
 
@@ -100,10 +100,8 @@ class DualSampler(Sampler):
         if not self.pairs_per_step:
             return np.empty(0, np.int64), 0
         steps_per_pass = -(-self.identities.size // self.pairs_per_step)
-        number, step_in_pass = divmod(step, steps_per_pass)
-        taken_in_pass = step_in_pass * self.pairs_per_step
-        start = number * self.identities.size + taken_in_pass
-        return self.identities.take(start, min(self.pairs_per_step, self.identities.size - taken_in_pass)), start
+        start, end = (each * self.identities.size // steps_per_pass for each in (step, step + 1))
+        return self.identities.take(start, end - start), start
 
     def _pairs(self, chosen, step):
         """Positions of two images each of the chosen identities, (2, p)."""
