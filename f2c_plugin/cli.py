@@ -31,6 +31,8 @@ def install(arguments):
     for change in changes:
         verb = "removed" if change.content is None else "written"
         print(f"{change.path} {'would be' if arguments.check else 'is'} {verb} ({change.reason})")
+    for config in patching.edited_configs(host):
+        print(f"{config.relative_to(host)} stays: it has been edited")
     if not changes:
         print(f"{host}: nothing to do, it is {'as it was without' if arguments.reverse else 'ready for'} the plugin")
 

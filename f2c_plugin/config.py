@@ -4,10 +4,11 @@ import difflib
 import math
 import runpy
 from dataclasses import dataclass, fields
-from importlib import resources
 from pathlib import Path
 
 from easydict import EasyDict
+
+from f2c_plugin.resources import data_folder
 
 PREFIX = "f2c_"
 RECIPES = ("ramp", "paper")
@@ -60,7 +61,7 @@ class F2CConfig:
 
     def num_slots(self, num_identities: int) -> int:
         """K for a training set of ``num_identities``."""
-        return int(self.pool_rate * num_identities)
+        return int(self.pool_rate * num_identities + 1e-6)  # 0.29 of 100 is 29, whatever 0.29 is in binary
 
     def _problems(self, cfg, world_size):
         for name, kind, valid, range_text in (
@@ -136,7 +137,7 @@ def load_config(name: str) -> EasyDict:
 
 def _find_config(name):
     given = Path(name if name.endswith(".py") else name + ".py")
-    shipped = Path(str(resources.files("f2c_plugin.configs"))) / given.name
+    shipped = data_folder("configs") / given.name
     if given.is_file():
         return given
     if given.name == str(given) and shipped.is_file():

@@ -91,15 +91,16 @@ class F2CHead(nn.Module):
             Scalar, with gradient to the embeddings.
         Raises:
             RuntimeError: the backbone was not called in training mode since the last call.
-            ValueError: an odd batch, or labels beyond num_classes (looked at on CPU only: on a GPU
-                it would stall the step, and the loader has checked the pack).
+            ValueError: an odd batch, embeddings that are not the batch's, or labels beyond
+                num_classes (looked at on CPU only: on a GPU it would stall the step, and the loader
+                has checked the pack).
         """
         images, self._images = self._images, None
         if images is None:
             raise RuntimeError("the F²C head has seen no images: call the backbone in training mode before the head, "
                                "once for each call of the head")
         labels = local_labels.reshape(-1).long()
-        self._check(images, labels)
+        self._check(images, local_embeddings, labels)
         if self.steps and self.steps % self.gradient_acc == 0:
             self.gallery.follow(self._probe_net[0], self.momentum)
         margin = self.recipe.margin_at(self.steps)
@@ -133,10 +134,13 @@ class F2CHead(nn.Module):
         return write, pool_loss(probe, slots, self.pool.rows, renewed, margin, self.num_hard_negatives,
                                 self.autocast)
 
-    def _check(self, images, labels):
+    def _check(self, images, embeddings, labels):
         if len(images) % 2 or len(labels) != len(images):
             raise ValueError(f"a batch of {len(images)} images and {len(labels)} labels: "
                              "F²C needs an even batch with a label for each image")
+        if len(embeddings) != len(images) // (1 if self.symmetric else 2):
+            raise ValueError(f"{len(embeddings)} embeddings for {len(images)} images with symmetric={self.symmetric}: "
+                             "the head takes what the backbone made of the batch it saw last")
         num_identities = len(self.pool.slot_of) - 1
         if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < num_identities:
             raise ValueError(f"labels from {labels.min()} to {labels.max()}, but num_classes={num_identities}: "

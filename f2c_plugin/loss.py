@@ -125,7 +125,9 @@ def pool_loss(embeddings: Tensor, labels: Tensor, rows: Tensor, renewed: Tensor,
     with torch.enable_grad():
         probes = embeddings.detach().requires_grad_()
         result = _pool_loss(probes, labels, rows, renewed.unique(), margin, num_hard_negatives, autocast)
-        gradient, = torch.autograd.grad(result.loss, probes)
+        # Softmax over a large pool has entries below what float16 can hold; the factor lifts them.
+        factor = 2**14 * len(labels) / margin.scale if autocast else 1
+        gradient = torch.autograd.grad(result.loss * factor, probes)[0] / factor
     return PoolLoss(_GradientComputed.apply(embeddings, result.loss.detach(), gradient), *result[1:])
 
 
@@ -138,6 +140,7 @@ class _GradientComputed(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, loss_gradient):
         gradient, = ctx.saved_tensors
         return gradient * loss_gradient, None, None

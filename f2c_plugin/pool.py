@@ -82,11 +82,13 @@ class DynamicClassPool(nn.Module):
 
     @torch.no_grad()
     def write(self, identities: Tensor, features: Tensor) -> PoolWrite:
-        """Write gallery features in batch order (design: "Pool write").
+        """Write gallery features in batch order.
 
         An identity that is not in the pool takes the slot that was used longest ago, and row 0;
         one that is gets the row that is due. Of more than two features of one identity in the
-        batch the last two stand. Identities of this batch are never evicted by it.
+        batch the last two stand. Identities of this batch are never evicted by it. A feature that is
+        not finite is not written, for it would spoil every softmax over the pool: the row keeps
+        what the identity had there, or becomes 0 for one that was not in the pool.
 
         Args:
             identities: int64 (B,), at most K different ones.
@@ -126,7 +128,9 @@ class DynamicClassPool(nn.Module):
         self.slot_identity[slot] = identities
         self.last_used.scatter_reduce_(0, slot, time, "amax")
         self.due_row[slot] = (due + count) % 2
-        self.rows[row, slot] = normalize(features.to(self.rows.dtype))[same_row_last]
+        unit = normalize(features.to(self.rows.dtype))[same_row_last]
+        instead = torch.where(known[:, None], before["rows"], 0)
+        self.rows[row, slot] = torch.where(unit.isfinite().all(1, keepdim=True), unit, instead)
         self.clock += batch
         return PoolWrite(slot, row, known | (count > 1), evicted, before)
 

@@ -116,6 +116,8 @@ def test_bad_batches_are_refused_with_what_was_found():
     images, labels = next(batches())
     with pytest.raises(ValueError, match="11 images and 11 labels"):
         head(net(images[:11]), labels[:11])
+    with pytest.raises(ValueError, match="6 embeddings for 12 images with symmetric=True"):
+        head(net(images)[:6], labels)
     with pytest.raises(ValueError, match="labels from 0 to 30, but num_classes=30"):
         head(net(images), torch.arange(BATCH) * 30 // (BATCH - 1))
 
@@ -142,6 +144,18 @@ def test_a_head_resumed_from_its_state_goes_on_bit_for_bit():
         expected = head(net(images), labels)
         torch.set_rng_state(rng)  # dropout
         assert torch.equal(again(net_again(images), labels), expected)
+
+
+def test_one_image_that_is_not_finite_costs_one_step_not_the_pool():
+    net = make_net()
+    head = make_head(net)
+    steps = list(batches(4))
+    for i, (images, labels) in enumerate(steps):
+        if i == 1:
+            images[0, 0, 0, 0] = float("inf")
+        loss = head(net(images), labels)
+        assert head.pool.rows.isfinite().all()
+        assert loss.isfinite() == (i != 1)
 
 
 def test_what_is_watched_counts_evictions_and_probes_found():

@@ -192,17 +192,54 @@ def test_a_checkout_that_does_not_fit_is_left_untouched_with_file_and_line_named
     text = (copy / "partial_fc_v2.py").read_text()
     (copy / "partial_fc_v2.py").write_text(text.replace("torch.cuda.amp.autocast(self.fp16)", "nullcontext()"))
     before = tree(copy)
-    with pytest.raises(SystemExit, match=r"0002-todays-stack.patch does not fit .* partial_fc_v2.py:\d+ .*Nothing was changed"):
+    with pytest.raises(SystemExit, match=r"0002-todays-stack.patch does not fit .*partial_fc_v2.py:\d+\. Nothing was changed"):
         cli(["install", str(copy)])
     assert tree(copy) == before
 
 
-def test_a_config_in_the_way_is_not_overwritten(copy):
-    (copy / "configs" / "ms1mv3_r50_f2c.py").write_text("mine")
+def test_a_config_that_was_edited_stays_through_installing_and_reversing(copy, capsys):
+    cli(["install", str(copy)])
+    config = copy / "configs" / "ms1mv3_r50_f2c.py"
+    config.write_text("mine")
+    cli(["doctor", "--checkout", str(copy)])
+    for command in ["install"], ["install", "--reverse"]:
+        cli([*command, str(copy)])
+        assert config.read_text() == "mine" and "ms1mv3_r50_f2c.py stays" in capsys.readouterr().out
+
+
+def test_reversing_a_patched_file_that_was_edited_is_refused_with_its_place(copy):
+    cli(["install", str(copy)])
+    text = (copy / "dataset.py").read_text()
+    (copy / "dataset.py").write_text(text.replace("pin_memory=torch.cuda.is_available()", "pin_memory=False"))
     before = tree(copy)
-    with pytest.raises(SystemExit, match="ms1mv3_r50_f2c.py differs"):
-        cli(["install", str(copy)])
+    for command in ["install"], ["install", "--reverse"]:
+        with pytest.raises(SystemExit, match=r"0003-without-a-gpu.patch does not fit .*dataset.py:\d+\. Nothing was changed"):
+            cli([*command, str(copy)])
     assert tree(copy) == before
+
+
+def test_an_installation_that_is_interrupted_leaves_the_checkout_as_it_was(copy, monkeypatch):
+    before = tree(copy)
+    replaced = []
+
+    def replace(source, target, replace=os.replace):
+        if len(replaced) == 4:
+            raise KeyboardInterrupt
+        replaced.append(target)
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        cli(["install", str(copy)])
+    assert len(replaced) == 4 and tree(copy) == before
+
+
+def test_line_ends_stay_as_they_are_whatever_the_users_git_does_with_them(copy, checkout, monkeypatch):
+    for name, value in ("COUNT", "1"), ("KEY_0", "core.autocrlf"), ("VALUE_0", "true"):
+        monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
+    cli(["install", str(copy)])
+    assert not any(b"\r" in content for path, content in tree(copy).items() if path.suffix == ".py")
+    cli(["install", str(copy), "--reverse"])
+    assert tree(copy) == tree(checkout)
 
 
 def test_configs_for_the_host_load_as_the_host_loads_them(patched):

@@ -94,6 +94,17 @@ def test_probes_that_equal_their_slot_give_finite_losses_and_gradients():
     assert loss.isfinite() and embeddings.grad.isfinite().all()
 
 
+def test_the_gradient_in_mixed_precision_points_where_that_in_full_precision_does():
+    embeddings, labels, rows, renewed = problem([0, 3, -1, 8], [3])
+    gradients = []
+    for autocast in False, True:
+        probes = embeddings.detach().float().requires_grad_()
+        pool_loss(probes, labels, rows.float(), renewed, COSFACE, 3, autocast).loss.backward()
+        gradients.append(probes.grad)
+    assert torch.nn.functional.cosine_similarity(*gradients).min() > 0.99
+    torch.testing.assert_close(gradients[1].norm(), gradients[0].norm(), rtol=0.05, atol=0)
+
+
 def test_what_is_watched_describes_the_batch():
     rows = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
     embeddings = torch.tensor([[3.0, 4, 0, 0], [0, 0, 5, 0]], dtype=torch.float64)

@@ -108,6 +108,17 @@ def test_of_more_than_two_features_of_one_identity_the_last_two_stand():
     assert pool.due_row[write.slot[0]] == 1
 
 
+def test_features_that_are_not_finite_are_not_written():
+    pool = DynamicClassPool(4, 10, 5)
+    features = features_for(range(2), 0)
+    pool.write(torch.tensor([3, 5]), features)
+    kept = pool.rows.clone()
+    features[0, 2] = float("nan")
+    write = pool.write(torch.tensor([3, 7]), torch.stack([features[0], torch.full((5,), float("inf"))]))
+    assert torch.equal(pool.rows[:, pool.lookup(torch.tensor(3))], kept[:, pool.lookup(torch.tensor(3))])
+    assert not pool.rows[0, write.slot[1]].any()
+
+
 def test_slots_not_yet_taken_hold_random_unit_vectors_equal_for_equal_seeds():
     pool = DynamicClassPool(6, 10, 5, seed=7)
     assert torch.allclose(pool.rows.norm(dim=2), torch.ones(2, 6))

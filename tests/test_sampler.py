@@ -32,7 +32,9 @@ def samplers(index, batch_size, rate, world_size, seed, num_steps=7):
 def split(sampler, step):
     """The pairs (2, p) and the instances (n,) of a rank's batch; p from the sampler's own order."""
     halves = sampler.batch(step).reshape(2, -1)
-    pairs = len(sampler._identities_at(step)[0][sampler.rank::sampler.world_size])
+    pairs = 0
+    if sampler.pairs_per_step:
+        pairs = len(sampler._identities_at(step)[0][sampler.rank::sampler.world_size])
     return halves[:, :pairs], halves[:, pairs:].reshape(-1)
 
 

@@ -3,6 +3,8 @@
 import io
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -79,6 +81,35 @@ def test_a_damaged_set_is_refused_or_read_but_never_crashes(tmp_path_factory, ga
         VerificationSet(path).faces()
     except VerificationSetError as error:
         assert "set.bin" in str(error)
+
+
+def doubled_lists(depth):
+    """Pickle opcodes for a list of 2**depth leaves in a few bytes a level."""
+    opcodes = b"]q\x00K\x01a"
+    for level in range(1, depth):
+        opcodes += b"]q" + bytes([level]) + b"(h" + bytes([level - 1]) + b"h" + bytes([level - 1]) + b"e"
+    return opcodes
+
+
+@pytest.mark.parametrize("bomb", [
+    b"\x80\x02cnumpy\ndtype\n" + doubled_lists(40) + b"\x85R.",
+    b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00a" + doubled_lists(40) + b"\x86R.",
+    b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R(K\x01" + doubled_lists(40)
+    + b"cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R\x89U\x00tb.",
+    b"\x80\x02Nr\xff\xff\xff\x7f.",
+    b"\x80\x02cnumpy.core.multiarray\nscalar\nN}U\x0c__defaults__K\x01\x85s\x86b.",
+], ids=["type", "encoding", "shape", "memo index", "state of a function"])
+def test_a_small_file_cannot_take_much_time_or_memory(tmp_path, bomb):
+    (tmp_path / "set.bin").write_bytes(bomb)
+    script = ("import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (20, 20));"
+              "from f2c_plugin.tools.verification import VerificationSet, VerificationSetError, _scalar\n"
+              "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+              "try: VerificationSet(sys.argv[1])\n"
+              "except VerificationSetError: pass\n"
+              "else: sys.exit('read')\n"
+              "assert _scalar.__defaults__ is None\n"
+              "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2e5")
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "set.bin")], check=True)
 
 
 def test_sets_that_make_no_sense_are_refused_with_what_was_found(tmp_path):

@@ -1,5 +1,6 @@
 """The dual loader: batches of the dual sampler, decoded by workers, on the training device."""
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -37,7 +38,8 @@ class DualLoader(DataLoader):
 
     def __iter__(self):
         sampler = self.sampler
-        flips = torch.Generator().manual_seed((sampler.seed * 1_000_003 + sampler.epoch) * 65_537 + sampler.rank)
+        seeds = np.random.SeedSequence([sampler.seed, 3, sampler.epoch, sampler.rank]).generate_state(1, np.uint64)
+        flips = torch.Generator().manual_seed(int(seeds[0] >> 1))
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         ahead = None
         for faces, labels in super().__iter__():

@@ -54,7 +54,7 @@ class DualSampler(Sampler):
 
     Args:
         index: the pack's IdentityIndex.
-        batch_size: images per rank and step, even.
+        batch_size: images per rank and step, even if there are to be pairs.
         num_steps: steps per epoch.
         identity_rate: share of the batch that the identity-based loader fills at most, 0 to 1.
         seed: the same on all ranks.
@@ -85,6 +85,9 @@ class DualSampler(Sampler):
 
     def batch(self, step: int) -> np.ndarray:
         """The batch of this rank at ``step``, counted from the start of training."""
+        if not self.pairs_per_step:
+            share = self.batch_size * self.world_size * step + self.batch_size * self.rank
+            return self.images.take(share, self.batch_size)
         chosen, taken = self._identities_at(step)
         pairs = self._pairs(chosen[self.rank::self.world_size], step)  # (2, p)
 
@@ -97,8 +100,6 @@ class DualSampler(Sampler):
 
     def _identities_at(self, step):
         """Identities of all ranks at ``step``, and how many were taken before it."""
-        if not self.pairs_per_step:
-            return np.empty(0, np.int64), 0
         steps_per_pass = -(-self.identities.size // self.pairs_per_step)
         start, end = (each * self.identities.size // steps_per_pass for each in (step, step + 1))
         return self.identities.take(start, end - start), start

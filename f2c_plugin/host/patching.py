@@ -6,8 +6,9 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
+
+from f2c_plugin.resources import data_folder
 
 HOST_URL = "https://github.com/deepinsight/insightface"
 HOST_FOLDER = Path("recognition/arcface_torch")
@@ -38,13 +39,12 @@ class Change:
 
 def patches() -> list[Path]:
     """The patches, in the order in which they apply."""
-    return sorted(Path(str(resources.files("f2c_plugin.patches"))).glob("*.patch"))
+    return sorted(data_folder("patches").glob("*.patch"))
 
 
 def host_configs() -> list[Path]:
     """The configs for the host."""
-    files = Path(str(resources.files("f2c_plugin.configs"))).glob("*.py")
-    return sorted(file for file in files if file.name not in ("__init__.py", BUILT_IN_ONLY))
+    return sorted(file for file in data_folder("configs").glob("*.py") if file.name not in ("__init__.py", BUILT_IN_ONLY))
 
 
 def find_host(folder) -> Path:
@@ -60,19 +60,25 @@ def find_host(folder) -> Path:
 
 
 def plan_install(host: Path) -> list[Change]:
-    """What installing changes: the patches that are not in yet, and the configs. Empty if all is there.
+    """What installing changes: the patches and configs that are not in yet. Empty if all is there.
+
+    Configs of the same name stay as they are: they are there to be edited.
 
     Raises:
-        HostError: a patch does not fit, or a config of the same name with other content is in the way.
+        HostError: a patch does not fit.
     """
     changes = _patched(host, applied_patches(host), len(patches()))
     for config in host_configs():
         target = host / "configs" / config.name
         if not target.exists():
             changes.append(Change(target.relative_to(host), config.read_bytes(), "config"))
-        elif target.read_bytes() != config.read_bytes():
-            raise HostError(f"{target} differs from the config that would be copied there: rename or remove it")
     return changes
+
+
+def edited_configs(host: Path) -> list[Path]:
+    """Configs in the checkout that have the name of one that comes along, and other content."""
+    targets = [(host / "configs" / config.name, config) for config in host_configs()]
+    return [target for target, config in targets if target.is_file() and target.read_bytes() != config.read_bytes()]
 
 
 def plan_reverse(host: Path) -> list[Change]:
@@ -86,47 +92,63 @@ def plan_reverse(host: Path) -> list[Change]:
 
 
 def apply(host: Path, changes: list[Change]) -> None:
-    """Make the changes: all new content is written beside its place before the first file is replaced."""
-    staged = []
+    """Make the changes, all or none: new content is first written beside its place, old content kept until the end."""
+    places = [(change, (host / change.path).resolve()) for change in changes]
+    old = {place: place.read_bytes() if place.is_file() else None for _, place in places}
+    partials = {place: place.with_name(place.name + ".f2c-partial") for _, place in places}
     try:
-        for change in changes:
+        for change, place in places:
             if change.content is not None:
-                target = host / change.path
-                partial = target.with_name(target.name + ".f2c-partial")
-                staged.append((partial, target))
-                partial.write_bytes(change.content)
-                if target.exists():
-                    shutil.copymode(target, partial)
-    except OSError:
-        for partial, _ in staged:
-            partial.unlink(missing_ok=True)
+                partials[place].write_bytes(change.content)
+                if place.exists():
+                    shutil.copymode(place, partials[place])
+        for change, place in places:
+            if change.content is None:
+                place.unlink()
+            else:
+                os.replace(partials[place], place)
+    except BaseException:
+        for place, content in old.items():
+            partials[place].unlink(missing_ok=True)
+            if content is None:
+                place.unlink(missing_ok=True)
+            elif not place.is_file() or place.read_bytes() != content:
+                place.write_bytes(content)
         raise
-    for partial, target in staged:
-        os.replace(partial, target)
-    for change in changes:
-        if change.content is None:
-            (host / change.path).unlink()
 
 
 def applied_patches(host: Path) -> int:
-    """How many of the patches are in; they stack, so these are the first ones."""
-    for count in range(len(patches()), 0, -1):
+    """How many of the patches are in; they stack, so these are the first ones.
+
+    Raises:
+        HostError: the checkout is neither with nor without them; names the file and line that
+            stands in the way.
+    """
+    misfits = []
+    for count in range(len(patches()), -1, -1):
         with tempfile.TemporaryDirectory() as folder:
             _copy_touched(host, Path(folder))
-            if all(_git_apply(Path(folder), patch, "--reverse") is None for patch in reversed(patches()[:count])):
+            steps = [(patch, ["--reverse"]) for patch in reversed(patches()[:count])] + [(patch, []) for patch in patches()]
+            for patch, options in steps:
+                if places := _git_apply(Path(folder), patch, *options):
+                    misfits.append((patch, places))
+                    break
+            else:
                 return count
-    return 0
+    patch, places = min(misfits, key=lambda misfit: len(misfit[1]))  # the state that it is nearest to
+    raise HostError(f"{patch.name} does not fit {host}: {', '.join(places)}. Nothing was changed. The patches are made "
+                    f"for revision {HOST_REVISION[:12]} of {HOST_URL}; restore that file, or apply the patch by hand")
 
 
 def _patched(host, present, wanted) -> list[Change]:
-    """Changes from ``present`` patches to ``wanted``, worked out in a copy."""
+    """Changes from ``present`` patches to ``wanted``, worked out in a copy. That they fit is known by now."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         touched = _copy_touched(host, copy)
         for patch in reversed(patches()[wanted:present]):
-            _must_fit(_git_apply(copy, patch, "--reverse"), patch, host)
+            _git_apply(copy, patch, "--reverse")
         for patch in patches()[present:wanted]:
-            _must_fit(_git_apply(copy, patch), patch, host)
+            _git_apply(copy, patch)
         changes = []
         for path, reason in touched.items():
             before, after = (file.read_bytes() if (file := root / path).is_file() else None for root in (host, copy))
@@ -148,24 +170,20 @@ def _copy_touched(host, folder) -> dict[Path, str]:
     return touched
 
 
-def _git_apply(folder, patch, *options) -> str | None:
-    """None if the patch fits, else what git says. Nothing is changed then."""
-    # Below the ceiling git takes the folder for no repository, and paths for relative to it.
+def _git_apply(folder, patch, *options) -> list[str]:
+    """Empty if the patch fits, else the places where it does not. Nothing is changed then."""
+    # Below the ceiling git takes the folder for no repository, and paths for relative to it; line
+    # ends stay as they are whatever the user's settings.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent), "LC_ALL": "C"}
+    command = ["git", "-c", "core.autocrlf=false", "-c", "apply.whitespace=nowarn", "apply", *options, str(patch)]
     try:
-        done = subprocess.run(["git", "apply", *options, str(patch)], cwd=folder, env=environment,
-                              capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     except FileNotFoundError:
         raise HostError("git is needed to apply the patches, and there is none on the PATH") from None
-    return None if done.returncode == 0 else done.stderr
-
-
-def _must_fit(complaint, patch, host):
-    if complaint is None:
-        return
-    places = re.findall(r"patch failed: (.+)", complaint) or [complaint.strip()]
-    raise HostError(f"{patch.name} does not fit {host}: it fails at {', '.join(places)} (file:line). Nothing was changed. "
-                    f"The patches are made for revision {HOST_REVISION[:12]} of {HOST_URL}")
+    if done.returncode == 0:
+        return []
+    lines = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return [line for line in lines if not line.endswith("patch does not apply")] or [done.stderr.strip()]
 
 
 def cache_folder() -> Path:
