@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from conftest import FIXTURES, PACKS
+from f2c_plugin.data import identities
 from f2c_plugin.data import RecordDataset, RecordError, RecordFile, RecordWriter, pack_image_record, unpack_image_record
 from f2c_plugin.data.dataset import decode_face
 from f2c_plugin.data.recordio import MAGIC, read_idx
@@ -119,7 +120,7 @@ def test_an_idx_of_another_pack_is_recognised(pack):
 
 def test_a_missing_or_malformed_idx_says_what_to_do(pack):
     folder = pack("rec_builder")
-    for content in "0\tzero\n", "0\t0\n1\n":
+    for content in "0\tzero\n", "0\t0\n1\n", "0\t0\t9\n1\t8\t9\n":
         (folder / "train.idx").write_text(content)
         with pytest.raises(RecordError, match="train.idx: not an index"):
             RecordDataset(folder)
@@ -171,6 +172,36 @@ def test_labels_that_cannot_be_identities_are_refused_with_the_reason(tmp_path, 
         writer.write(0, pack_image_record(label, b"jpeg", 0))
     with pytest.raises(RecordError, match=message):
         RecordDataset(tmp_path)
+
+
+@pytest.mark.parametrize("head, identities", [
+    ([float("nan"), 4.0], [1.0, 3.0]), ([float("inf"), 4.0], [1.0, 3.0]), ([1e9, 2e9], [1.0, 3.0]),
+    ([3.0, 2e9], [1.0, 3.0]), ([3.0, 4.0], [1.0, 1e9]), ([3.0, 4.0], [-5.0, 3.0]), ([-3.0, 4.0], [1.0, 3.0]),
+    ([3.0, 4.0], [float("nan"), 3.0])], ids=str)
+def test_damaged_bookkeeping_is_refused_without_trying_to_hold_what_it_announces(tmp_path, head, identities):
+    with RecordWriter(tmp_path / "train.rec") as writer:
+        writer.write(0, pack_image_record(head, b"", 0))
+        for key in 1, 2:
+            writer.write(key, pack_image_record(0, b"jpeg", 0))
+        writer.write(3, pack_image_record(identities, b"", 0))
+    with pytest.raises(RecordError, match="train"):
+        RecordDataset(tmp_path)
+
+
+@pytest.mark.parametrize("announced", [10, 12, 14])
+def test_where_float32_rounds_the_bookkeeping_the_images_are_still_all_images_and_only_those(
+        tmp_path, monkeypatch, announced):
+    # The real thing has 2**24 images: here numbers count as inexact from 8 on, and are up to 2 off.
+    monkeypatch.setattr(identities, "FLOAT32_EXACT", 8)
+    monkeypatch.setattr(identities.np, "spacing", lambda number: 2)
+    with RecordWriter(tmp_path / "train.rec") as writer:
+        writer.write(0, pack_image_record([announced, announced + 3], b"", 0))
+        for key in range(1, 12):
+            writer.write(key, pack_image_record(key // 5, b"jpeg", 0))
+        for key in range(12, 15):
+            writer.write(key, pack_image_record([1.0, 2.0], b"", 0))
+    index = RecordDataset(tmp_path).index
+    assert index.keys.tolist() == list(range(1, 12)) and index.identity.tolist() == [key // 5 for key in range(1, 12)]
 
 
 def test_bookkeeping_that_leaves_images_without_an_identity_is_refused(tmp_path):

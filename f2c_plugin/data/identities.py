@@ -59,58 +59,93 @@ def index_identities(records: RecordFile, keys: np.ndarray, offsets: np.ndarray)
         RecordError: the pack holds no images, its bookkeeping contradicts itself, or float32
             labels cannot tell its identities apart.
     """
-    order = np.argsort(keys, kind="stable")
-    if (np.diff(keys[order]) == 0).any():
-        twice = keys[order][:-1][np.diff(keys[order]) == 0][0]
-        raise RecordError(f"{records.path.with_suffix('.idx')}: key {twice} stands there twice")
-
-    def at(wanted):
-        """Positions of record numbers in ``keys``."""
-        found = np.searchsorted(keys, wanted, sorter=order)
-        position = order[np.minimum(found, len(order) - 1)]
-        missing = keys[position] != wanted
-        if missing.any():
-            raise RecordError(f"{records.path.with_suffix('.idx')}: record {np.asarray(wanted)[missing][0]}, "
-                              "which the pack's bookkeeping announces, has no entry")
-        return position
-
-    bounds = _identity_record_range(records, keys, offsets)
+    find = _KeyTable(keys, records.path.with_suffix(".idx"))
+    bounds = _identity_record_range(records, find, offsets)
     if bounds is None:
         return IdentityIndex(keys, offsets, _identities_by_label(records, offsets))
 
     first, end = bounds
-    images = np.arange(1, first)
-    if not len(images) or end <= first:
-        raise RecordError(f"{records.path}: record 0 announces images 1 to {first - 1} and identity records "
-                          f"{first} to {end - 1}: the pack is empty")
-    image_offsets = offsets[at(images)]
-    if first > FLOAT32_EXACT:
-        # The ranges in identity records are float32 and round above 2**24: they may name the wrong
-        # neighbour. The images' own labels are small numbers and exact.
+    if not 1 < first < end <= len(keys) + np.spacing(np.float32(end)):
+        raise RecordError(f"{records.path}: record 0 announces images 1 to {first - 1} and identity records {first} to "
+                          f"{end - 1}, and there are {len(keys)} records: the pack is empty, or its bookkeeping damaged")
+    if first >= FLOAT32_EXACT:
+        # Numbers in the bookkeeping are float32 and round above 2**24: record 0 may be a few records
+        # off, and identity records may name the wrong neighbour. Images are exact in their own
+        # labels, which are small numbers.
+        images = np.arange(1, _first_identity_record(records, find, offsets, first))
+        image_offsets = offsets[find(images)]
         return IdentityIndex(images, image_offsets, _identities_by_label(records, image_offsets))
-
-    ranges = records.labels(offsets[at(np.arange(first, end))], count=2).astype(np.int64)
-    covered = np.repeat(ranges[:, 0], sizes := np.maximum(ranges[:, 1] - ranges[:, 0], 0))
-    covered += np.arange(len(covered)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    identity = np.full(first, -1)
-    inside = (covered >= 1) & (covered < first)
-    identity[covered[inside]] = np.repeat(np.arange(len(sizes)), sizes)[inside]
-    if not inside.all() or len(covered) != len(images) or (identity[1:] < 0).any():
-        raise RecordError(f"{records.path}: the {len(sizes)} identity records do not share out images 1 to {first - 1} "
-                          f"among them (they cover {len(covered)}): the pack's bookkeeping is damaged")
-    return IdentityIndex(images, image_offsets, identity[1:])
+    images = np.arange(1, first)
+    ranges = records.labels(offsets[find(np.arange(first, end))], count=2)
+    return IdentityIndex(images, offsets[find(images)], _identities_by_range(ranges, first, records.path))
 
 
-def _identity_record_range(records, keys, offsets):
+class _KeyTable:
+    """Positions of record numbers in the ``.idx``.
+
+    Raises:
+        RecordError: a number stands there twice, or one that is asked for is missing.
+    """
+
+    def __init__(self, keys, path):
+        self.keys, self.path = keys, path
+        self.order = np.argsort(keys, kind="stable")
+        ordered = keys[self.order]
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        if len(twice):
+            raise RecordError(f"{path}: key {twice[0]} stands there twice")
+
+    def __contains__(self, key):
+        return bool((self.keys == key).any())
+
+    def __call__(self, wanted):
+        found = np.searchsorted(self.keys, wanted, sorter=self.order)
+        position = self.order[np.minimum(found, len(self.order) - 1)]
+        missing = self.keys[position] != wanted
+        if missing.any():
+            raise RecordError(f"{self.path}: record {wanted[missing][0]}, which the pack's bookkeeping announces, "
+                              "has no entry")
+        return position
+
+
+def _bookkeeping(records, offset):
+    """The two labels of a bookkeeping record, float32 (2,); None for an image, which may have two labels, too."""
+    record = unpack_image_record(records.read(int(offset)))
+    return record.labels if len(record.labels) == 2 and not len(record.image) else None
+
+
+def _identity_record_range(records, find, offsets):
     """(first identity record, one past the last) of an InsightFace pack, or None for other packs."""
-    zero = np.flatnonzero(keys == 0)
-    if not len(zero):
+    bounds = _bookkeeping(records, offsets[find(np.array([0]))[0]]) if 0 in find else None
+    if bounds is None:
         return None
-    record = unpack_image_record(records.read(int(offsets[zero[0]])))
-    # An image with two labels also has flag 2; bookkeeping records carry no image.
-    if len(record.labels) != 2 or len(record.image):
-        return None
-    return int(record.labels[0]), int(record.labels[1])
+    if not np.isfinite(bounds).all():
+        raise RecordError(f"{records.path}: record 0 announces identity records {bounds[0]} to {bounds[1]}: "
+                          "the pack's bookkeeping is damaged")
+    return int(bounds[0]), int(bounds[1])
+
+
+def _first_identity_record(records, find, offsets, rounded):
+    """The number of the first identity record, given what float32 made of it."""
+    off = int(np.spacing(np.float32(rounded)))
+    for key in range(rounded - off, rounded + off + 1):
+        if key in find and _bookkeeping(records, offsets[find(np.array([key]))[0]]) is not None:
+            return key
+    raise RecordError(f"{records.path}: record 0 announces identity records from about {rounded} on, but there are none: "
+                      "the pack's bookkeeping is damaged")
+
+
+def _identities_by_range(ranges, first, path):
+    """Identity of images 1 … first − 1, from the identity records' image ranges, float32 (identities, 2)."""
+    start, end = np.where(np.isfinite(ranges), ranges, -1).astype(np.int64).T
+    sizes = end - start
+    order = np.argsort(start, kind="stable")
+    order = order[sizes[order] > 0]
+    # Ranges that share out the images follow on one another, from the first image to the last.
+    if (sizes < 0).any() or not np.array_equal(np.append(start[order], first), np.append([1], end[order])):
+        raise RecordError(f"{path}: the {len(sizes)} identity records do not share out images 1 to {first - 1} among "
+                          f"them (they cover {np.maximum(sizes, 0).sum()}): the pack's bookkeeping is damaged")
+    return np.repeat(order, sizes[order])
 
 
 def _identities_by_label(records, offsets):

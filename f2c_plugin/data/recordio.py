@@ -158,6 +158,7 @@ class RecordFile:
             flag = words[first + 2].astype(np.int64)
             where = np.where(flag > 0, first + 8, first + 3)
             plain &= (words[first] == MAGIC) & (words[first + 1] >> 29 == _WHOLE)
+            plain &= (words[first + 1] & _LENGTH_MASK) >= _IMAGE_HEADER.size + 4 * flag
             plain &= (np.maximum(flag, 1) >= count) & (where + count <= len(words))
             labels[chunk] = words[np.where(plain, where, 0)[:, None] + column].view("<f4")
             for i in start + np.flatnonzero(~plain):  # records in parts (a few in millions) and errors
@@ -184,7 +185,10 @@ def read_idx(path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", DeprecationWarning)  # how NumPy reports text that is no number
-            table = np.fromstring(path.read_text("ascii"), np.int64, sep=" ").reshape(-1, 2)
+            text = path.read_text("ascii")
+            table = np.fromstring(text, np.int64, sep=" ").reshape(-1, 2)
+        if len(table) != text.count("\n") + (not text.endswith("\n") and text != ""):
+            raise ValueError
     except (ValueError, DeprecationWarning):
         raise RecordError(f"{path}: not an index: every line must be a key and an offset, two integers") from None
     if not len(table):
