@@ -116,9 +116,11 @@ def main():
     parser.add_argument("--pool-rate", type=float, default=0.1, help="also Partial FC's sample rate")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--without", nargs="*", default=[], choices=list(HEADS), help="heads that would not fit")
+    parser.add_argument("--without", nargs="*", default=[], choices=list(HEADS)[1:], help="heads that would not fit")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.pool_rate * arguments.identities < arguments.batch_size // 2:
+        parser.error("the pool must hold the identities of half a batch: raise --identities or --pool-rate")
     try:
         arguments.host = patching.find_host(os.environ.get("ARCFACE_TORCH")
                                             or patching.cache_folder() / f"insightface-{patching.HOST_REVISION[:12]}")

@@ -49,11 +49,9 @@ class F2CConfig:
         Raises:
             ConfigError: lists everything that is wrong.
         """
+        problems = _unknown_keys(cfg)
         names = [field.name for field in fields(cls)]
-        given = {key.removeprefix(PREFIX): value for key, value in cfg.items() if key.startswith(PREFIX)}
-        problems = [_unknown_key(PREFIX + name, [PREFIX + known for known in names])
-                    for name in given if name not in names]
-        settings = cls(**{name: value for name, value in given.items() if name in names})
+        settings = cls(**{name: cfg[PREFIX + name] for name in names if PREFIX + name in cfg})
         problems += settings._problems(cfg, world_size)
         if problems:
             raise ConfigError("\n".join(problems))
@@ -64,6 +62,7 @@ class F2CConfig:
         return int(self.pool_rate * num_identities + 1e-6)  # 0.29 of 100 is 29, whatever 0.29 is in binary
 
     def _problems(self, cfg, world_size):
+        bad = {}
         for name, kind, valid, range_text in (
                 ("pool_rate", (int, float), lambda v: 0 < v <= 1, "above 0, up to 1"),
                 ("momentum", (int, float), lambda v: 0 <= v < 1, "from 0 to below 1"),
@@ -73,27 +72,29 @@ class F2CConfig:
                 ("recipe", str, lambda v: v in RECIPES, "one of " + ", ".join(map(repr, RECIPES)))):
             value = getattr(self, name)
             if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind) or not valid(value):
-                yield f"{PREFIX}{name}={value!r}: must be {range_text}"
-                return  # what follows builds on these
-        if cfg.get("dali"):
-            yield "dali=True: F²C's loader decodes by itself and needs pairs of images: set dali=False"
-        batch = cfg["batch_size"]
+                bad[name] = f"{PREFIX}{name}={value!r}: must be {range_text}"
+        batch, classes = cfg["batch_size"], cfg["num_classes"]
         if batch < 2 or batch % 2:
-            yield (f"batch_size={batch}: F²C splits a batch into two halves, gallery and probe: "
-                   f"make it even, {max(batch - 1, 2)} or {batch + 1}")
-            return
-        classes = cfg["num_classes"]
+            nearest = "2" if batch < 2 else f"{batch - 1} or {batch + 1}"
+            bad["batch_size"] = (f"batch_size={batch}: F²C splits a batch into two halves, gallery and probe: "
+                                 f"make it even, {nearest}")
         gathered = min(batch // 2 * world_size, classes)
-        slots = self.num_slots(classes)
-        if slots < gathered:
+        if "pool_rate" not in bad and self.num_slots(classes) < gathered:
             needed = math.ceil(gathered / classes * 1e6) / 1e6
-            yield (f"{PREFIX}pool_rate={self.pool_rate} gives {slots} slots for num_classes={classes}, but a gathered "
-                   f"batch holds up to {gathered} identities: raise it to at least {needed:g}")
+            bad["slots"] = (f"{PREFIX}pool_rate={self.pool_rate} gives {self.num_slots(classes)} slots for "
+                            f"num_classes={classes}, but a gathered batch holds up to {gathered} identities: "
+                            f"raise it to at least {needed:g}")
+        return list(bad.values())
 
 
-def _unknown_key(key, known):
-    close = difflib.get_close_matches(key, known, 1)
-    return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}")
+def _unknown_keys(cfg):
+    known = [PREFIX + field.name for field in fields(F2CConfig)]
+    problems = []
+    for key in cfg:
+        if key.startswith(PREFIX) and key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            problems.append(f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"))
+    return problems
 
 
 # Keys that arcface_torch's configs/base.py sets, as far as the built-in host knows them, and its own.
@@ -127,12 +128,24 @@ def load_config(name: str) -> EasyDict:
         if not isinstance(found, dict):
             raise ConfigError(f"{file}: sets no `config`; a config file ends with one, config = EasyDict()")
         cfg.update(found)
-    missing = [key for key in REQUIRED if key not in cfg]
-    if missing:
-        raise ConfigError(f"{path}: lacks {', '.join(missing)}")
+    problems = [f"lacks {key}" for key in REQUIRED if key not in cfg] + _unknown_keys(cfg) + list(_wrong_types(cfg))
+    if problems:
+        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     if cfg.output is None:
         cfg.output = str(Path("work_dirs") / path.stem)
     return cfg
+
+
+def _wrong_types(cfg):
+    for key in ("num_classes", "num_image", "batch_size", "num_epoch", "gradient_acc", "verbose", "frequent", "embedding_size"):
+        value = cfg.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            yield f"{key}={value!r}: must be a whole number above 0"
+    for key in "lr", "momentum", "weight_decay", "scale":
+        if isinstance(cfg[key], bool) or not isinstance(cfg[key], (int, float)):
+            yield f"{key}={cfg[key]!r}: must be a number"
+    if not isinstance(cfg.val_targets, (list, tuple)):
+        yield f"val_targets={cfg.val_targets!r}: must be a list of names"
 
 
 def _find_config(name):

@@ -33,7 +33,7 @@ from f2c_plugin.host.entry_points import record_loader, steps_per_epoch
 from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
 from f2c_plugin.loss import Margin
 from f2c_plugin.softmax import SoftmaxHead
-from f2c_plugin.tools.export import check_onnx, export_onnx
+from f2c_plugin.tools.export import SAME_EMBEDDING, ExportError, export_onnx, onnx_cosine
 from f2c_plugin.tools.verification import VerificationSet, VerificationSetError
 
 MAX_GRADIENT_NORM = 5  # the host's
@@ -90,11 +90,11 @@ def train(cfg) -> dict:
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.fp16, growth_interval=100)
 
     parts = dict(backbone=net, head=head, optimizer=optimizer, schedule=schedule, scaler=scaler)
-    state = _Checkpoint(Path(cfg.output) / f"checkpoint_gpu_{rank}.pt", parts)
-    start_epoch, step = state.load() if cfg.resume else (0, 0)
+    state = _Checkpoint(cfg, rank, world_size, parts)
+    start_epoch, step, seconds = state.load() if cfg.resume else (0, 0, 0.0)
 
     log = _Log(cfg, total_steps, step) if rank == 0 else None
-    begin = time.perf_counter()
+    begin = time.perf_counter() - seconds
     for epoch in range(start_epoch, cfg.num_epoch):
         loader.sampler.set_epoch(epoch)
         for images, labels in loader:
@@ -114,7 +114,7 @@ def train(cfg) -> dict:
                 if step % cfg.verbose == 0 and step < total_steps:
                     log.verify(step, net, verification_sets)
         if cfg.save_all_states:
-            state.save(epoch + 1, step)
+            state.save(epoch + 1, step, time.perf_counter() - begin)
         if rank == 0:
             torch.save(net.state_dict(), Path(cfg.output) / "model.pt")
 
@@ -185,24 +185,33 @@ def _learning_rate(cfg, total_steps):
 class _Checkpoint:
     """All states of a rank after an epoch, as the host's ``save_all_states`` keeps them."""
 
-    def __init__(self, path, parts):
-        self.path, self.parts = path, parts
+    # Another value of one of these is another training: the schedule, the head or the net would not fit.
+    SETTINGS = ("head", "network", "embedding_size", "num_classes", "num_image", "batch_size", "f2c_pool_rate")
 
-    def save(self, epoch, step):
+    def __init__(self, cfg, rank, world_size, parts):
+        self.path, self.parts = Path(cfg.output) / f"checkpoint_gpu_{rank}.pt", parts
+        self.settings = {key: cfg.get(key) for key in self.SETTINGS} | {"number of ranks": world_size}
+
+    def save(self, epoch, step, seconds):
         states = {name: part.state_dict() for name, part in self.parts.items()}
         partial = self.path.with_suffix(".partial")
-        torch.save({"epoch": epoch, "global_step": step, **states}, partial)
+        torch.save({"epoch": epoch, "global_step": step, "seconds": seconds, "settings": self.settings, **states}, partial)
         os.replace(partial, self.path)
 
     def load(self):
-        """(epoch to go on with, steps done)."""
+        """(epoch to go on with, steps done, seconds spent)."""
         if not self.path.is_file():
-            raise ConfigError(f"resume=True, but there is no {self.path}: train with save_all_states=True first, "
-                              "or set resume=False")
+            raise ConfigError(f"resume=True, but there is no {self.path}: train with save_all_states=True on as many "
+                              "ranks first, or set resume=False")
         saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        changed = [f"{key} was {saved['settings'].get(key)} and is now {value}"
+                   for key, value in self.settings.items() if saved["settings"].get(key) != value]
+        if changed:
+            raise ConfigError(f"resume=True, but {self.path} is of another training: {', '.join(changed)}; "
+                              "set them back, or set resume=False")
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
-        return saved["epoch"], saved["global_step"]
+        return saved["epoch"], saved["global_step"], saved["seconds"]
 
 
 class _Log:
@@ -213,6 +222,9 @@ class _Log:
         self.images_per_step = cfg.batch_size * distributed.get_world_size()
         self.folder = Path(cfg.output)
         self.history = open(self.folder / "history.jsonl", "a" if cfg.resume else "w")
+        if not cfg.resume:  # a run's scalars do not mix with those of the run it replaces
+            for events in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
+                events.unlink()
         self.writer = _tensorboard(self.folder / "tensorboard")
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, file=sys.stdout)
         self._start_interval(step)
@@ -235,6 +247,8 @@ class _Log:
             scalars |= {f"f2c/{name}": torch.tensor([each[name] for each in self.statistics]).nanmean().item()
                         for name in self.statistics[0] if name != "loss"}
             scalars["f2c/pool_fill"] = head.pool.fill().item()
+        if not np.isfinite(scalars["loss"]):
+            logging.warning("the loss is %s at step %d: a smaller lr, or fp16=False, may help", scalars["loss"], step)
         self._record(step, scalars)
         self.bar.set_postfix(loss=f"{scalars['loss']:.3f}")
         logging.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
@@ -279,15 +293,21 @@ def _tensorboard(folder):
 def _finish(cfg, net, results, images_seen, seconds, verification_sets):
     """Write model.onnx and report.json."""
     folder = Path(cfg.output)
-    export_onnx(net, folder / "model.onnx")
+    exported = get_model(cfg.network, cfg.embedding_size)  # in float32, and without what hangs on the trained one
+    exported.load_state_dict(net.state_dict())
+    export_onnx(exported, folder / "model.onnx")
     summaries = {name: result.summary() for name, result in results.items()}
     report = {"head": cfg.head, "network": cfg.network, "images_seen": images_seen, "seconds": round(seconds, 1),
               "verification": next(iter(summaries.values()), None), "verification_sets": summaries}
     for verification_set in list(verification_sets.values())[:1]:
-        images = normalize_faces(verification_set.faces()[:64])
-        report["onnx_cosine"] = check_onnx(net, folder / "model.onnx", images)
+        cosine = onnx_cosine(exported, folder / "model.onnx", normalize_faces(verification_set.faces(64)))
+        report["onnx_cosine"] = cosine if cosine is None or np.isfinite(cosine) else "not a number"
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     logging.info("model.pt, model.onnx and report.json are in %s", folder)
+    cosine = report.get("onnx_cosine")
+    if cosine is not None and not (isinstance(cosine, float) and cosine >= SAME_EMBEDDING):
+        raise ExportError(f"{folder / 'model.onnx'} does not embed as model.pt does: the cosine is {cosine}, "
+                          f"less than {SAME_EMBEDDING}")
     return report
 
 
@@ -298,9 +318,9 @@ class _TqdmHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stdout)
 
 
-def _init_logging(folder):
+def _init_logging(folder, resume):
     folder.mkdir(parents=True, exist_ok=True)
-    handlers = [_TqdmHandler(), logging.FileHandler(folder / "training.log")]
+    handlers = [_TqdmHandler(), logging.FileHandler(folder / "training.log", "a" if resume else "w")]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers, force=True)
 
 
@@ -311,10 +331,13 @@ def main(arguments=None):
         cfg = load_config(parser.parse_args(arguments).config)
         with process_group():
             if distributed.get_rank() == 0:
-                _init_logging(Path(cfg.output))
+                _init_logging(Path(cfg.output), cfg.resume)
             train(cfg)
-    except (ConfigError, RecordError, VerificationSetError, UnknownPlugin) as error:
+    except (ConfigError, RecordError, VerificationSetError, UnknownPlugin, ExportError, OSError) as error:
         sys.exit(f"f2c_plugin.train: {error}")
+    except KeyboardInterrupt:
+        sys.exit("f2c_plugin.train: interrupted. With save_all_states=True the last whole epoch is kept, and resume=True "
+                 "goes on from there")
 
 
 if __name__ == "__main__":

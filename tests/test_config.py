@@ -24,11 +24,15 @@ def test_defaults_are_what_the_readme_says():
     (dict(f2c_hard_negatives=0), "f2c_hard_negatives=0: must be a whole number above 0, or None"),
     (dict(f2c_recipe="fast"), "f2c_recipe='fast': must be one of 'ramp', 'paper'"),
     (dict(batch_size=127), "batch_size=127: .* make it even, 126 or 128"),
-    (dict(dali=True), "dali=True: .*set dali=False"),
+    (dict(batch_size=1), "batch_size=1: .* make it even, 2$"),
 ])
 def test_a_bad_key_is_named_with_the_value_found_and_the_remedy(change, message):
     with pytest.raises(ConfigError, match=message):
         F2CConfig.read(GOOD | change)
+
+
+def test_a_rate_gives_the_slots_that_it_says():
+    assert F2CConfig(pool_rate=0.29).num_slots(100) == 29
 
 
 def test_a_pool_smaller_than_a_gathered_batch_is_refused_with_the_rate_that_would_do():
@@ -43,8 +47,8 @@ def test_a_pool_smaller_than_a_gathered_batch_is_refused_with_the_rate_that_woul
 
 def test_all_that_is_wrong_is_said_at_once():
     with pytest.raises(ConfigError) as error:
-        F2CConfig.read(GOOD | dict(f2c_zebra=1, dali=True, batch_size=3))
-    assert all(word in str(error.value) for word in ("f2c_zebra", "dali", "batch_size=3"))
+        F2CConfig.read(GOOD | dict(f2c_zebra=1, f2c_momentum=2, f2c_pool_rate=1e-5, batch_size=3))
+    assert all(word in str(error.value) for word in ("f2c_zebra", "f2c_momentum=2", "f2c_pool_rate=1e-05", "batch_size=3"))
 
 
 @pytest.mark.parametrize("name", [config.stem for config in host_configs()] + ["f2c_demo"])
@@ -70,8 +74,14 @@ def test_a_config_by_path_takes_the_base_beside_it_as_the_host_does(tmp_path):
 def test_configs_that_are_none_are_refused_with_the_reason(tmp_path):
     with pytest.raises(ConfigError, match="no such config file.*f2c_demo, glint360k_r100_f2c"):
         load_config("f2c_dmeo")
-    with pytest.raises(ConfigError, match="mine.py: lacks num_classes, num_image"):
+    with pytest.raises(ConfigError, match="mine.py: lacks num_classes\n.*mine.py: lacks num_image"):
         load_config(write(tmp_path / "mine.py", "config.rec = 'x'\n"))
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path / "mine.py", "config.rec = 'x'; config.num_classes = config.num_image = 9\n"
+                          "config.batch_size = '128'; config.verbose = 0; config.lr = '0.1'; config.val_targets = 'lfw'\n"
+                          "config.f2c_pol_rate = 1\n"))
+    assert len(str(error.value).splitlines()) == 5
+    assert "batch_size='128': must be a whole number above 0" in str(error.value)
     (tmp_path / "none.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="none.py: sets no `config`"):
         load_config(str(tmp_path / "none.py"))

@@ -3,6 +3,9 @@
 The host knows a group name, a name and a signature; these know the host's config.
 """
 
+import logging
+from pathlib import Path
+
 import torch
 from torch import distributed, nn
 
@@ -30,6 +33,8 @@ def f2c_dcp(cfg, backbone: nn.Module, margin_loss) -> F2CHead:
                             cfg.get("seed") or 0)
     total_steps = steps_per_epoch(cfg, world_size) * cfg["num_epoch"]
     recipe = Recipe(settings.recipe, Margin.of_host(margin_loss), total_steps)
+    logging.info("F²C head: a pool of %d slots for %d identities, %.0f MB on every rank; recipe %r", pool.num_slots,
+                 cfg["num_classes"], pool.rows.nbytes / 2**20, settings.recipe)
     head = F2CHead(backbone, pool, recipe, settings.momentum, settings.symmetric, settings.hard_negatives,
                    cfg.get("gradient_acc", 1), bool(cfg.get("fp16")))
     return head.to(next(backbone.parameters()).device)
@@ -48,7 +53,7 @@ def f2c_dual(cfg, local_rank: int) -> DualLoader:
         ConfigError: the config is wrong in itself or unlike the pack.
         RecordError: the pack cannot be read.
     """
-    rank, world_size = _rank_and_world_size()
+    _, world_size = _rank_and_world_size()
     settings = F2CConfig.read(cfg, world_size)
     return record_loader(cfg, local_rank, settings.identity_rate)
 
@@ -56,6 +61,11 @@ def f2c_dual(cfg, local_rank: int) -> DualLoader:
 def record_loader(cfg, local_rank: int, identity_rate: float) -> DualLoader:
     """Loader over the pack in ``cfg.rec`` with ``identity_rate`` of each batch in pairs."""
     rank, world_size = _rank_and_world_size()
+    if cfg.get("dali"):
+        raise ConfigError("dali=True: this loader decodes by itself: set dali=False")
+    if not (Path(cfg["rec"]) / "train.rec").is_file():
+        raise ConfigError(f"rec={cfg['rec']!r}: there is no train.rec in {Path(cfg['rec']).absolute()}; give the folder of "
+                          "a pack, or draw one with `f2c-plugin synth`")
     dataset = RecordDataset(cfg["rec"])
     _check_pack(cfg, dataset)
     sampler = DualSampler(dataset.index, cfg["batch_size"], steps_per_epoch(cfg, world_size), identity_rate,
@@ -84,6 +94,9 @@ def _check_pack(cfg, dataset):
                         f"set num_image={len(dataset)}")
     if problems:
         raise ConfigError("\n".join(problems))
+    if largest + 1 < cfg["num_classes"]:
+        logging.warning("num_classes=%d, but the pack's identities end at %d: the pool is larger than it needs to be",
+                        cfg["num_classes"], largest)
 
 
 def _rank_and_world_size():

@@ -15,6 +15,7 @@ from f2c_plugin.tools.verification import VerificationSet, VerificationSetError
 
 PACKAGES = ("f2c-plugin", "torch", "numpy", "easydict", "simplejpeg", "tqdm", "onnx")
 EXTRAS = ("onnxruntime", "matplotlib", "pillow", "tensorboard", "scikit-learn", "scipy", "insightface", "mxnet")
+SAMPLE = 100  # images of a set that are decoded to see whether they can be
 
 
 class Examination:
@@ -93,9 +94,9 @@ def _dataset(examination, folder):
                                     f"numbered up to {dataset.index.numbers[-1]}")
         examination.note("images per identity", f"{sizes.min()} to {sizes.max()}, median {np.median(sizes):g}, "
                                                 f"{(sizes == 1).mean():.1%} with one image")
-        for position in np.linspace(0, len(dataset) - 1, min(100, len(dataset))).astype(int):
-            dataset.face(position)
-        examination.note("images", f"{min(100, len(dataset))} of them decoded")
+        sample = np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).astype(int)
+        dataset.faces(sample)
+        examination.note("images", f"{len(sample)} of them decoded")
         examination.note("config", f'config.rec = "{folder}"; config.num_classes = {dataset.index.numbers[-1] + 1}; '
                                    f"config.num_image = {len(dataset)}")
     except RecordError as error:
@@ -103,6 +104,7 @@ def _dataset(examination, folder):
     for path in sorted(folder.glob("*.bin")):
         try:
             verification_set = VerificationSet(path)
+            verification_set.faces(SAMPLE)
             examination.note(path.name, f"{len(verification_set.same)} pairs, {verification_set.same.mean():.0%} same")
         except VerificationSetError as error:
             examination.complain(path.name, error)

@@ -67,10 +67,11 @@ class VerificationSet:
             raise VerificationSetError(f"{self.path}: {len(images)} images for {len(same)} answers; needs two for each")
         self.images, self.same = images, np.array(same, bool)
 
-    def faces(self) -> Tensor:
-        """All images, uint8 (2n, 112, 112, 3) RGB."""
-        faces = np.empty((len(self.images), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        for i, (out, image) in enumerate(zip(faces, self.images)):
+    def faces(self, count: int | None = None) -> Tensor:
+        """The first ``count`` images, uint8 (count, 112, 112, 3) RGB; None is all of them."""
+        images = self.images[:count]
+        faces = np.empty((len(images), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        for i, (out, image) in enumerate(zip(faces, images)):
             try:
                 decode_face(image, out)
             except ValueError as error:
