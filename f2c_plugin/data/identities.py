@@ -150,11 +150,11 @@ def _identities_by_range(ranges, first, path):
 
 def _identities_by_label(records, offsets):
     labels = records.labels(offsets)[:, 0]
-    if not np.isfinite(labels).all() or (labels < 0).any() or (labels != np.floor(labels)).any():
-        bad = labels[~(np.isfinite(labels) & (labels >= 0) & (labels == np.floor(labels)))][0]
-        raise RecordError(f"{records.path}: found the label {bad}; identities must be whole numbers from 0")
+    bad = labels[~(np.isfinite(labels) & (labels >= 0) & (labels == np.floor(labels)))]
+    if len(bad):
+        raise RecordError(f"{records.path}: found the label {bad[0]}; identities must be whole numbers from 0")
     if labels.max() >= FLOAT32_EXACT:
         raise RecordError(f"{records.path}: labels go up to {labels.max():.0f}, but the pack stores them as float32, "
-                          f"which cannot tell identities from {FLOAT32_EXACT} on apart. Number the identities from 0, "
-                          "or write the pack with identity records")
+                          f"which cannot tell identities from {FLOAT32_EXACT} on apart; nor can identity records, whose "
+                          "image ranges are float32, too. Number the identities without gaps, or split the pack")
     return labels.astype(np.int64)
