@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
+from f2c_plugin.cache import cache_folder
 from f2c_plugin.head import F2CHead
 from f2c_plugin.host import patching
 from f2c_plugin.loss import Margin
@@ -123,7 +124,7 @@ def main():
         parser.error("the pool must hold the identities of half a batch: raise --identities or --pool-rate")
     try:
         arguments.host = patching.find_host(os.environ.get("ARCFACE_TORCH")
-                                            or patching.cache_folder() / f"insightface-{patching.HOST_REVISION[:12]}")
+                                            or cache_folder() / f"insightface-{patching.HOST_REVISION[:12]}")
     except patching.HostError:
         print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`")
         arguments.without.append("partial_fc")

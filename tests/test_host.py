@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from f2c_plugin.backbones import get_model
+from f2c_plugin.cache import cache_folder
 from f2c_plugin.cli import main as cli
 from f2c_plugin.host import patching
 from f2c_plugin.tools.synth import write_dataset
@@ -31,7 +32,7 @@ def checkout():
     """The unpatched host."""
     folder = os.environ.get("ARCFACE_TORCH")
     if not folder:
-        cached = patching.cache_folder() / f"insightface-{patching.HOST_REVISION[:12]}"
+        cached = cache_folder() / f"insightface-{patching.HOST_REVISION[:12]}"
         if not cached.is_dir():
             pytest.skip("NOT RUN IN THE REAL HOST: set ARCFACE_TORCH to an arcface_torch checkout or run "
                         "`f2c-plugin fetch-host`")

@@ -13,7 +13,8 @@ from f2c_plugin.data.sampler import ShuffledPasses
 def index_of(sizes):
     """A pack whose i-th identity has sizes[i] images, in mixed order and with gaps in the numbers."""
     identity = np.random.default_rng(0).permutation(np.repeat(3 * np.arange(len(sizes)), sizes))
-    return IdentityIndex(np.arange(len(identity)), 4 * np.arange(len(identity)), identity)
+    images = np.arange(len(identity))
+    return IdentityIndex.of(images, 4 * images, np.full_like(images, 4), identity)
 
 
 @st.composite

@@ -7,8 +7,9 @@ import simplejpeg
 import torch
 from torch.utils.data import Dataset
 
-from f2c_plugin.data.identities import IdentityIndex, index_identities
-from f2c_plugin.data.recordio import RecordError, RecordFile, read_idx, unpack_image_record
+from f2c_plugin.data.identities import IdentityIndex
+from f2c_plugin.data.index import open_index
+from f2c_plugin.data.recordio import RecordError, RecordFile, unpack_image_record
 
 IMAGE_SIZE = 112
 
@@ -58,15 +59,17 @@ class RecordDataset(Dataset):
     def __init__(self, root_dir):
         self.root_dir = Path(root_dir)
         self.records = RecordFile(self.root_dir / "train.rec")
-        keys, offsets = read_idx(self.root_dir / "train.idx")
-        self.index: IdentityIndex = index_identities(self.records, keys, offsets)
+        self.index: IdentityIndex = open_index(root_dir)
+
+    def __reduce__(self):
+        return RecordDataset, (self.root_dir,)  # a worker that is not forked maps the files itself
 
     def __len__(self):
         return len(self.index)
 
     def __getitem__(self, i):
         faces = torch.from_numpy(self.face(i))[None]
-        return normalize_faces(faces, torch.rand(1) < 0.5)[0], torch.tensor(self.index.identity[i])
+        return normalize_faces(faces, torch.rand(1) < 0.5)[0], torch.tensor(int(self.index.identity[i]))
 
     def face(self, i: int, out: np.ndarray | None = None) -> np.ndarray:
         """Image ``i``, uint8 (112, 112, 3) RGB.
@@ -86,4 +89,4 @@ class RecordDataset(Dataset):
         batch = np.empty((len(positions), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         for out, i in zip(batch, positions):
             self.face(i, out)
-        return torch.from_numpy(batch), torch.from_numpy(self.index.identity[positions])
+        return torch.from_numpy(batch), torch.from_numpy(self.index.identity[positions].astype(np.int64))

@@ -10,28 +10,41 @@ from f2c_plugin.data.recordio import RecordError, RecordFile, unpack_image_recor
 FLOAT32_EXACT = 1 << 24
 
 
-@dataclass
+@dataclass(frozen=True)
 class IdentityIndex:
     """The images of a pack and their identities.
 
     Attributes:
         keys: int64 (images,) record number of each image in the pack.
         offsets: int64 (images,) byte offset of its record.
-        identity: int64 (images,) its identity.
-        numbers: int64 (identities,) the identities that have images, ascending. Packs may leave
+        lengths: int64 (images,) bytes from there to the next record: header, image and padding.
+        identity: int32 (images,) its identity.
+        numbers: int32 (identities,) the identities that have images, ascending. Packs may leave
             gaps between identity numbers, or have identities without images.
         starts: int64 (identities + 1,) images ``grouped[starts[i]:starts[i + 1]]`` show ``numbers[i]``.
-        grouped: int64 (images,) positions of the images, identity by identity.
+        grouped: int32 (images,) positions of the images, identity by identity; int64 from 2**31 images on.
     """
 
     keys: np.ndarray
     offsets: np.ndarray
+    lengths: np.ndarray
     identity: np.ndarray
+    numbers: np.ndarray
+    starts: np.ndarray
+    grouped: np.ndarray
 
-    def __post_init__(self):
-        self.grouped = np.argsort(self.identity, kind="stable")
-        self.numbers, first = np.unique(self.identity[self.grouped], return_index=True)
-        self.starts = np.append(first, len(self.identity))
+    @classmethod
+    def of(cls, keys: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, identity: np.ndarray) -> "IdentityIndex":
+        """Group images, each given by its key, offset, length and identity."""
+        identity = identity.astype(np.int32)
+        position = np.int32 if len(identity) < 1 << 31 else np.int64
+        if (identity[1:] >= identity[:-1]).all():  # as InsightFace writes its packs
+            grouped = np.arange(len(identity), dtype=position)
+        else:
+            grouped = np.argsort(identity, kind="stable").astype(position)
+        ordered = identity[grouped]
+        first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+        return cls(keys, offsets, lengths, identity, ordered[first], np.append(first, len(identity)), grouped)
 
     def __len__(self):
         return len(self.identity)
@@ -60,9 +73,10 @@ def index_identities(records: RecordFile, keys: np.ndarray, offsets: np.ndarray)
             labels cannot tell its identities apart.
     """
     find = _KeyTable(keys, records.path.with_suffix(".idx"))
+    lengths = _lengths(offsets, records.size)
     bounds = _identity_record_range(records, find, offsets)
     if bounds is None:
-        return IdentityIndex(keys, offsets, _identities_by_label(records, offsets))
+        return IdentityIndex.of(keys, offsets, lengths, _identities_by_label(records, offsets))
 
     first, end = bounds
     if not 1 < first < end <= len(keys) + np.spacing(np.float32(end)):
@@ -73,11 +87,14 @@ def index_identities(records: RecordFile, keys: np.ndarray, offsets: np.ndarray)
         # off, and identity records may name the wrong neighbour. Images are exact in their own
         # labels, which are small numbers.
         images = np.arange(1, _first_identity_record(records, find, offsets, first))
-        image_offsets = offsets[find(images)]
-        return IdentityIndex(images, image_offsets, _identities_by_label(records, image_offsets))
-    images = np.arange(1, first)
-    ranges = records.labels(offsets[find(np.arange(first, end))], count=2)
-    return IdentityIndex(images, offsets[find(images)], _identities_by_range(ranges, first, records.path))
+        position = find(images)
+        identity = _identities_by_label(records, offsets[position])
+    else:
+        images = np.arange(1, first)
+        position = find(images)
+        ranges = records.labels(offsets[find(np.arange(first, end))], count=2)
+        identity = _identities_by_range(ranges, first, records.path)
+    return IdentityIndex.of(images, offsets[position], lengths[position], identity)
 
 
 class _KeyTable:
@@ -89,6 +106,9 @@ class _KeyTable:
 
     def __init__(self, keys, path):
         self.keys, self.path = keys, path
+        self.order = None
+        if np.array_equal(keys, np.arange(len(keys))):
+            return  # a key is its own position, as in most packs
         self.order = np.argsort(keys, kind="stable")
         ordered = keys[self.order]
         twice = ordered[1:][ordered[1:] == ordered[:-1]]
@@ -99,13 +119,23 @@ class _KeyTable:
         return bool((self.keys == key).any())
 
     def __call__(self, wanted):
-        found = np.searchsorted(self.keys, wanted, sorter=self.order)
-        position = self.order[np.minimum(found, len(self.order) - 1)]
-        missing = self.keys[position] != wanted
+        if self.order is None:
+            position = wanted
+            missing = (wanted < 0) | (wanted >= len(self.keys))
+        else:
+            found = np.searchsorted(self.keys, wanted, sorter=self.order)
+            position = self.order[np.minimum(found, len(self.order) - 1)]
+            missing = self.keys[position] != wanted
         if missing.any():
             raise RecordError(f"{self.path}: record {wanted[missing][0]}, which the pack's bookkeeping announces, "
                               "has no entry")
         return position
+
+
+def _lengths(offsets, size):
+    """Bytes from each record to the next in the file, which has ``size`` bytes."""
+    ordered = np.sort(offsets)
+    return np.append(ordered[1:], size)[np.searchsorted(ordered, offsets)] - offsets
 
 
 def _bookkeeping(records, offset):

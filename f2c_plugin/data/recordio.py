@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -77,8 +78,7 @@ def pack_image_record(label, image: bytes, number: int) -> bytes:
 class RecordFile:
     """Random access to the records of a ``.rec`` file through a memory map.
 
-    The map is opened on first use in each process, so an instance costs nothing to pickle and
-    DataLoader workers share the page cache.
+    The map is opened on first use, so that an instance costs nothing until then.
     """
 
     def __init__(self, path):
@@ -96,9 +96,6 @@ class RecordFile:
                 raise RecordError(f"{self.path}: the file is empty")
             self._bytes = np.memmap(self.path, np.uint8, "r")
         return self._bytes
-
-    def __getstate__(self):
-        return {**self.__dict__, "_bytes": None}
 
     def read(self, offset: int):
         """Payload of the record that starts at byte ``offset``; bytes-like.
@@ -170,9 +167,11 @@ class RecordFile:
         return labels
 
 
-def read_idx(path) -> tuple[np.ndarray, np.ndarray]:
+def read_idx(path, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Read a ``.idx`` file.
 
+    Args:
+        progress: whether to show a progress bar.
     Returns:
         keys and byte offsets, int64 (n,) each, in the order of the file.
     Raises:
@@ -182,15 +181,20 @@ def read_idx(path) -> tuple[np.ndarray, np.ndarray]:
     if not path.is_file():
         raise RecordError(f"{path}: no such file. The .rec cannot be read without its .idx; "
                           "mxnet's tools/rec2idx.py makes one from the .rec")
+    tables = [np.empty((0, 2), np.int64)]
+    bar = tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=None if progress else True)
     try:
-        with warnings.catch_warnings():
+        with open(path, "rb") as file, bar, warnings.catch_warnings():
             warnings.simplefilter("error", DeprecationWarning)  # how NumPy reports text that is no number
-            text = path.read_text("ascii")
-            table = np.fromstring(text, np.int64, sep=" ").reshape(-1, 2)
-        if len(table) != text.count("\n") + (not text.endswith("\n") and text != ""):
-            raise ValueError
+            while text := file.read(1 << 25) + file.readline():  # bounds the temporaries
+                table = np.fromstring(text.decode("ascii"), np.int64, sep=" ").reshape(-1, 2)
+                if len(table) != text.count(b"\n") + (not text.endswith(b"\n")):
+                    raise ValueError
+                tables.append(table)
+                bar.update(len(text))
     except (ValueError, DeprecationWarning):
         raise RecordError(f"{path}: not an index: every line must be a key and an offset, two integers") from None
+    table = np.concatenate(tables)
     if not len(table):
         raise RecordError(f"{path}: the index is empty: the pack holds no records")
     return table[:, 0].copy(), table[:, 1].copy()

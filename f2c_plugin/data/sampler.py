@@ -19,7 +19,7 @@ class ShuffledPasses:
         self._number, self._order = None, None
 
     def take(self, start: int, count: int) -> np.ndarray:
-        """Numbers ``start`` to ``start + count`` of the stream, int64 (count,)."""
+        """Numbers ``start`` to ``start + count`` of the stream, integers (count,)."""
         pieces = []
         while count:
             number, offset = divmod(start, self.size)
@@ -31,13 +31,15 @@ class ShuffledPasses:
 
     def _pass(self, number):
         if number != self._number:
-            rng = np.random.default_rng([*self.seed, number])
-            self._number, self._order = number, rng.permutation(self.size)
+            self._order = None  # before the next is made, for each takes as much memory as all else together
+            order = np.arange(self.size, dtype=np.int32 if self.size < 1 << 31 else np.int64)
+            np.random.default_rng([*self.seed, number]).shuffle(order)
+            self._number, self._order = number, order
         return self._order
 
 
 class DualSampler(Sampler):
-    """Yields the batches of one rank, int64 (batch_size,) positions of images.
+    """Yields the batches of one rank, integers (batch_size,), positions of images.
 
     A batch is x ∪ y, one half each: x = I ∪ III and y = II ∪ IV. I and II hold the same
     identities in the same order, from the identity-based loader; III and IV are images from the

@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from f2c_plugin.cache import cache_folder
 from f2c_plugin.resources import data_folder
 
 HOST_URL = "https://github.com/deepinsight/insightface"
@@ -184,13 +185,6 @@ def _git_apply(folder, patch, *options) -> list[str]:
         return []
     lines = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
     return [line for line in lines if not line.endswith("patch does not apply")] or [done.stderr.strip()]
-
-
-def cache_folder() -> Path:
-    """The project's cache: $F2C_CACHE, else f2c-plugin in the user's cache folder."""
-    if "F2C_CACHE" in os.environ:
-        return Path(os.environ["F2C_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "f2c-plugin"
 
 
 def fetch_host(source: str = HOST_URL) -> Path:
