@@ -59,6 +59,45 @@ def report(arguments):
     report(arguments.folder)
 
 
+def index(arguments):
+    """Index a pack, so that training starts at once, and say what it holds."""
+    from f2c_plugin.data import RecordDataset
+    from f2c_plugin.data.index import open_index
+    from f2c_plugin.tools import packs
+
+    open_index(arguments.folder, progress=True)
+    dataset = RecordDataset(arguments.folder)
+    for what, finding in packs.describe(dataset):
+        print(f"{what:<20} {finding}")
+    if arguments.plot:
+        packs.draw_histogram(dataset, arguments.plot)
+    if arguments.verify:
+        damaged = packs.verify(dataset)
+        for _, error in damaged:
+            print(error)
+        print(f"{len(damaged)} of {len(dataset)} images cannot be used" + (":" if damaged else ""),
+              ", ".join(str(key) for key, _ in damaged))
+        if damaged:
+            sys.exit(1)
+
+
+def inspect(arguments):
+    """Draw a contact sheet of a pack: of one identity, one image, or random identities."""
+    from f2c_plugin.data import RecordDataset
+    from f2c_plugin.tools.packs import draw_sheet
+
+    draw_sheet(RecordDataset(arguments.folder), arguments.out, arguments.identity, arguments.image)
+    print(arguments.out)
+
+
+def pack(arguments):
+    """Write a pack from a folder of images, one folder an identity."""
+    from f2c_plugin.tools.packs import pack_folder
+
+    identities, images = pack_folder(arguments.source, arguments.out)
+    print(f"{arguments.out}: {images} images of {identities} identities")
+
+
 def _parser():
     parser = argparse.ArgumentParser("f2c-plugin", description="F²C for arcface_torch.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -80,6 +119,21 @@ def _parser():
     add = command(doctor)
     add("--checkout", help="an arcface_torch checkout to look at")
     add("--dataset", help="folder of a pack to look at")
+
+    add = command(index)
+    add("folder", help="of train.rec and train.idx")
+    add("--plot", metavar="PNG", help="draw the histogram of images per identity")
+    add("--verify", action="store_true", help="decode every image and list those that cannot be used")
+
+    add = command(inspect)
+    add("folder", help="of train.rec and train.idx")
+    add("--identity", type=int, metavar="N")
+    add("--image", type=int, metavar="N", help="record number")
+    add("--out", default="sheet.png", metavar="PNG")
+
+    add = command(pack)
+    add("source", help="folder with a folder of .jpg or .png files for each identity")
+    add("out", help="where train.rec, train.idx and property go")
 
     add = command(report)
     add("folder", help="a run's output folder")

@@ -30,6 +30,8 @@ class F2CConfig:
         identity_rate: share of a batch that the identity-based loader fills.
         hard_negatives: h, per probe that is not in the pool; None takes it from the pool's size.
         recipe: "ramp" or "paper", see ``Recipe``.
+        skip_damaged: whether an image that cannot be decoded is replaced by another of its identity,
+            and counted in the log, instead of ending the training.
     """
 
     pool_rate: float = 0.1
@@ -38,6 +40,7 @@ class F2CConfig:
     identity_rate: float = 2 / 3
     hard_negatives: int | None = None
     recipe: str = "ramp"
+    skip_damaged: bool = False
 
     @classmethod
     def read(cls, cfg, world_size: int = 1) -> "F2CConfig":
@@ -67,6 +70,7 @@ class F2CConfig:
                 ("pool_rate", (int, float), lambda v: 0 < v <= 1, "above 0, up to 1"),
                 ("momentum", (int, float), lambda v: 0 <= v < 1, "from 0 to below 1"),
                 ("symmetric", bool, lambda v: True, "True or False"),
+                ("skip_damaged", bool, lambda v: True, "True or False"),
                 ("identity_rate", (int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
                 ("hard_negatives", (int, type(None)), lambda v: v is None or v > 0, "a whole number above 0, or None"),
                 ("recipe", str, lambda v: v in RECIPES, "one of " + ", ".join(map(repr, RECIPES)))):

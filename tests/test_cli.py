@@ -14,7 +14,8 @@ def test_doctor_finds_the_entry_points_and_says_what_a_dataset_holds(capsys):
     cli(["doctor", "--dataset", str(FIXTURES / "insightface")])
     text = capsys.readouterr().out
     assert "f2c_dcp                found" in text and "f2c_dual               found" in text
-    assert "10 images of 4 identities, numbered up to 3" in text and "25.0% with one image" in text
+    assert "images                 10" in text and "identities             4, numbered up to 3" in text
+    assert "1 to 4, median 2.5, 25.0% with one image" in text and "112×112" in text
     assert "config.num_classes = 4; config.num_image = 10" in text
 
 

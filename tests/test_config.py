@@ -9,7 +9,7 @@ GOOD = dict(batch_size=128, num_classes=10_000, dali=False)
 
 
 def test_defaults_are_what_the_readme_says():
-    assert F2CConfig.read(GOOD) == F2CConfig(0.1, 0.99, True, 2 / 3, None, "ramp")
+    assert F2CConfig.read(GOOD) == F2CConfig(0.1, 0.99, True, 2 / 3, None, "ramp", False)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -17,6 +17,7 @@ IDENTITIES = {
     "rec_builder": [0, 0, 1, 2, 2, 2],
     "array_labels": [0, 1, 1, 4],
     "multipart": [0, 0, 1, 1, 2],
+    "formats": [0, 1, 2],
 }
 
 

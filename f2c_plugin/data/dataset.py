@@ -1,5 +1,6 @@
 """The images and labels of a pack, one by one or in batches."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +15,47 @@ from f2c_plugin.data.recordio import RecordError, RecordFile, unpack_image_recor
 IMAGE_SIZE = 112
 
 
-def decode_face(jpeg, out: np.ndarray | None = None) -> np.ndarray:
-    """Decode a JPEG into RGB, uint8 (112, 112, 3), the same pixels as ``mxnet.image.imdecode``.
+def decode_face(encoded, out: np.ndarray | None = None) -> np.ndarray:
+    """Decode an image into RGB, uint8 (112, 112, 3), the same pixels as ``mxnet.image.imdecode``.
 
     Args:
-        jpeg: encoded bytes.
+        encoded: bytes of a JPEG, in colour or grey; with Pillow also of a CMYK JPEG or a PNG.
         out: contiguous array to decode into; a new one if None.
     Raises:
-        ValueError: the bytes are no whole JPEG of 112 × 112.
+        ValueError: the bytes are no whole image of 112 × 112.
     """
-    height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
-    if (height, width) != (IMAGE_SIZE, IMAGE_SIZE):
+    if not simplejpeg.is_jpeg(encoded):
+        return _decode_by_pillow(encoded, out)
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+    _check_size(width, height)
+    if colorspace in ("CMYK", "YCCK"):
+        return _decode_by_pillow(encoded, out)
+    return simplejpeg.decode_jpeg(encoded, "RGB", buffer=out)
+
+
+def _check_size(width, height):
+    if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"it is {width}×{height} pixels, and aligned faces are {IMAGE_SIZE}×{IMAGE_SIZE}")
-    return simplejpeg.decode_jpeg(jpeg, "RGB", buffer=out)
+
+
+def _decode_by_pillow(encoded, out):
+    """The rare formats."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise ValueError("it is no JPEG in RGB or grey; other images need Pillow: pip install f2c-plugin[images]") from None
+    try:
+        with Image.open(BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+            _check_size(*image.size)  # before anything is decoded: a small file can announce a huge picture
+            face = np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise ValueError(f"it is neither a JPEG nor a PNG: it begins with {bytes(encoded[:4])!r}") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for a damaged file
+        raise ValueError(str(error)) from error
+    if out is None:
+        return face
+    out[:] = face
+    return out
 
 
 def normalize_faces(faces: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
@@ -50,19 +79,24 @@ class RecordDataset(Dataset):
 
     Args:
         root_dir: folder of the pack.
+        replace_damaged: whether ``faces`` puts another image of the same identity in the place of
+            one that cannot be decoded, and counts it.
     Attributes:
         index: the IdentityIndex.
+        damaged: the errors of the images that were replaced in this process.
     Raises:
         RecordError: the pack is missing or cannot be read.
     """
 
-    def __init__(self, root_dir):
+    def __init__(self, root_dir, replace_damaged: bool = False):
+        self.replace_damaged = replace_damaged
+        self.damaged: list[RecordError] = []
         self.root_dir = Path(root_dir)
         self.records = RecordFile(self.root_dir / "train.rec")
         self.index: IdentityIndex = open_index(root_dir)
 
     def __reduce__(self):
-        return RecordDataset, (self.root_dir,)  # a worker that is not forked maps the files itself
+        return RecordDataset, (self.root_dir, self.replace_damaged)  # a worker that is not forked maps the files itself
 
     def __len__(self):
         return len(self.index)
@@ -88,5 +122,20 @@ class RecordDataset(Dataset):
         """Images uint8 (B, 112, 112, 3) RGB and identities int64 (B,) at ``positions`` (B,)."""
         batch = np.empty((len(positions), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         for out, i in zip(batch, positions):
-            self.face(i, out)
+            if self.replace_damaged:
+                self._face_or_another(i, out)
+            else:
+                self.face(i, out)
         return torch.from_numpy(batch), torch.from_numpy(self.index.identity[positions].astype(np.int64))
+
+    def _face_or_another(self, i, out):
+        try:
+            self.face(i, out)
+        except RecordError as error:
+            self.damaged.append(error)
+            for other in self.index.images_of(self.index.identity[i]):
+                try:
+                    return self.face(other, out)
+                except RecordError:
+                    continue
+            raise RecordError(f"{error}; nor can any other image of the identity") from error

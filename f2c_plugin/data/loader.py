@@ -1,5 +1,7 @@
 """The dual loader: batches of the dual sampler, decoded by workers, on the training device."""
 
+import logging
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -15,7 +17,10 @@ class _Batches(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, positions):
-        return self.dataset.faces(positions)
+        faces, labels = self.dataset.faces(positions)
+        damaged = [str(error) for error in self.dataset.damaged]
+        self.dataset.damaged.clear()
+        return faces, labels, damaged
 
 
 class DualLoader(DataLoader):
@@ -29,12 +34,15 @@ class DualLoader(DataLoader):
         sampler: says which images make up each batch.
         device: where the batches are wanted.
         num_workers: processes that decode; 0 decodes in this one.
+    Attributes:
+        num_damaged: images that were replaced, if the dataset replaces damaged ones.
     """
 
     def __init__(self, dataset: RecordDataset, sampler: DualSampler, device: torch.device, num_workers: int = 0):
         super().__init__(_Batches(dataset), sampler=sampler, batch_size=None, num_workers=num_workers,
                          pin_memory=device.type == "cuda", persistent_workers=num_workers > 0)
         self.device = device
+        self.num_damaged = 0
 
     def __iter__(self):
         sampler = self.sampler
@@ -42,7 +50,10 @@ class DualLoader(DataLoader):
         flips = torch.Generator().manual_seed(int(seeds[0] >> 1))
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         ahead = None
-        for faces, labels in super().__iter__():
+        for faces, labels, damaged in super().__iter__():
+            for error in damaged:
+                self.num_damaged += 1
+                logging.warning("%s; replaced by another image of the identity (%d so far)", error, self.num_damaged)
             flip = torch.rand(len(faces), generator=flips) < 0.5
             with torch.cuda.stream(stream):  # no effect without a stream
                 faces, labels, flip = (part.to(self.device, non_blocking=True) for part in (faces, labels, flip))

@@ -66,7 +66,7 @@ def record_loader(cfg, local_rank: int, identity_rate: float) -> DualLoader:
     if not (Path(cfg["rec"]) / "train.rec").is_file():
         raise ConfigError(f"rec={cfg['rec']!r}: there is no train.rec in {Path(cfg['rec']).absolute()}; give the folder of "
                           "a pack, or draw one with `f2c-plugin synth`")
-    dataset = RecordDataset(cfg["rec"])
+    dataset = RecordDataset(cfg["rec"], replace_damaged=bool(cfg.get("f2c_skip_damaged")))
     _check_pack(cfg, dataset)
     sampler = DualSampler(dataset.index, cfg["batch_size"], steps_per_epoch(cfg, world_size), identity_rate,
                           cfg.get("seed") or 0, rank, world_size)

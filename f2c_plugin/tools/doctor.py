@@ -11,6 +11,7 @@ import torch
 from f2c_plugin.data import RecordDataset, RecordError
 from f2c_plugin.host import patching
 from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
+from f2c_plugin.tools.packs import describe
 from f2c_plugin.tools.verification import VerificationSet, VerificationSetError
 
 PACKAGES = ("f2c-plugin", "torch", "numpy", "easydict", "simplejpeg", "tqdm", "onnx")
@@ -89,16 +90,11 @@ def _checkout(examination, folder):
 def _dataset(examination, folder):
     try:
         dataset = RecordDataset(folder)
-        sizes = np.diff(dataset.index.starts)
-        examination.note("dataset", f"{dataset.records.path}: {len(dataset)} images of {len(sizes)} identities, "
-                                    f"numbered up to {dataset.index.numbers[-1]}")
-        examination.note("images per identity", f"{sizes.min()} to {sizes.max()}, median {np.median(sizes):g}, "
-                                                f"{(sizes == 1).mean():.1%} with one image")
+        for what, finding in describe(dataset):
+            examination.note(what, finding)
         sample = np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).astype(int)
         dataset.faces(sample)
-        examination.note("images", f"{len(sample)} of them decoded")
-        examination.note("config", f'config.rec = "{folder}"; config.num_classes = {dataset.index.numbers[-1] + 1}; '
-                                   f"config.num_image = {len(dataset)}")
+        examination.note("decoded", f"{len(sample)} images")
     except RecordError as error:
         examination.complain("dataset", error)
     for path in sorted(folder.glob("*.bin")):

@@ -39,7 +39,7 @@ def report(folder) -> list[Path]:
 
 def draw_curves(history, path) -> Path:
     """Loss, verification accuracy, cosines and pool of a run, against images seen."""
-    plt = _pyplot()
+    plt = pyplot()
     entries = [json.loads(line) for line in Path(history).read_text().splitlines()]
     names = {name for entry in entries for name in entry}
     accuracies = sorted(name for name in names if name.endswith("/accuracy"))
@@ -71,7 +71,7 @@ def draw_curves(history, path) -> Path:
 
 def draw_scores(scores_file, path) -> Path:
     """Histogram of the cosines of same and of different pairs."""
-    plt = _pyplot()
+    plt = pyplot()
     with np.load(scores_file) as saved:
         scores, same = saved["scores"], saved["same"]
     figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
@@ -86,7 +86,8 @@ def draw_scores(scores_file, path) -> Path:
     return path
 
 
-def _pyplot():
+def pyplot():
+    """matplotlib's pyplot, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")

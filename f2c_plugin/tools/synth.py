@@ -9,8 +9,8 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from f2c_plugin.data.recordio import RecordWriter, pack_image_record
 from f2c_plugin.tools.faces import draw_face, draw_identity
+from f2c_plugin.tools.packs import write_insightface_pack
 from f2c_plugin.tools.verification import save_bin
 
 JPEG_QUALITY = 90
@@ -46,7 +46,7 @@ def write_dataset(folder, num_identities: int, images_per_identity: int, num_pai
     with multiprocessing.Pool(processes) as pool:
         seen = pool.imap(partial(_draw_jpegs, seed, _TRAINING, images_per_identity), range(num_identities), 4)
         seen = tqdm(seen, "drawing train.rec", num_identities, unit=" identities", disable=None)
-        _write_pack(folder / "train.rec", seen, num_identities, images_per_identity)
+        write_insightface_pack(folder / "train.rec", chain.from_iterable(seen), [images_per_identity] * num_identities)
         unseen = pool.imap(partial(_draw_jpegs, seed, _VERIFICATION, _IMAGES_PER_UNSEEN_IDENTITY), range(num_unseen), 4)
         unseen = tqdm(unseen, f"drawing {VERIFICATION_NAME}.bin", num_unseen, unit=" identities", disable=None)
         save_bin(folder / f"{VERIFICATION_NAME}.bin", *_pairs(list(unseen), num_pairs, seed))
@@ -71,19 +71,6 @@ def _faces(seed, stream, count, identity):
 
 def _draw_jpegs(seed, stream, count, identity):
     return [simplejpeg.encode_jpeg(face, JPEG_QUALITY, "RGB", "420") for face in _faces(seed, stream, count, identity)]
-
-
-def _write_pack(path, people, num_identities, images_per_identity):
-    """InsightFace's layout: bookkeeping record 0, images from 1, then a record for each identity."""
-    firsts = 1 + images_per_identity * np.arange(num_identities + 1)  # first image of each identity, and one past all
-    with RecordWriter(path) as pack:
-        pack.write(0, pack_image_record([firsts[-1], firsts[-1] + num_identities], b"", 0))
-        for identity, jpegs in enumerate(people):
-            for key, jpeg in enumerate(jpegs, start=firsts[identity]):
-                pack.write(key, pack_image_record(identity, jpeg, 0))
-        for identity in range(num_identities):
-            image_range = firsts[identity:identity + 2]
-            pack.write(firsts[-1] + identity, pack_image_record(image_range, b"", identity))
 
 
 def _pairs(people, num_pairs, seed):

@@ -1,0 +1,178 @@
+"""What a pack holds, whether it is whole, what it looks like; and making one from a folder of images."""
+
+import multiprocessing
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from tqdm import tqdm
+
+from f2c_plugin.data.dataset import IMAGE_SIZE, RecordDataset
+from f2c_plugin.data.recordio import RecordError, RecordWriter, pack_image_record, unpack_image_record
+
+SAMPLE = 1000  # images that are looked at for what the index does not know
+_CHUNK = 256  # images that a process verifies at a time
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
+    """What a pack holds, as lines of (what, finding). Sizes are of up to SAMPLE images, spread over the pack.
+
+    Raises:
+        RecordError: one of these images has no record.
+    """
+    index = dataset.index
+    per_identity = np.diff(index.starts)
+    sample = np.linspace(0, len(index) - 1, min(SAMPLE, len(index))).astype(int)
+    encoded = [unpack_image_record(dataset.records.read(int(index.offsets[i]))).image for i in sample]
+    sizes = Counter(_size(image) for image in encoded)
+    return [
+        ("pack", str(dataset.records.path)),
+        ("images", f"{len(index):,}"),
+        ("identities", f"{len(per_identity):,}, numbered up to {index.numbers[-1]}"),
+        ("images per identity", f"{per_identity.min()} to {per_identity.max()}, median {np.median(per_identity):g}, "
+                                f"{(per_identity == 1).mean():.1%} with one image"),
+        ("bytes per image", f"{np.mean([len(image) for image in encoded]):,.0f} on average (of {len(sample)} images)"),
+        ("image sizes", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(5)) + f" (of {len(sample)} images)"),
+        ("config", f'config.rec = "{dataset.root_dir}"; config.num_classes = {index.numbers[-1] + 1}; '
+                   f"config.num_image = {len(index)}"),
+    ]
+
+
+def _size(encoded):
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+        return f"{width}×{height} {colorspace}"
+    except ValueError:
+        return "not a JPEG"
+
+
+def draw_histogram(dataset: RecordDataset, path) -> None:
+    """Draw how many identities have how many images. Needs matplotlib."""
+    from f2c_plugin.tools.report import pyplot
+
+    per_identity = np.diff(dataset.index.starts)
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    axis.hist(per_identity, np.arange(1, np.percentile(per_identity, 99.5) + 2) - 0.5)
+    axis.set(title=f"{len(dataset):,} images of {len(per_identity):,} identities", xlabel="images of an identity",
+             ylabel="identities")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def verify(dataset: RecordDataset, processes: int | None = None) -> list[tuple[int, str]]:
+    """Decode every image; returns record number and error of those that cannot be used.
+
+    Args:
+        processes: that decode; None takes one per CPU.
+    """
+    damaged = []
+    starts = range(0, len(dataset), _CHUNK)
+    with multiprocessing.Pool(processes, _open, (dataset,)) as pool:
+        with tqdm(total=len(dataset), desc="decoding", unit=" images", disable=None) as bar:
+            for start, found in zip(starts, pool.imap(_damaged, starts)):
+                damaged += found
+                bar.update(min(_CHUNK, len(dataset) - start))
+    return damaged
+
+
+def _open(dataset):
+    global _dataset  # one for each process of the pool
+    _dataset = dataset
+
+
+def _damaged(start):
+    found = []
+    for i in range(start, min(start + _CHUNK, len(_dataset))):
+        try:
+            _dataset.face(i)
+        except RecordError as error:
+            found.append((int(_dataset.index.keys[i]), str(error)))
+    return found
+
+
+def draw_sheet(dataset: RecordDataset, path, identity: int | None = None, image: int | None = None, columns: int = 10,
+               rows: int = 8) -> None:
+    """Draw a contact sheet: images of one identity, the image of one record, or random identities, one a row.
+
+    Images that cannot be decoded are left grey. Needs Pillow.
+
+    Raises:
+        RecordError: there is no such identity or record.
+    """
+    from PIL import Image
+
+    index = dataset.index
+    if image is not None:
+        positions = np.flatnonzero(index.keys == image)
+        if not len(positions):
+            raise RecordError(f"{dataset.records.path}: there is no image with record number {image}")
+        grid = [positions]
+    elif identity is not None:
+        positions = index.images_of(identity)[:columns * rows]
+        if not len(positions):
+            raise RecordError(f"{dataset.records.path}: identity {identity} has no images")
+        grid = [positions[start:start + columns] for start in range(0, len(positions), columns)]
+    else:
+        chosen = np.random.default_rng().permutation(len(index.numbers))[:rows]
+        grid = [index.grouped[index.starts[i]:index.starts[i + 1]][:columns] for i in chosen]
+    sheet = np.full((len(grid), IMAGE_SIZE, max(map(len, grid)), IMAGE_SIZE, 3), 128, np.uint8)
+    for row, positions in enumerate(grid):
+        for column, position in enumerate(positions):
+            try:
+                sheet[row, :, column] = dataset.face(position)
+            except RecordError:
+                continue
+    Image.fromarray(sheet.reshape(len(grid) * IMAGE_SIZE, -1, 3)).save(path)
+
+
+def pack_folder(source, out) -> tuple[int, int]:
+    """Write a pack from a folder with a folder of images for each identity, in InsightFace's layout.
+
+    Identities are numbered in the order of their folders' names. Images are stored as they are.
+
+    Returns:
+        numbers of identities and images.
+    Raises:
+        RecordError: there is nothing to pack.
+        FileExistsError: there is a pack in ``out`` already.
+    """
+    source, out = Path(source), Path(out)
+    if not source.is_dir():
+        raise RecordError(f"{source}: no such folder")
+    if (out / "train.rec").exists():
+        raise FileExistsError(f"{out / 'train.rec'} exists and is not overwritten: choose another folder or remove it")
+    people = [sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+              for folder in sorted(source.iterdir()) if folder.is_dir()]
+    people = [images for images in people if images]
+    if not people:
+        raise RecordError(f"{source}: found no folders with {', '.join(_SUFFIXES)} files; it takes one folder an identity")
+    out.mkdir(parents=True, exist_ok=True)
+    files = (path.read_bytes() for path in tqdm([path for images in people for path in images], "packing", unit=" images",
+                                                disable=None))
+    write_insightface_pack(out / "train.rec", files, [len(images) for images in people])
+    (out / "property").write_text(f"{len(people)},{IMAGE_SIZE},{IMAGE_SIZE}\n")
+    return len(people), sum(map(len, people))
+
+
+def write_insightface_pack(path, images, sizes) -> None:
+    """Write ``path`` and its ``.idx`` in InsightFace's layout.
+
+    Bookkeeping record 0, images from 1, then a record for each identity.
+
+    Args:
+        images: encoded images, identity by identity; may be an iterator.
+        sizes: number of images of each identity.
+    """
+    firsts = np.append(1, 1 + np.cumsum(sizes))  # first image of each identity, and one past all
+    images = iter(images)
+    with RecordWriter(path) as pack:
+        pack.write(0, pack_image_record([firsts[-1], firsts[-1] + len(sizes)], b"", 0))
+        for identity, (start, end) in enumerate(zip(firsts, firsts[1:])):
+            for key in range(start, end):
+                pack.write(key, pack_image_record(identity, next(images), 0))
+        for identity, image_range in enumerate(zip(firsts, firsts[1:])):
+            pack.write(firsts[-1] + identity, pack_image_record(image_range, b"", identity))
