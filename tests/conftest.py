@@ -15,7 +15,7 @@ PACKS = sorted(folder.name for folder in FIXTURES.iterdir() if (folder / "train.
 def pack(tmp_path):
     """Copies a pack written by mxnet, for tests that damage it."""
     def copy(name):
-        return Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+        return Path(shutil.copytree(FIXTURES / name, tmp_path / name, ignore=shutil.ignore_patterns("*.f2c-index*")))
     return copy
 
 

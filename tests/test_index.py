@@ -37,7 +37,7 @@ def test_what_is_mapped_from_disk_is_what_was_built(pack, name, builds):
     first = as_lists(open_index(folder))
     again = open_index(folder)
     assert len(builds) == 1 and as_lists(again) == first
-    assert all(isinstance(array, np.memmap) for array in vars(again).values())
+    assert all(isinstance(array.base, np.memmap) for array in vars(again).values())
 
 
 def test_lengths_reach_from_each_record_to_the_next(pack):

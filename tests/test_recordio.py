@@ -98,6 +98,28 @@ def test_labels_in_bulk_are_the_labels_one_by_one():
         assert records.labels(offsets)[:, 0].tolist() == one_by_one
 
 
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(PACKS), file=st.sampled_from(["train.rec", "train.idx"]), data=st.data())
+def test_a_pack_changed_anywhere_is_read_or_refused_but_never_crashes(tmp_path_factory, name, file, data):
+    folder = tmp_path_factory.mktemp("pack")
+    for each in "train.rec", "train.idx":
+        content = bytearray((FIXTURES / name / each).read_bytes())
+        if each == file:
+            for _ in range(data.draw(st.integers(1, 4))):
+                at = data.draw(st.integers(0, len(content) - 1) | st.integers(0, 60))
+                content[at:at + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+        (folder / each).write_bytes(content)
+    try:
+        dataset = RecordDataset(folder)
+    except RecordError:
+        return
+    for i in range(len(dataset)):
+        try:
+            assert dataset.face(i).shape == (112, 112, 3)
+        except RecordError as error:
+            assert "train.rec" in str(error)
+
+
 def test_a_truncated_rec_is_reported_with_file_record_and_identity(pack):
     folder = pack("rec_builder")
     content = (folder / "train.rec").read_bytes()

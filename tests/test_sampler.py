@@ -39,7 +39,7 @@ def split(sampler, step):
     return halves[:, :pairs], halves[:, pairs:].reshape(-1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(set_ups())
 def test_a_pass_takes_every_identity_once_and_every_image_once_over_all_ranks(set_up):
     index = set_up[0]
@@ -115,3 +115,13 @@ def test_a_stream_can_be_asked_for_any_stretch(size):
     whole = stream.take(0, 4 * size)
     assert np.array_equal(np.concatenate([stream.take(i, 1) for i in range(4 * size)]), whole)
     assert not size > 1 or not np.array_equal(whole[:size], whole[size:2 * size])
+
+
+def test_every_number_comes_equally_often_at_every_place_and_after_every_other():
+    size, passes = 11, 6000
+    orders = np.stack([ShuffledPasses(size, (5, 1)).take(size * i, size) for i in range(passes)])
+    places = np.stack([np.bincount(column, minlength=size) for column in orders.T])
+    followers = np.zeros((size, size))
+    np.add.at(followers, (orders[:, :-1].ravel(), orders[:, 1:].ravel()), 1)
+    for counts, expected in (places, passes / size), (followers[~np.eye(size, dtype=bool)], passes / size):
+        assert np.abs(counts - expected).max() < 5 * expected**0.5

@@ -199,7 +199,7 @@ def test_damaged_packs_are_refused_with_the_file(config, pack, tmp_path):
     assert "broken/train.idx: no such file" in refusal(config(rec="broken"))
     with RecordWriter(broken / "train.rec"):
         pass
-    assert "broken/train.idx: the index is empty" in refusal(config(rec="broken"))
+    assert "broken/train.rec: the file is empty" in refusal(config(rec="broken"))
     (broken / "train.rec").write_bytes((pack / "train.rec").read_bytes()[:-5000])
     (broken / "train.idx").write_bytes((pack / "train.idx").read_bytes())
     assert "broken/train.rec" in refusal(config(rec="broken"))

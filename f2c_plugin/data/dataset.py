@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from f2c_plugin.data.identities import IdentityIndex
 from f2c_plugin.data.index import open_index
-from f2c_plugin.data.recordio import RecordError, RecordFile, unpack_image_record
+from f2c_plugin.data.recordio import RecordError, RecordFile, image_of_record
 
 IMAGE_SIZE = 112
 
@@ -24,6 +24,14 @@ def decode_face(encoded, out: np.ndarray | None = None) -> np.ndarray:
     Raises:
         ValueError: the bytes are no whole image of 112 × 112.
     """
+    if out is None:
+        out = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    try:
+        if simplejpeg.decode_jpeg(encoded, "RGB", buffer=out).shape == out.shape:
+            return out
+    except ValueError:
+        pass
+    # Whatever is not a whole JPEG of the right size and colours is rare, and looked at closely only now.
     if not simplejpeg.is_jpeg(encoded):
         return _decode_by_pillow(encoded, out)
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
@@ -52,8 +60,6 @@ def _decode_by_pillow(encoded, out):
         raise ValueError(f"it is neither a JPEG nor a PNG: it begins with {bytes(encoded[:4])!r}") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for a damaged file
         raise ValueError(str(error)) from error
-    if out is None:
-        return face
     out[:] = face
     return out
 
@@ -112,8 +118,7 @@ class RecordDataset(Dataset):
             RecordError: its record or JPEG is damaged; names pack, record and identity.
         """
         try:
-            record = unpack_image_record(self.records.read(int(self.index.offsets[i])))
-            return decode_face(record.image, out)
+            return decode_face(image_of_record(self.records.read(int(self.index.offsets[i]))), out)
         except ValueError as error:
             raise RecordError(f"{self.records.path}: record {self.index.keys[i]} (identity {self.index.identity[i]}) "
                               f"cannot be decoded: {error}") from error

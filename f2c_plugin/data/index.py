@@ -88,7 +88,8 @@ def _load(place, stamp) -> IdentityIndex | None:
         meta = json.loads((place / "meta.json").read_text())
         if meta["version"] != VERSION or meta["stamp"] != stamp:
             return None
-        arrays = {name: np.load(place / f"{name}.npy", mmap_mode="r") for name in _NAMES}
+        # As plain arrays over the maps: np.memmap takes microseconds for each element that it hands out.
+        arrays = {name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r")) for name in _NAMES}
         if {name: [*array.shape, array.dtype.str] for name, array in arrays.items()} != meta["arrays"]:
             return None
         return IdentityIndex(**arrays)

@@ -12,6 +12,7 @@ The ``.idx`` file names each record by an integer key: ``key<TAB>offset`` a line
 Source: dmlc-core ``include/dmlc/recordio.h``; MXNet ``python/mxnet/recordio.py``.
 """
 
+import mmap
 import os
 import struct
 import warnings
@@ -25,6 +26,7 @@ MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
 _PART_HEADER = struct.Struct("<II")
 _IMAGE_HEADER = struct.Struct("<IfQQ")
+_FLAG = struct.Struct("<I")
 _LENGTH_MASK = (1 << 29) - 1
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)  # cflag
 
@@ -63,6 +65,14 @@ def unpack_image_record(payload) -> ImageRecord:
     return ImageRecord(labels, number, payload[start:])
 
 
+def image_of_record(payload):
+    """The encoded image in the payload of a record: ``unpack_image_record(payload).image``, sooner."""
+    if len(payload) < _IMAGE_HEADER.size:
+        return unpack_image_record(payload).image  # which says what is wrong
+    flag, = _FLAG.unpack_from(payload)
+    return payload[_IMAGE_HEADER.size + 4 * flag:]
+
+
 def pack_image_record(label, image: bytes, number: int) -> bytes:
     """Payload of an image record, byte for byte what ``mxnet.recordio.pack`` makes.
 
@@ -76,9 +86,11 @@ def pack_image_record(label, image: bytes, number: int) -> bytes:
 
 
 class RecordFile:
-    """Random access to the records of a ``.rec`` file through a memory map.
+    """Random access to the records of a ``.rec`` file.
 
-    The map is opened on first use, so that an instance costs nothing until then.
+    Attributes:
+        bytes: the whole file, mapped into memory and shared by all processes.
+        size: its length.
     """
 
     def __init__(self, path):
@@ -86,16 +98,10 @@ class RecordFile:
         if not self.path.is_file():
             raise RecordError(f"{self.path}: no such file")
         self.size = self.path.stat().st_size
-        self._bytes = None
-
-    @property
-    def bytes(self) -> np.ndarray:
-        """The whole file, uint8 (size,), mapped."""
-        if self._bytes is None:
-            if self.size == 0:
-                raise RecordError(f"{self.path}: the file is empty")
-            self._bytes = np.memmap(self.path, np.uint8, "r")
-        return self._bytes
+        if self.size == 0:
+            raise RecordError(f"{self.path}: the file is empty: the pack holds no records")
+        with open(self.path, "rb") as file:
+            self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def read(self, offset: int):
         """Payload of the record that starts at byte ``offset``; bytes-like.
@@ -132,7 +138,7 @@ class RecordFile:
         if end > self.size:
             raise RecordError(f"{self.path}: the record at offset {offset} ends at byte {end}, "
                               f"but the file has only {self.size}: the .rec is cut short")
-        return word >> 29, self.bytes[start:end].data, (end + 3) & ~3
+        return word >> 29, self.bytes[start:end], (end + 3) & ~3
 
     def labels(self, offsets: np.ndarray, count: int = 1) -> np.ndarray:
         """The first ``count`` labels of many image records at once, without touching their images.
@@ -144,7 +150,7 @@ class RecordFile:
         Raises:
             RecordError: as ``read``, for the first offset that is no record with that many labels.
         """
-        words = self.bytes[: self.size & ~3].view("<u4")
+        words = np.frombuffer(self.bytes, "<u4", self.size // 4)
         column = np.arange(count)
         labels = np.empty((len(offsets), count), np.float32)
         for start in range(0, len(offsets), 1 << 20):  # bounds the temporaries, not a loop over records

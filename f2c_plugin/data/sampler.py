@@ -9,33 +9,52 @@ from f2c_plugin.data.identities import IdentityIndex
 class ShuffledPasses:
     """An endless stream of the numbers 0 … size−1, pass after pass, each pass in its own random order.
 
-    Every number comes once in a pass. Any stretch of the stream can be asked for, and depends on
-    the seed alone.
+    Every number comes once in a pass. Any stretch of the stream can be asked for at once, takes no
+    memory beyond itself, and depends on the seed alone: the order of a pass is not stored but
+    computed, by a Feistel network on the bits of the position, keyed by seed and pass. Positions
+    that it takes out of the range go through it again until they are inside (cycle walking), which
+    keeps it one-to-one.
+
+    Args:
+        size: how many numbers.
+        seed: integers.
     """
+
+    ROUNDS = 10
 
     def __init__(self, size: int, seed):
         self.size = size
         self.seed = seed
-        self._number, self._order = None, None
+        self.half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+        self.half_mask = np.uint64((1 << int(self.half_bits)) - 1)
 
     def take(self, start: int, count: int) -> np.ndarray:
-        """Numbers ``start`` to ``start + count`` of the stream, integers (count,)."""
-        pieces = []
+        """Numbers ``start`` to ``start + count`` of the stream, int64 (count,)."""
+        pieces = [np.empty(0, np.int64)]
         while count:
             number, offset = divmod(start, self.size)
-            piece = self._pass(number)[offset:offset + count]
-            pieces.append(piece)
+            piece = np.arange(offset, min(offset + count, self.size))
+            pieces.append(self._shuffled(piece, number))
             start += len(piece)
             count -= len(piece)
-        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+        return np.concatenate(pieces)
 
-    def _pass(self, number):
-        if number != self._number:
-            self._order = None  # before the next is made, for each takes as much memory as all else together
-            order = np.arange(self.size, dtype=np.int32 if self.size < 1 << 31 else np.int64)
-            np.random.default_rng([*self.seed, number]).shuffle(order)
-            self._number, self._order = number, order
-        return self._order
+    def _shuffled(self, positions, number):
+        keys = np.random.default_rng([*self.seed, number]).integers(1 << 64, size=self.ROUNDS, dtype=np.uint64)
+        numbers = positions.astype(np.uint64)
+        outside = np.arange(len(numbers))
+        while len(outside):
+            numbers[outside] = self._network(numbers[outside], keys)
+            outside = outside[numbers[outside] >= self.size]
+        return numbers.astype(np.int64)
+
+    def _network(self, bits, keys):
+        left, right = bits >> self.half_bits, bits & self.half_mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & self.half_mask)
+        return left << self.half_bits | right
 
 
 class DualSampler(Sampler):
