@@ -120,6 +120,14 @@ def test_a_pack_changed_anywhere_is_read_or_refused_but_never_crashes(tmp_path_f
             assert "train.rec" in str(error)
 
 
+@pytest.mark.parametrize("size", [1, 4, 7, 8, 12, 31, 39])
+def test_a_rec_too_short_for_a_record_is_refused(tmp_path, size):
+    (tmp_path / "train.idx").write_text("5\t0\n")
+    (tmp_path / "train.rec").write_bytes((FIXTURES / "rec_builder" / "train.rec").read_bytes()[:size])
+    with pytest.raises(RecordError, match="train.rec: .*cut short"):
+        RecordDataset(tmp_path)
+
+
 def test_a_truncated_rec_is_reported_with_file_record_and_identity(pack):
     folder = pack("rec_builder")
     content = (folder / "train.rec").read_bytes()

@@ -35,7 +35,8 @@ def split(sampler, step):
     halves = sampler.batch(step).reshape(2, -1)
     pairs = 0
     if sampler.pairs_per_step:
-        pairs = len(sampler._identities_at(step)[0][sampler.rank::sampler.world_size])
+        first, end = (sampler._identity_places(each) for each in (step, step + 1))
+        pairs = len(range(first + sampler.rank, end, sampler.world_size))
     return halves[:, :pairs], halves[:, pairs:].reshape(-1)
 
 
@@ -113,13 +114,14 @@ def test_an_epoch_goes_on_where_the_one_before_it_ended():
 def test_a_stream_can_be_asked_for_any_stretch(size):
     stream = ShuffledPasses(size, (3, 1))
     whole = stream.take(0, 4 * size)
-    assert np.array_equal(np.concatenate([stream.take(i, 1) for i in range(4 * size)]), whole)
+    assert np.array_equal(np.concatenate([stream.take(i, i + 1) for i in range(4 * size)]), whole)
+    assert np.array_equal(stream.take(size // 2, 3 * size, 3), whole[size // 2:3 * size:3])
     assert not size > 1 or not np.array_equal(whole[:size], whole[size:2 * size])
 
 
 def test_every_number_comes_equally_often_at_every_place_and_after_every_other():
     size, passes = 11, 6000
-    orders = np.stack([ShuffledPasses(size, (5, 1)).take(size * i, size) for i in range(passes)])
+    orders = np.stack([ShuffledPasses(size, (5, 1)).take(size * i, size * (i + 1)) for i in range(passes)])
     places = np.stack([np.bincount(column, minlength=size) for column in orders.T])
     followers = np.zeros((size, size))
     np.add.at(followers, (orders[:, :-1].ravel(), orders[:, 1:].ravel()), 1)

@@ -154,17 +154,18 @@ class RecordFile:
         column = np.arange(count)
         labels = np.empty((len(offsets), count), np.float32)
         for start in range(0, len(offsets), 1 << 20):  # bounds the temporaries, not a loop over records
-            chunk = slice(start, start + (1 << 20))
-            first = np.asarray(offsets[chunk], np.int64) // 4  # words: magic, length, flag, label, id, id2, labels
-            plain = (first >= 0) & (first + 8 <= len(words)) & (offsets[chunk] % 4 == 0)
-            first = np.where(plain, first, 0)
+            chunk = np.asarray(offsets[start:start + (1 << 20)], np.int64)
+            inside = np.flatnonzero((chunk >= 0) & (chunk % 4 == 0) & (chunk // 4 + 8 <= len(words)))
+            first = chunk[inside] // 4  # words: magic, length, flag, label, id, id2, labels
             flag = words[first + 2].astype(np.int64)
             where = np.where(flag > 0, first + 8, first + 3)
-            plain &= (words[first] == MAGIC) & (words[first + 1] >> 29 == _WHOLE)
+            plain = (words[first] == MAGIC) & (words[first + 1] >> 29 == _WHOLE)
             plain &= (words[first + 1] & _LENGTH_MASK) >= _IMAGE_HEADER.size + 4 * flag
             plain &= (np.maximum(flag, 1) >= count) & (where + count <= len(words))
-            labels[chunk] = words[np.where(plain, where, 0)[:, None] + column].view("<f4")
-            for i in start + np.flatnonzero(~plain):  # records in parts (a few in millions) and errors
+            labels[start + inside[plain]] = words[where[plain][:, None] + column].view("<f4")
+            others = np.ones(len(chunk), bool)
+            others[inside[plain]] = False
+            for i in start + np.flatnonzero(others):  # records in parts (a few in millions) and errors
                 found = unpack_image_record(self.read(int(offsets[i]))).labels
                 if len(found) < count:
                     raise RecordError(f"{self.path}: the record at offset {offsets[i]} has {len(found)} labels, "

@@ -28,16 +28,14 @@ class ShuffledPasses:
         self.half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
         self.half_mask = np.uint64((1 << int(self.half_bits)) - 1)
 
-    def take(self, start: int, count: int) -> np.ndarray:
-        """Numbers ``start`` to ``start + count`` of the stream, int64 (count,)."""
-        pieces = [np.empty(0, np.int64)]
-        while count:
-            number, offset = divmod(start, self.size)
-            piece = np.arange(offset, min(offset + count, self.size))
-            pieces.append(self._shuffled(piece, number))
-            start += len(piece)
-            count -= len(piece)
-        return np.concatenate(pieces)
+    def take(self, start: int, end: int, step: int = 1) -> np.ndarray:
+        """Every ``step``-th number of the stream from place ``start`` to before ``end``, int64."""
+        places = np.arange(start, end, step)
+        taken = np.empty(len(places), np.int64)
+        for number in range(start // self.size, -(-end // self.size)):
+            inside = places // self.size == number
+            taken[inside] = self._shuffled(places[inside] % self.size, number)
+        return taken
 
     def _shuffled(self, positions, number):
         keys = np.random.default_rng([*self.seed, number]).integers(1 << 64, size=self.ROUNDS, dtype=np.uint64)
@@ -107,23 +105,23 @@ class DualSampler(Sampler):
     def batch(self, step: int) -> np.ndarray:
         """The batch of this rank at ``step``, counted from the start of training."""
         if not self.pairs_per_step:
-            share = self.batch_size * self.world_size * step + self.batch_size * self.rank
-            return self.images.take(share, self.batch_size)
-        chosen, taken = self._identities_at(step)
-        pairs = self._pairs(chosen[self.rank::self.world_size], step)  # (2, p)
+            start = self.batch_size * (self.world_size * step + self.rank)
+            return self.images.take(start, start + self.batch_size)
+        first, end = self._identity_places(step), self._identity_places(step + 1)
+        chosen = self.identities.take(first + self.rank, end, self.world_size)
+        pairs = self._pairs(chosen, step)  # (2, p)
 
         # Each rank fills its own batch: ranks that got a pair less take two images more.
-        per_rank = [self.batch_size - 2 * len(chosen[rank::self.world_size]) for rank in range(self.world_size)]
-        start = step * self.batch_size * self.world_size - 2 * taken + sum(per_rank[:self.rank])
-        instances = self.images.take(start, per_rank[self.rank]).reshape(2, -1)
+        per_rank = [self.batch_size - 2 * len(range(first + rank, end, self.world_size)) for rank in range(self.world_size)]
+        start = step * self.batch_size * self.world_size - 2 * first + sum(per_rank[:self.rank])
+        instances = self.images.take(start, start + per_rank[self.rank]).reshape(2, -1)
 
         return np.concatenate([pairs, instances], axis=1).reshape(-1)  # I III | II IV
 
-    def _identities_at(self, step):
-        """Identities of all ranks at ``step``, and how many were taken before it."""
+    def _identity_places(self, step):
+        """How many identities all ranks have taken before ``step``."""
         steps_per_pass = -(-self.identities.size // self.pairs_per_step)
-        start, end = (each * self.identities.size // steps_per_pass for each in (step, step + 1))
-        return self.identities.take(start, end - start), start
+        return step * self.identities.size // steps_per_pass
 
     def _pairs(self, chosen, step):
         """Positions of two images each of the chosen identities, (2, p)."""
