@@ -120,7 +120,7 @@ def test_a_pack_changed_anywhere_is_read_or_refused_but_never_crashes(tmp_path_f
             assert "train.rec" in str(error)
 
 
-@pytest.mark.parametrize("size", [1, 4, 7, 8, 12, 31, 39])
+@pytest.mark.parametrize("size", [1, 4, 7, 8, 12, 31])
 def test_a_rec_too_short_for_a_record_is_refused(tmp_path, size):
     (tmp_path / "train.idx").write_text("5\t0\n")
     (tmp_path / "train.rec").write_bytes((FIXTURES / "rec_builder" / "train.rec").read_bytes()[:size])
