@@ -43,6 +43,17 @@ def test_an_epoch_repeats_itself_and_differs_from_the_next():
     assert not all(map(torch.equal, first, (images for images, _ in make_loader(epoch=1))))
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_begun_in_the_middle_goes_on_as_one_from_the_start(num_workers):
+    whole = list(make_loader(num_workers, epoch=2))
+    loader = make_loader(num_workers)
+    loader.sampler.set_epoch(2, first_step=1)
+    rest = list(loader)
+    assert len(loader) == len(rest) == 3
+    for (images, labels), (expected, expected_labels) in zip(rest, whole[1:], strict=True):
+        assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_damaged_image_stops_the_epoch_with_pack_record_and_identity(pack, num_workers):
     folder = pack("insightface")

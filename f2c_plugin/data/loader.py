@@ -46,15 +46,13 @@ class DualLoader(DataLoader):
 
     def __iter__(self):
         sampler = self.sampler
-        seeds = np.random.SeedSequence([sampler.seed, 3, sampler.epoch, sampler.rank]).generate_state(1, np.uint64)
-        flips = torch.Generator().manual_seed(int(seeds[0] >> 1))
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         ahead = None
-        for faces, labels, damaged in super().__iter__():
+        for (faces, labels, damaged), step in zip(super().__iter__(), sampler.steps):
             for error in damaged:
                 self.num_damaged += 1
                 logging.warning("%s; replaced by another image of the identity (%d so far)", error, self.num_damaged)
-            flip = torch.rand(len(faces), generator=flips) < 0.5
+            flip = torch.from_numpy(np.random.default_rng([sampler.seed, 3, step, sampler.rank]).random(len(faces)) < 0.5)
             with torch.cuda.stream(stream):  # no effect without a stream
                 faces, labels, flip = (part.to(self.device, non_blocking=True) for part in (faces, labels, flip))
                 batch = normalize_faces(faces, flip), labels

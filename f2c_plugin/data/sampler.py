@@ -20,7 +20,7 @@ class ShuffledPasses:
         seed: integers.
     """
 
-    ROUNDS = 10
+    ROUNDS = 8
 
     def __init__(self, size: int, seed):
         self.size = size
@@ -85,22 +85,31 @@ class DualSampler(Sampler):
         self.batch_size = batch_size
         self.num_steps = num_steps
         self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.epoch = 0
+        self.epoch, self.first_step = 0, 0
         # The epsilon keeps 2/3 of 12 at 8 however 2/3 was rounded.
         self.pairs_per_step = int(identity_rate * batch_size / 2 + 1e-6) * world_size
         self.identities = ShuffledPasses(len(index.numbers), (seed, 0))
         self.images = ShuffledPasses(len(index), (seed, 1))
 
-    def set_epoch(self, epoch: int):
-        """Choose the epoch that the next iteration runs through."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_step: int = 0):
+        """Choose the epoch that the next iteration runs through, and the step of it to begin with.
+
+        Beginning with step s yields what an iteration from the start yields after s batches, so the
+        two numbers are all that a position in the middle of an epoch needs.
+        """
+        self.epoch, self.first_step = epoch, first_step
 
     def __len__(self):
-        return self.num_steps
+        return self.num_steps - self.first_step
+
+    @property
+    def steps(self) -> range:
+        """The steps of the next iteration, counted from the start of training."""
+        start = self.epoch * self.num_steps
+        return range(start + self.first_step, start + self.num_steps)
 
     def __iter__(self):
-        first = self.epoch * self.num_steps
-        return map(self.batch, range(first, first + self.num_steps))
+        return map(self.batch, self.steps)
 
     def batch(self, step: int) -> np.ndarray:
         """The batch of this rank at ``step``, counted from the start of training."""
