@@ -207,7 +207,7 @@ def test_labels_that_cannot_be_identities_are_refused_with_the_reason(tmp_path, 
 @pytest.mark.parametrize("head, identities", [
     ([float("nan"), 4.0], [1.0, 3.0]), ([float("inf"), 4.0], [1.0, 3.0]), ([1e9, 2e9], [1.0, 3.0]),
     ([3.0, 2e9], [1.0, 3.0]), ([3.0, 4.0], [1.0, 1e9]), ([3.0, 4.0], [-5.0, 3.0]), ([-3.0, 4.0], [1.0, 3.0]),
-    ([3.0, 4.0], [float("nan"), 3.0])], ids=str)
+    ([3.0, 4.0], [float("nan"), 3.0]), ([3.0, 4.0], [1.0, 1e30])], ids=str)
 def test_damaged_bookkeeping_is_refused_without_trying_to_hold_what_it_announces(tmp_path, head, identities):
     with RecordWriter(tmp_path / "train.rec") as writer:
         writer.write(0, pack_image_record(head, b"", 0))

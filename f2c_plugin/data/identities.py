@@ -167,7 +167,8 @@ def _first_identity_record(records, find, offsets, rounded):
 
 def _identities_by_range(ranges, first, path):
     """Identity of images 1 … first − 1, from the identity records' image ranges, float32 (identities, 2)."""
-    start, end = np.where(np.isfinite(ranges), ranges, -1).astype(np.int64).T
+    nowhere = ~(np.abs(ranges) < 2.0**53)  # not finite, or beyond any record number
+    start, end = np.where(nowhere, -1, ranges).astype(np.int64).T
     sizes = end - start
     order = np.argsort(start, kind="stable")
     order = order[sizes[order] > 0]
