@@ -29,7 +29,7 @@ from f2c_plugin.backbones import get_model
 from f2c_plugin.config import ConfigError, load_config
 from f2c_plugin.data import RecordError
 from f2c_plugin.data.dataset import normalize_faces
-from f2c_plugin.host.entry_points import record_loader, steps_per_epoch
+from f2c_plugin.host.entry_points import record_loader, steps_per_epoch, training_device
 from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
 from f2c_plugin.loss import Margin
 from f2c_plugin.softmax import SoftmaxHead
@@ -71,7 +71,7 @@ def train(cfg) -> dict:
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = training_device(local_rank)
     _seed(cfg.seed)
 
     head_factory = _head_factory(cfg.head)

@@ -5,7 +5,6 @@ import json
 import subprocess
 import struct
 
-import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 

@@ -70,8 +70,12 @@ def record_loader(cfg, local_rank: int, identity_rate: float) -> DualLoader:
     _check_pack(cfg, dataset)
     sampler = DualSampler(dataset.index, cfg["batch_size"], steps_per_epoch(cfg, world_size), identity_rate,
                           cfg.get("seed") or 0, rank, world_size)
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    return DualLoader(dataset, sampler, device, cfg.get("num_workers", 0))
+    return DualLoader(dataset, sampler, training_device(local_rank), cfg.get("num_workers", 0))
+
+
+def training_device(local_rank: int) -> torch.device:
+    """This process's GPU; the CPU where there are none."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def steps_per_epoch(cfg, world_size: int) -> int:

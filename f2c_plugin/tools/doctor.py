@@ -5,13 +5,12 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from f2c_plugin.data import RecordDataset, RecordError
 from f2c_plugin.host import patching
 from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
-from f2c_plugin.tools.packs import describe
+from f2c_plugin.tools.packs import describe, spread
 from f2c_plugin.tools.verification import VerificationSet, VerificationSetError
 
 PACKAGES = ("f2c-plugin", "torch", "numpy", "easydict", "simplejpeg", "tqdm", "onnx")
@@ -92,7 +91,7 @@ def _dataset(examination, folder):
         dataset = RecordDataset(folder)
         for what, finding in describe(dataset):
             examination.note(what, finding)
-        sample = np.linspace(0, len(dataset) - 1, min(SAMPLE, len(dataset))).astype(int)
+        sample = spread(len(dataset), SAMPLE)
         dataset.faces(sample)
         examination.note("decoded", f"{len(sample)} images")
     except RecordError as error:

@@ -24,7 +24,7 @@ def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
     """
     index = dataset.index
     per_identity = np.diff(index.starts)
-    sample = np.linspace(0, len(index) - 1, min(SAMPLE, len(index))).astype(int)
+    sample = spread(len(index), SAMPLE)
     encoded = [unpack_image_record(dataset.records.read(int(index.offsets[i]))).image for i in sample]
     sizes = Counter(_size(image) for image in encoded)
     return [
@@ -38,6 +38,11 @@ def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
         ("config", f'config.rec = "{dataset.root_dir}"; config.num_classes = {index.numbers[-1] + 1}; '
                    f"config.num_image = {len(index)}"),
     ]
+
+
+def spread(length: int, count: int) -> np.ndarray:
+    """Up to ``count`` positions, spread evenly over ``length``."""
+    return np.linspace(0, length - 1, min(count, length)).astype(int)
 
 
 def _size(encoded):
@@ -143,8 +148,7 @@ def pack_folder(source, out) -> tuple[int, int]:
     source, out = Path(source), Path(out)
     if not source.is_dir():
         raise RecordError(f"{source}: no such folder")
-    if (out / "train.rec").exists():
-        raise FileExistsError(f"{out / 'train.rec'} exists and is not overwritten: choose another folder or remove it")
+    refuse_to_overwrite(out)
     people = [sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
               for folder in sorted(source.iterdir()) if folder.is_dir()]
     people = [images for images in people if images]
@@ -156,6 +160,12 @@ def pack_folder(source, out) -> tuple[int, int]:
     write_insightface_pack(out / "train.rec", files, [len(images) for images in people])
     (out / "property").write_text(f"{len(people)},{IMAGE_SIZE},{IMAGE_SIZE}\n")
     return len(people), sum(map(len, people))
+
+
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raise FileExistsError if there is a pack in ``folder``."""
+    if (folder / "train.rec").exists():
+        raise FileExistsError(f"{folder / 'train.rec'} exists and is not overwritten: choose another folder or remove it")
 
 
 def write_insightface_pack(path, images, sizes) -> None:

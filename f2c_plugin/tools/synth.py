@@ -10,7 +10,7 @@ import simplejpeg
 from tqdm import tqdm
 
 from f2c_plugin.tools.faces import draw_face, draw_identity
-from f2c_plugin.tools.packs import write_insightface_pack
+from f2c_plugin.tools.packs import refuse_to_overwrite, write_insightface_pack
 from f2c_plugin.tools.verification import save_bin
 
 JPEG_QUALITY = 90
@@ -38,8 +38,7 @@ def write_dataset(folder, num_identities: int, images_per_identity: int, num_pai
                                   ("pairs", num_pairs, 2)):
         if value < smallest:
             raise ValueError(f"--{name} {value}: must be at least {smallest}")
-    if (folder / "train.rec").exists():
-        raise FileExistsError(f"{folder / 'train.rec'} exists and is not overwritten: choose another folder or remove it")
+    refuse_to_overwrite(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
     num_unseen = max(2, -(-num_pairs // _IMAGES_PER_UNSEEN_IDENTITY))
