@@ -65,20 +65,19 @@ def index(arguments):
     from f2c_plugin.data.index import open_index
     from f2c_plugin.tools import packs
 
+    if arguments.verify:
+        number, damaged = packs.verify(arguments.folder)
+        for error in damaged.values():
+            print(error)
+        print(f"{len(damaged)} of {number} records cannot be used" + (":" if damaged else ""), ", ".join(map(str, damaged)))
     open_index(arguments.folder, progress=True)
-    dataset = RecordDataset(arguments.folder)
+    dataset = RecordDataset(arguments.folder, skip_damaged=True)
     for what, finding in packs.describe(dataset):
         print(f"{what:<20} {finding}")
     if arguments.plot:
         packs.draw_histogram(dataset, arguments.plot)
-    if arguments.verify:
-        damaged = packs.verify(dataset)
-        for _, error in damaged:
-            print(error)
-        print(f"{len(damaged)} of {len(dataset)} images cannot be used" + (":" if damaged else ""),
-              ", ".join(str(key) for key, _ in damaged))
-        if damaged:
-            sys.exit(1)
+    if arguments.verify and damaged:
+        sys.exit(1)
 
 
 def inspect(arguments):
@@ -86,7 +85,7 @@ def inspect(arguments):
     from f2c_plugin.data import RecordDataset
     from f2c_plugin.tools.packs import draw_sheet
 
-    draw_sheet(RecordDataset(arguments.folder), arguments.out, arguments.identity, arguments.image)
+    draw_sheet(RecordDataset(arguments.folder, skip_damaged=True), arguments.out, arguments.identity, arguments.image)
     print(arguments.out)
 
 
@@ -123,7 +122,7 @@ def _parser():
     add = command(index)
     add("folder", help="of train.rec and train.idx")
     add("--plot", metavar="PNG", help="draw the histogram of images per identity")
-    add("--verify", action="store_true", help="decode every image and list those that cannot be used")
+    add("--verify", action="store_true", help="read every record, decode its image, and list those that cannot be used")
 
     add = command(inspect)
     add("folder", help="of train.rec and train.idx")

@@ -31,7 +31,8 @@ class F2CConfig:
         hard_negatives: h, per probe that is not in the pool; None takes it from the pool's size.
         recipe: "ramp" or "paper", see ``Recipe``.
         skip_damaged: whether an image that cannot be decoded is replaced by another of its identity,
-            and counted in the log, instead of ending the training.
+            and counted in the log, instead of ending the training; a record so damaged that its
+            identity is unknown is left out.
     """
 
     pool_rate: float = 0.1

@@ -74,7 +74,7 @@ def test_a_torn_index_is_not_trusted_but_built_again(pack, builds, damage):
     elif damage == "meta of another kind":
         meta.write_text("[1, 2]")
     elif damage == "other version":
-        meta.write_text(meta.read_text().replace('"version": 1', '"version": 0'))
+        meta.write_text(meta.read_text().replace('"version": 2', '"version": 1'))
     else:
         np.save(identity, np.zeros(3, np.int32))
     assert as_lists(open_index(folder)) == expected and len(builds) == 2

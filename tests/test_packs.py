@@ -51,19 +51,81 @@ def damaged_pack(folder, damage):
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_image_is_found_named_and_if_wanted_replaced_by_another_of_its_identity(tmp_path, damage):
     folder = damaged_pack(tmp_path, damage)
-    (key, message), = verify(RecordDataset(folder), processes=1)
-    assert key == 4 and f"{folder / 'train.rec'}: record 4 (identity 1) cannot be decoded" in message
+    number, damaged = verify(folder, processes=1)
+    assert number == 9 and list(damaged) == [4] and damaged[4].startswith("record 4: ")
 
     with pytest.raises(RecordError, match=r"record 4 \(identity 1\)"):
         RecordDataset(folder).faces(np.arange(9))
-    dataset = RecordDataset(folder, replace_damaged=True)
+    dataset = RecordDataset(folder, skip_damaged=True)
     faces, identities = dataset.faces(np.arange(9))
     assert np.array_equal(faces[4], dataset.face(3)) and identities.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+RECORD_DAMAGE = {
+    "zeroed": lambda record: bytes(len(record)),
+    "wrong magic": lambda record: b"\xff" + record[1:],
+    "shorter than its header": lambda record: record[:4] + b"\x10\0\0\0" + record[8:],
+    "flag past the end": lambda record: record[:8] + b"\xff\xff\xff\xff" + record[12:],
+}
+
+
+def damage_record(folder, key, damage):
+    idx = dict(map(int, line.split()) for line in (folder / "train.idx").read_text().splitlines())
+    offsets = [*sorted(idx.values()), (folder / "train.rec").stat().st_size]
+    start = idx[key]
+    end = offsets[offsets.index(start) + 1]
+    content = (folder / "train.rec").read_bytes()
+    (folder / "train.rec").write_bytes(content[:start] + damage(content[start:end]) + content[end:])
+    return folder
+
+
+@pytest.mark.parametrize("damage", RECORD_DAMAGE.values(), ids=RECORD_DAMAGE)
+def test_a_record_of_unknown_identity_is_found_named_and_if_wanted_left_out(tmp_path, damage, capsys):
+    folder = damage_record(damaged_pack(tmp_path, lambda jpeg: jpeg), 4, damage)
+    assert list(verify(folder, processes=1)[1]) == [4]
+    with pytest.raises(RecordError, match=r"train.rec.*record 4 cannot be read.*\(1 such records\)"):
+        RecordDataset(folder)
+    dataset = RecordDataset(folder, skip_damaged=True)
+    assert dataset.index.keys.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert dataset.faces(np.arange(8))[1].tolist() == [0, 0, 0, 1, 1, 2, 2, 2] and not dataset.damaged
+    with pytest.raises(SystemExit):
+        cli(["index", str(folder), "--verify"])
+    text = capsys.readouterr().out
+    assert "1 of 9 records cannot be used: 4" in text and "config.num_image = 9" in text
+
+
+@pytest.mark.parametrize("damage", [*RECORD_DAMAGE.values(), lambda record: record[:4] + b"\xff\xff\xff\x1f" + record[8:]],
+                         ids=[*RECORD_DAMAGE, "length past the end"])
+def test_where_identity_records_say_whose_image_it_is_a_damaged_record_is_replaced_as_any_other(pack, damage):
+    folder = damage_record(pack("insightface"), 6, damage)
+    image = RecordDataset(folder).index.keys.tolist().index(6)
+    with pytest.raises(RecordError, match=r"train.rec: record 6 \(identity \d\)"):
+        RecordDataset(folder).face(image)
+    dataset = RecordDataset(folder, skip_damaged=True)
+    dataset.faces(np.arange(len(dataset)))
+    assert len(dataset.damaged) == 1
+
+
+def test_a_damaged_identity_record_is_named(pack):
+    folder = damage_record(pack("insightface"), 12, RECORD_DAMAGE["zeroed"])
+    assert list(verify(folder, processes=1)[1]) == [12]
+    with pytest.raises(RecordError, match="record 12 is an identity record"):
+        RecordDataset(folder, skip_damaged=True)
+
+
+def test_a_pack_cut_short_is_listed_record_by_record_also_when_it_cannot_be_indexed(pack, capsys):
+    folder = pack("insightface")
+    content = (folder / "train.rec").read_bytes()
+    (folder / "train.rec").write_bytes(content[:len(content) // 2])
+    with pytest.raises(SystemExit, match="cut short"):
+        cli(["index", str(folder), "--verify"])
+    keys = capsys.readouterr().out.strip().rsplit("cannot be used: ", 1)[1].split(", ")
+    assert list(map(int, keys)) == list(range(int(keys[0]), 15)) and 1 < int(keys[0]) < 10
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_loader_counts_and_logs_what_it_replaces(tmp_path, num_workers, caplog):
-    dataset = RecordDataset(damaged_pack(tmp_path, DAMAGE["cut short"]), replace_damaged=True)
+    dataset = RecordDataset(damaged_pack(tmp_path, DAMAGE["cut short"]), skip_damaged=True)
     sampler = DualSampler(dataset.index, 6, 6, identity_rate=0.0)  # four passes over nine images
     loader = DualLoader(dataset, sampler, torch.device("cpu"), num_workers)
     with caplog.at_level(logging.WARNING):
@@ -76,7 +138,7 @@ def test_an_identity_none_of_whose_images_can_be_decoded_ends_the_training(tmp_p
         for i in range(3):
             writer.write(i, pack_image_record(7, b"", i))
     with pytest.raises(RecordError, match=r"record 1 \(identity 7\).*nor can any other image of the identity"):
-        RecordDataset(tmp_path, replace_damaged=True).faces(np.array([1]))
+        RecordDataset(tmp_path, skip_damaged=True).faces(np.array([1]))
 
 
 def test_cmyk_jpegs_are_read(tmp_path):
@@ -95,11 +157,11 @@ def test_without_pillow_the_rare_formats_say_what_to_install(monkeypatch):
 def test_the_index_command_says_what_a_pack_holds_draws_it_and_lists_damage(tmp_path, capsys):
     cli(["index", str(FIXTURES / "insightface"), "--plot", str(tmp_path / "histogram.png"), "--verify"])
     text = capsys.readouterr().out
-    assert "1 to 4, median 2.5, 25.0% with one image" in text and "112×112" in text and "0 of 10 images" in text
+    assert "1 to 4, median 2.5, 25.0% with one image" in text and "112×112" in text and "0 of 15 records" in text
     assert (tmp_path / "histogram.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
         cli(["index", str(damaged_pack(tmp_path, DAMAGE["cut short"])), "--verify"])
-    assert "1 of 9 images cannot be used: 4" in capsys.readouterr().out
+    assert "1 of 9 records cannot be used: 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option, height", [((), 4), (("--identity", "2"), 1), (("--image", "3"), 1)])

@@ -85,24 +85,31 @@ class RecordDataset(Dataset):
 
     Args:
         root_dir: folder of the pack.
-        replace_damaged: whether ``faces`` puts another image of the same identity in the place of
-            one that cannot be decoded, and counts it.
+        skip_damaged: whether to go on over damage: ``faces`` puts another image of the same identity
+            in the place of one that cannot be decoded, and counts it; records so damaged that their
+            identity is unknown are left out.
     Attributes:
         index: the IdentityIndex.
         damaged: the errors of the images that were replaced in this process.
     Raises:
-        RecordError: the pack is missing or cannot be read.
+        RecordError: the pack is missing or cannot be read, or has a record of unknown identity that
+            is not to be left out.
     """
 
-    def __init__(self, root_dir, replace_damaged: bool = False):
-        self.replace_damaged = replace_damaged
+    def __init__(self, root_dir, skip_damaged: bool = False):
+        self.skip_damaged = skip_damaged
         self.damaged: list[RecordError] = []
         self.root_dir = Path(root_dir)
         self.records = RecordFile(self.root_dir / "train.rec")
         self.index: IdentityIndex = open_index(root_dir)
+        if len(self.index.unreadable) and not skip_damaged:
+            key, offset = self.index.unreadable[0].tolist()
+            raise RecordError(f"{self.records.damage(offset)}: record {key} cannot be read, so that nobody knows whose "
+                              f"image it is ({len(self.index.unreadable)} such records). f2c-plugin index --verify lists "
+                              "all damage; f2c_skip_damaged = True trains without these records")
 
     def __reduce__(self):
-        return RecordDataset, (self.root_dir, self.replace_damaged)  # a worker that is not forked maps the files itself
+        return RecordDataset, (self.root_dir, self.skip_damaged)  # a worker that is not forked maps the files itself
 
     def __len__(self):
         return len(self.index)
@@ -127,7 +134,7 @@ class RecordDataset(Dataset):
         """Images uint8 (B, 112, 112, 3) RGB and identities int64 (B,) at ``positions`` (B,)."""
         batch = np.empty((len(positions), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         for out, i in zip(batch, positions):
-            if self.replace_damaged:
+            if self.skip_damaged:
                 self._face_or_another(i, out)
             else:
                 self.face(i, out)

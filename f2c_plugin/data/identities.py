@@ -8,6 +8,7 @@ from f2c_plugin.data.recordio import RecordError, RecordFile, unpack_image_recor
 
 # float32 holds every whole number up to here; above, neighbours collapse into one value.
 FLOAT32_EXACT = 1 << 24
+UNREADABLE = -1
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class IdentityIndex:
             gaps between identity numbers, or have identities without images.
         starts: int64 (identities + 1,) images ``grouped[starts[i]:starts[i + 1]]`` show ``numbers[i]``.
         grouped: int32 (images,) positions of the images, identity by identity; int64 from 2**31 images on.
+        unreadable: int64 (n, 2) number and byte offset of each record that is so damaged that its
+            identity is unknown. They are not among the images.
     """
 
     keys: np.ndarray
@@ -32,10 +35,15 @@ class IdentityIndex:
     numbers: np.ndarray
     starts: np.ndarray
     grouped: np.ndarray
+    unreadable: np.ndarray
 
     @classmethod
     def of(cls, keys: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, identity: np.ndarray) -> "IdentityIndex":
-        """Group images, each given by its key, offset, length and identity."""
+        """Group images, each given by its key, offset, length and identity, or UNREADABLE in place of that."""
+        lost = identity == UNREADABLE
+        unreadable = np.stack([keys[lost], offsets[lost]], axis=1)
+        if len(unreadable):
+            keys, offsets, lengths, identity = (array[~lost] for array in (keys, offsets, lengths, identity))
         identity = identity.astype(np.int32)
         position = np.int32 if len(identity) < 1 << 31 else np.int64
         if (identity[1:] >= identity[:-1]).all():  # as InsightFace writes its packs
@@ -44,7 +52,8 @@ class IdentityIndex:
             grouped = np.argsort(identity, kind="stable").astype(position)
         ordered = identity[grouped]
         first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-        return cls(keys, offsets, lengths, identity, ordered[first], np.append(first, len(identity)), grouped)
+        return cls(keys, offsets, lengths, identity, ordered[first], np.append(first, len(identity)), grouped,
+                   unreadable)
 
     def __len__(self):
         return len(self.identity)
@@ -63,7 +72,7 @@ def index_identities(records: RecordFile, keys: np.ndarray, offsets: np.ndarray)
     InsightFace packs say it in their bookkeeping: record 0 is labelled [first identity record, one
     past the last], each identity record [first image, one past the last], and identities are
     numbered in the order of their records. In every other pack, all records are images and their
-    labels are the identities.
+    labels are the identities; a record without a readable label is set aside.
 
     Args:
         records: the ``.rec``.
@@ -93,8 +102,16 @@ def index_identities(records: RecordFile, keys: np.ndarray, offsets: np.ndarray)
         images = np.arange(1, first)
         position = find(images)
         ranges = records.labels(offsets[find(np.arange(first, end))], count=2)
+        _raise_for_damage(records, np.arange(first, end), offsets[find(np.arange(first, end))], ranges)
         identity = _identities_by_range(ranges, first, records.path)
     return IdentityIndex.of(images, offsets[position], lengths[position], identity)
+
+
+def _raise_for_damage(records, keys, offsets, labels):
+    """Say what is wrong with the first record whose labels are NaN because it cannot be read."""
+    for i in np.flatnonzero(np.isnan(labels[:, 0])):
+        if error := records.damage(int(offsets[i])):
+            raise RecordError(f"{error}; record {keys[i]} is an identity record, without which nobody knows who is on which image")
 
 
 class _KeyTable:
@@ -181,7 +198,12 @@ def _identities_by_range(ranges, first, path):
 
 def _identities_by_label(records, offsets):
     labels = records.labels(offsets)[:, 0]
-    bad = labels[~(np.isfinite(labels) & (labels >= 0) & (labels == np.floor(labels)))]
+    unreadable = np.isnan(labels)
+    unreadable[unreadable] = [records.damage(int(offset)) is not None for offset in offsets[unreadable]]
+    if unreadable.mean() > 0.5:  # no pack with a few damaged records, but the wrong .idx
+        raise records.damage(int(offsets[unreadable][0]))
+    labels[unreadable] = UNREADABLE
+    bad = labels[~unreadable & ~(np.isfinite(labels) & (labels >= 0) & (labels == np.floor(labels)))]
     if len(bad):
         raise RecordError(f"{records.path}: found the label {bad[0]}; identities must be whole numbers from 0")
     if labels.max() >= FLOAT32_EXACT:

@@ -20,7 +20,7 @@ from f2c_plugin.cache import cache_folder
 from f2c_plugin.data.identities import IdentityIndex, index_identities
 from f2c_plugin.data.recordio import RecordError, RecordFile, read_idx
 
-VERSION = 1  # of what is in the folder
+VERSION = 2  # of what is in the folder
 _NAMES = [field.name for field in fields(IdentityIndex)]
 
 

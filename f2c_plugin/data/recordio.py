@@ -140,15 +140,31 @@ class RecordFile:
                               f"but the file has only {self.size}: the .rec is cut short")
         return word >> 29, self.bytes[start:end], (end + 3) & ~3
 
+    def damage(self, offset: int) -> RecordError | None:
+        """What keeps the image record at ``offset`` from being read; None if nothing does."""
+        try:
+            payload = self.read(offset)
+        except RecordError as error:
+            return error
+        try:
+            unpack_image_record(payload)
+        except RecordError as error:
+            return RecordError(f"{self.path}: the record at offset {offset} is damaged: {error}")
+
+    def _labels_of_one(self, offset, count):
+        try:
+            labels = unpack_image_record(self.read(offset)).labels
+        except RecordError:
+            return np.nan
+        return labels[:count] if len(labels) >= count else np.nan
+
     def labels(self, offsets: np.ndarray, count: int = 1) -> np.ndarray:
         """The first ``count`` labels of many image records at once, without touching their images.
 
         Args:
             offsets: int64 (n,) byte offsets of records.
         Returns:
-            float32 (n, count).
-        Raises:
-            RecordError: as ``read``, for the first offset that is no record with that many labels.
+            float32 (n, count); NaN where no record can be read or it has fewer labels.
         """
         words = np.frombuffer(self.bytes, "<u4", self.size // 4)
         column = np.arange(count)
@@ -165,12 +181,8 @@ class RecordFile:
             labels[start + inside[plain]] = words[where[plain][:, None] + column].view("<f4")
             others = np.ones(len(chunk), bool)
             others[inside[plain]] = False
-            for i in start + np.flatnonzero(others):  # records in parts (a few in millions) and errors
-                found = unpack_image_record(self.read(int(offsets[i]))).labels
-                if len(found) < count:
-                    raise RecordError(f"{self.path}: the record at offset {offsets[i]} has {len(found)} labels, "
-                                      f"needs {count}")
-                labels[i] = found[:count]
+            for i in start + np.flatnonzero(others):  # records in parts (a few in millions) and damaged ones
+                labels[i] = self._labels_of_one(int(offsets[i]), count)
         return labels
 
 

@@ -66,7 +66,7 @@ def record_loader(cfg, local_rank: int, identity_rate: float) -> DualLoader:
     if not (Path(cfg["rec"]) / "train.rec").is_file():
         raise ConfigError(f"rec={cfg['rec']!r}: there is no train.rec in {Path(cfg['rec']).absolute()}; give the folder of "
                           "a pack, or draw one with `f2c-plugin synth`")
-    dataset = RecordDataset(cfg["rec"], replace_damaged=bool(cfg.get("f2c_skip_damaged")))
+    dataset = RecordDataset(cfg["rec"], skip_damaged=bool(cfg.get("f2c_skip_damaged")))
     _check_pack(cfg, dataset)
     sampler = DualSampler(dataset.index, cfg["batch_size"], steps_per_epoch(cfg, world_size), identity_rate,
                           cfg.get("seed") or 0, rank, world_size)
@@ -93,11 +93,15 @@ def _check_pack(cfg, dataset):
     if largest >= cfg["num_classes"]:
         problems.append(f"num_classes={cfg['num_classes']}, but {dataset.records.path} has identities up to {largest}: "
                         f"set num_classes={largest + 1}")
-    if cfg["num_image"] != len(dataset):
-        problems.append(f"num_image={cfg['num_image']}, but {dataset.records.path} holds {len(dataset)} images: "
-                        f"set num_image={len(dataset)}")
+    left_out = len(dataset.index.unreadable)
+    if cfg["num_image"] != len(dataset) + left_out:
+        problems.append(f"num_image={cfg['num_image']}, but {dataset.records.path} holds {len(dataset) + left_out} images: "
+                        f"set num_image={len(dataset) + left_out}")
     if problems:
         raise ConfigError("\n".join(problems))
+    if left_out:
+        logging.warning("%s: %d records cannot be read and are left out: f2c-plugin index --verify lists them",
+                        dataset.records.path, left_out)
     if largest + 1 < cfg["num_classes"]:
         logging.warning("num_classes=%d, but the pack's identities end at %d: the pool is larger than it needs to be",
                         cfg["num_classes"], largest)

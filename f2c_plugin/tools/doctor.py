@@ -88,7 +88,7 @@ def _checkout(examination, folder):
 
 def _dataset(examination, folder):
     try:
-        dataset = RecordDataset(folder)
+        dataset = RecordDataset(folder)  # without leave to skip damage: it is to be found
         for what, finding in describe(dataset):
             examination.note(what, finding)
         sample = spread(len(dataset), SAMPLE)

@@ -9,7 +9,8 @@ import simplejpeg
 from tqdm import tqdm
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, RecordDataset
-from f2c_plugin.data.recordio import RecordError, RecordWriter, pack_image_record, unpack_image_record
+from f2c_plugin.data.dataset import decode_face
+from f2c_plugin.data.recordio import RecordError, RecordFile, RecordWriter, pack_image_record, read_idx, unpack_image_record
 
 SAMPLE = 1000  # images that are looked at for what the index does not know
 _CHUNK = 256  # images that a process verifies at a time
@@ -19,24 +20,25 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
     """What a pack holds, as lines of (what, finding). Sizes are of up to SAMPLE images, spread over the pack.
 
-    Raises:
-        RecordError: one of these images has no record.
     """
     index = dataset.index
     per_identity = np.diff(index.starts)
     sample = spread(len(index), SAMPLE)
-    encoded = [unpack_image_record(dataset.records.read(int(index.offsets[i]))).image for i in sample]
+    encoded = [unpack_image_record(dataset.records.read(offset)).image for offset in index.offsets[sample].tolist()
+               if not dataset.records.damage(offset)]
     sizes = Counter(_size(image) for image in encoded)
+    sizes["no readable record"] = len(sample) - len(encoded)
+    sizes = +sizes
     return [
         ("pack", str(dataset.records.path)),
         ("images", f"{len(index):,}"),
         ("identities", f"{len(per_identity):,}, numbered up to {index.numbers[-1]}"),
         ("images per identity", f"{per_identity.min()} to {per_identity.max()}, median {np.median(per_identity):g}, "
                                 f"{(per_identity == 1).mean():.1%} with one image"),
-        ("bytes per image", f"{np.mean([len(image) for image in encoded]):,.0f} on average (of {len(sample)} images)"),
+        ("bytes per image", f"{np.mean([len(image) for image in encoded] or np.nan):,.0f} on average (of {len(encoded)} images)"),
         ("image sizes", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(5)) + f" (of {len(sample)} images)"),
         ("config", f'config.rec = "{dataset.root_dir}"; config.num_classes = {index.numbers[-1] + 1}; '
-                   f"config.num_image = {len(index)}"),
+                   f"config.num_image = {len(index) + len(index.unreadable)}"),
     ]
 
 
@@ -68,34 +70,42 @@ def draw_histogram(dataset: RecordDataset, path) -> None:
     plt.close(figure)
 
 
-def verify(dataset: RecordDataset, processes: int | None = None) -> list[tuple[int, str]]:
-    """Decode every image; returns record number and error of those that cannot be used.
+def verify(root_dir, processes: int | None = None) -> tuple[int, dict[int, str]]:
+    """Read every record of a pack and decode its image. Takes no index: the pack may be beyond indexing.
 
     Args:
         processes: that decode; None takes one per CPU.
+    Returns:
+        the number of records, and what is wrong with each that cannot be used, by record number.
+    Raises:
+        RecordError: the ``.rec`` or the ``.idx`` is missing or empty, or the ``.idx`` is no index.
     """
-    damaged = []
-    starts = range(0, len(dataset), _CHUNK)
-    with multiprocessing.Pool(processes, _open, (dataset,)) as pool:
-        with tqdm(total=len(dataset), desc="decoding", unit=" images", disable=None) as bar:
+    records = RecordFile(Path(root_dir) / "train.rec")
+    keys, offsets = read_idx(records.path.with_suffix(".idx"), progress=True)
+    damaged = {}
+    starts = range(0, len(keys), _CHUNK)
+    with multiprocessing.Pool(processes, _open, (records.path, keys, offsets)) as pool:
+        with tqdm(total=len(keys), desc="decoding", unit=" records", disable=None) as bar:
             for start, found in zip(starts, pool.imap(_damaged, starts)):
-                damaged += found
-                bar.update(min(_CHUNK, len(dataset) - start))
-    return damaged
+                damaged |= found
+                bar.update(min(_CHUNK, len(keys) - start))
+    return len(keys), damaged
 
 
-def _open(dataset):
-    global _dataset  # one for each process of the pool
-    _dataset = dataset
+def _open(path, keys, offsets):
+    global _records, _keys, _offsets  # of each process of the pool
+    _records, _keys, _offsets = RecordFile(path), keys, offsets
 
 
 def _damaged(start):
-    found = []
-    for i in range(start, min(start + _CHUNK, len(_dataset))):
+    found = {}
+    for key, offset in zip(_keys[start:start + _CHUNK].tolist(), _offsets[start:start + _CHUNK].tolist()):
         try:
-            _dataset.face(i)
-        except RecordError as error:
-            found.append((int(_dataset.index.keys[i]), str(error)))
+            record = unpack_image_record(_records.read(offset))
+            if len(record.image) or len(record.labels) != 2:  # not bookkeeping
+                decode_face(record.image)
+        except ValueError as error:
+            found[key] = f"record {key}: {error}"
     return found
 
 
