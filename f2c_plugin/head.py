@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from f2c_plugin.gallery import GalleryNet
-from f2c_plugin.loss import Margin, PoolLoss, default_hard_negatives, pool_loss
-from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool, PoolWrite
+from f2c_plugin.loss import HalfStep, default_hard_negatives, pool_loss
+from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool
+from f2c_plugin.ranks import gather
 from f2c_plugin.recipe import Recipe
 
 
@@ -16,16 +17,17 @@ class StepStatistics:
     """What a step saw on this rank; float () tensors on the device, so that keeping them costs no wait.
 
     Attributes:
-        loss, found, positive_cosine, hard_negative_cosine: as in PoolLoss, mean over the half-steps.
+        found, positive_cosine, hard_negative_cosine: as in PoolLoss.
         evictions: identities that lost their slots to the write that stays, over all ranks.
+        not_finite: gallery features, over all ranks, that were not finite and so not written.
         scale: s of this step, a number.
     """
 
-    loss: Tensor
     found: Tensor
     positive_cosine: Tensor
     hard_negative_cosine: Tensor
     evictions: Tensor
+    not_finite: Tensor
     scale: float
 
 
@@ -104,35 +106,35 @@ class F2CHead(nn.Module):
         if self.steps and self.steps % self.gradient_acc == 0:
             self.gallery.follow(self._probe_net[0], self.momentum)
         margin = self.recipe.margin_at(self.steps)
-        embeddings = local_embeddings.to(self.pool.rows.dtype)
-        label_x, label_y = labels.chunk(2)  # (B/2,) each
+        embeddings = _at_least_float32(local_embeddings)
 
+        label_x, label_y = labels.chunk(2)  # (B/2,)
+        all_x, all_y = gather(labels).chunk(2, dim=1)  # (W, B/2)
+        gallery = gather(_at_least_float32(self.gallery(images if self.symmetric else images.chunk(2)[0])))
         if self.symmetric:
-            gallery_x, gallery_y = self.gallery(images).chunk(2)  # (B/2, D) each
-            probe_x, probe_y = embeddings.chunk(2)
-            write, first = self._half_step(gallery_y, label_y, probe_x, label_x, margin)
-            self.pool.undo(write)
-            write, second = self._half_step(gallery_x, label_x, probe_y, label_y, margin)
-            half_steps = first, second
+            gallery_x, gallery_y = gallery.chunk(2, dim=1)  # (W, B/2, D)
+            probe_x, probe_y = embeddings.chunk(2)  # (B/2, D)
+            half_steps = [(all_y, gallery_y, label_x, probe_x), (all_x, gallery_x, label_y, probe_y)]
         else:
-            gallery_x = self.gallery(images.chunk(2)[0])  # (B/2, D)
-            write, only = self._half_step(gallery_x, label_x, embeddings, label_y, margin)
-            half_steps = only,
+            half_steps = [(all_x, gallery, label_y, embeddings)]
+
+        # Every half-step begins with the same pool, so all of them can be placed before any is written.
+        placements = [self.pool.place(gallery_labels.flatten()) for gallery_labels, *_ in half_steps]
+        own = self.pool.lookup(self.pool.shard.gather(labels).flatten())
+        apart = torch.cat([own, *(placement.slot for placement in placements)])  # (A,)
+        compared, write = [], None
+        for placement, (_, gallery, probe_labels, probes) in zip(placements, half_steps):
+            if write:
+                self.pool.undo(write)
+            write = self.pool.write(placement, gallery.flatten(0, 1))
+            compared.append(HalfStep(probes, self.pool.lookup(probe_labels), self.pool.rows_at(apart),
+                                     self.pool.renewed_at(apart, placement)))
+        result = pool_loss(compared, apart, self.pool, margin, self.num_hard_negatives, self.autocast)
 
         self.steps += 1
-        means = torch.stack([torch.stack(half_step).detach() for half_step in half_steps]).nanmean(dim=0)  # (4,)
-        self.statistics = StepStatistics(*means, evictions=(write.evicted != NOT_IN_POOL).sum().float(),
-                                         scale=margin.scale)
-        return sum(half_step.loss for half_step in half_steps) * self.recipe.loss_weight(2 * len(half_steps))
-
-    def _half_step(self, gallery: Tensor, gallery_labels: Tensor, probe: Tensor, probe_labels: Tensor,
-                   margin: Margin) -> tuple[PoolWrite, PoolLoss]:
-        """Write the gallery features of all ranks into the pool, compare this rank's probes with it."""
-        write = self.pool.write(_gather(gallery_labels), _gather(gallery))
-        slots = self.pool.lookup(probe_labels)
-        renewed = write.slot[write.renewed]  # synchronises
-        return write, pool_loss(probe, slots, self.pool.rows, renewed, margin, self.num_hard_negatives,
-                                self.autocast)
+        self.statistics = StepStatistics(*result[1:], evictions=(write.placement.evicted != NOT_IN_POOL).sum(),
+                                         not_finite=write.num_skipped, scale=margin.scale)
+        return result.loss * self.recipe.loss_weight(2 * len(half_steps))
 
     def _check(self, images, embeddings, labels):
         if len(images) % 2 or len(labels) != len(images):
@@ -141,7 +143,7 @@ class F2CHead(nn.Module):
         if len(embeddings) != len(images) // (1 if self.symmetric else 2):
             raise ValueError(f"{len(embeddings)} embeddings for {len(images)} images with symmetric={self.symmetric}: "
                              "the head takes what the backbone made of the batch it saw last")
-        num_identities = len(self.pool.slot_of) - 1
+        num_identities = self.pool.num_identities
         if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < num_identities:
             raise ValueError(f"labels from {labels.min()} to {labels.max()}, but num_classes={num_identities}: "
                              "identities are numbered from 0")
@@ -153,10 +155,5 @@ class F2CHead(nn.Module):
         self.steps = int(state)
 
 
-def _gather(local: Tensor) -> Tensor:
-    """The tensors of all ranks, in the order of the ranks, along the first dimension."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return local.contiguous()
-    parts = [torch.empty_like(local) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, local.contiguous())
-    return torch.cat(parts)
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from f2c_plugin.config import ConfigError
+from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool, occurrences
+from f2c_plugin.pool_softmax import WithGradient, pool_softmax
 
 # Keeps the slope of ArcFace's cos(θ + m), which has sin θ as divisor, finite at θ = 0.
 _MIN_SIN_SQUARED = 1e-7
@@ -61,24 +63,15 @@ class Margin:
         sine = (1 - cosine * cosine).clamp_min(_MIN_SIN_SQUARED).sqrt()
         return cosine * math.cos(self.angular) - sine * math.sin(self.angular)
 
-    def filtered(self, cosine: Tensor, labels: Tensor) -> Tensor:
-        """Cosines (B, K) without those to other identities above the threshold."""
-        if not self.filter_threshold > 0:
-            return cosine
-        other = torch.arange(cosine.size(1), device=cosine.device) != labels[:, None]  # (B, K)
-        return torch.where(other & (cosine > self.filter_threshold), 0.0, cosine)
+    def filtered(self, cosine: Tensor) -> Tensor:
+        """Cosines to other identities, with 0 for those above the threshold."""
+        return torch.where(cosine > self.filter_threshold, 0.0, cosine) if self.filter_threshold > 0 else cosine
 
 
 def margin_softmax(cosine: Tensor, labels: Tensor, margin: Margin) -> Tensor:
     """Mean cross-entropy of s · cosines (B, K) with the margin on the labelled columns, scalar."""
-    cosine = margin.filtered(cosine, labels)
     target = margin.target(cosine.gather(1, labels[:, None]))  # (B, 1)
-    return cross_entropy(margin.scale * cosine.scatter(1, labels[:, None], target), labels)
-
-
-def hard_negatives(cosine: Tensor, count: int) -> Tensor:
-    """The ``count`` largest cosines of every row (B, K), clipped below at 0; (B, count)."""
-    return cosine.topk(min(count, cosine.size(1)), dim=1).values.clamp_min(0)
+    return cross_entropy(margin.scale * margin.filtered(cosine).scatter(1, labels[:, None], target), labels)
 
 
 def default_hard_negatives(num_slots: int) -> int:
@@ -86,11 +79,27 @@ def default_hard_negatives(num_slots: int) -> int:
     return min(max(num_slots // 5000, 3), 10)
 
 
-class PoolLoss(NamedTuple):
-    """Loss of one probe batch, and what to watch. All float ().
+class HalfStep(NamedTuple):
+    """The probes of a half-step, and its pool where it is not like the other half-step's.
 
     Attributes:
-        loss: has the gradient to the embeddings.
+        probes: (P, D) embeddings; normalised by the loss.
+        slot: int64 (P,) slot of each probe's identity in this half-step, or NOT_IN_POOL.
+        rows: (2, A, D) both rows of the slots apart, as this half-step has written them.
+        renewed: bool (A,) which of these it has renewed.
+    """
+
+    probes: Tensor
+    slot: Tensor
+    rows: Tensor
+    renewed: Tensor
+
+
+class PoolLoss(NamedTuple):
+    """Loss of a step, and what to watch, the mean over its half-steps. All float ().
+
+    Attributes:
+        loss: sum over half-steps and views; has the gradient to the embeddings.
         found: share of the probes whose identity is in the pool.
         positive_cosine: mean cosine of these to their own slots in view 1; NaN if there are none.
         hard_negative_cosine: mean cosine of the others to the h slots most like them, clipped below
@@ -103,66 +112,86 @@ class PoolLoss(NamedTuple):
     hard_negative_cosine: Tensor
 
 
-def pool_loss(embeddings: Tensor, labels: Tensor, rows: Tensor, renewed: Tensor, margin: Margin,
+def pool_loss(half_steps: list[HalfStep], apart: Tensor, pool: DynamicClassPool, margin: Margin,
               num_hard_negatives: int, autocast: bool = False) -> PoolLoss:
-    """Loss of probe embeddings against both views of the pool, summed over the views.
+    """Loss of every half-step's probes against both views of the pool.
 
     View 1 is row 0 of every slot; view 2 has row 1 for renewed slots. In each view, probes whose
     identity is in the pool take the margin softmax over the K slots, mean over them; the others
     are pushed off their h hardest negatives, mean over all of these. A term without probes is 0.
 
+    All views of all half-steps agree on every slot but the few ``apart``: those that are written.
+    So the probes of all half-steps go over the other slots together, once, and then over the slots
+    apart as each view has them. The slots of the probes' own identities count as apart, too, for
+    they take the margin. Nothing is ever subtracted from a sum, so nothing can cancel.
+
     The pool may change before ``backward``: the gradient is computed here.
 
     Args:
-        embeddings: (B, D), normalised here.
-        labels: int64 (B,) slot of each probe's identity, or NOT_IN_POOL.
-        rows: (2, K, D) unit vectors.
-        renewed: int64 (B',) slots whose row 1 makes view 2; duplicates are allowed.
+        half_steps: with equally many probes each.
+        apart: int64 (A,) slots, at least all that any half-step writes or any probe has as its own;
+            repeated ones and NOT_IN_POOL are allowed. The same on all ranks if the pool is sharded.
+        pool: as any of the half-steps has it.
         margin: scale and margin to train with.
         num_hard_negatives: h.
         autocast: whether matrix products run in the autocast type of the device.
     """
+    device = apart.device
+    dtype = torch.get_autocast_dtype(device.type) if autocast else None
+    is_apart = torch.zeros(pool.num_slots + 1, dtype=torch.bool, device=device)  # the last stands for NOT_IN_POOL
+    is_apart[apart] = True
+    counted = (apart != NOT_IN_POOL) & (occurrences(apart)[0] == 0)  # (A,)
     with torch.enable_grad():
-        probes = embeddings.detach().requires_grad_()
-        result = _pool_loss(probes, labels, rows, renewed.unique(), margin, num_hard_negatives, autocast)
-        # Softmax over a large pool has entries below what float16 can hold; the factor lifts them.
-        factor = 2**14 * len(labels) / margin.scale if autocast else 1
-        gradient = torch.autograd.grad(result.loss * factor, probes)[0] / factor
-    return PoolLoss(_GradientComputed.apply(embeddings, result.loss.detach(), gradient), *result[1:])
+        embeddings = torch.cat([half.probes for half in half_steps])
+        inputs = embeddings.detach().requires_grad_()
+        probes = normalize(inputs)  # (B, D)
+
+        common = pool_softmax(probes, pool.rows[0], is_apart[pool.first_slot:pool.end_slot], margin.scale,
+                              min(num_hard_negatives, pool.num_slots), margin.filter_threshold, dtype,
+                              pool.shard, pool.first_slot)
+        hardest = torch.einsum("bd,bhd->bh", probes, _rows_for_each(common.hardest, pool))
+        hardest = torch.where(common.hardest_cosine < -2, -torch.inf, margin.filtered(hardest))  # (B, h)
+
+        losses = []
+        parts = (part.chunk(len(half_steps)) for part in (probes, common.log_sum_exp, hardest))
+        for half, *part in zip(half_steps, *parts):
+            own = counted & (apart == half.slot[:, None])  # (P, A)
+            losses.append(_half_step_loss(half, own, counted, *part, margin, dtype))
+        losses = PoolLoss(*map(torch.stack, zip(*losses)))
+        loss = losses.loss.sum()
+        gradient, = torch.autograd.grad(loss, inputs)
+    watched = [values.detach().nanmean() for values in losses[1:]]
+    return PoolLoss(WithGradient.apply(embeddings, loss.detach(), gradient), *watched)
 
 
-class _GradientComputed(torch.autograd.Function):
-    """A loss whose gradient is already known."""
-
-    @staticmethod
-    def forward(ctx, embeddings, loss, gradient):
-        ctx.save_for_backward(gradient)
-        return loss.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, loss_gradient):
-        gradient, = ctx.saved_tensors
-        return gradient * loss_gradient, None, None
+def _rows_for_each(slots, pool):
+    """Rows 0 of slots (B, h) of this rank's own, (B, h, D)."""
+    rows = pool.rows_at(pool.shard.gather(slots).flatten())[0]  # (W·B·h, D)
+    return rows.view(-1, *slots.shape, rows.size(1))[pool.shard.rank]
 
 
-def _pool_loss(probes, labels, rows, renewed, margin, num_hard_negatives, autocast) -> PoolLoss:
-    probes = normalize(probes)
-    with torch.autocast(probes.device.type, enabled=autocast):
-        view1 = probes @ rows[0].T  # (B, D) @ (D, K) -> (B, K)
-        renewed_columns = probes @ rows[1, renewed].T  # (B, D) @ (D, R) -> (B, R)
-    view1 = view1.to(probes.dtype)
-    view2 = view1.index_copy(1, renewed, renewed_columns.to(probes.dtype))
+def _half_step_loss(half, own, counted, probes, log_sum_exp, hardest, margin, dtype) -> PoolLoss:
+    """Loss of probes (P, D), given what the common slots make of them, and which slot apart is whose, bool (P, A)."""
+    found = half.slot != NOT_IN_POOL
+    losses = []
+    for rows in half.rows[0], torch.where(half.renewed[:, None], half.rows[1], half.rows[0]):  # view 1, view 2
+        cosine = _product(probes, rows, dtype)  # (P, D) @ (D, A) -> (P, A)
+        own_cosine = torch.where(own, cosine, 0).sum(1)  # (P,)
+        others = margin.filtered(cosine).masked_fill(own | ~counted, -torch.inf)
+        target = margin.scale * margin.target(own_cosine)
+        positive = torch.cat([log_sum_exp[:, None], margin.scale * others, target[:, None]], 1).logsumexp(1) - target
+        negative = torch.cat([hardest, others], 1).topk(hardest.size(1), dim=1).values.clamp_min(0).mean(1)  # (P,)
+        loss = _sum(positive, found) / found.sum().clamp(min=1) + _sum(negative, ~found) / (~found).sum().clamp(min=1)
+        losses.append(PoolLoss(loss, found.to(loss.dtype).mean(), _sum(own_cosine, found) / found.sum(),
+                               _sum(negative, ~found) / (~found).sum()))
+    return losses[0]._replace(loss=losses[0].loss + losses[1].loss)
 
-    positive, negative = (labels >= 0).nonzero()[:, 0], (labels < 0).nonzero()[:, 0]  # synchronises
-    own = labels[positive]
-    nowhere = labels[negative]
-    loss = probes.sum() * 0  # keeps the graph whole when both terms are without probes
-    for view in view1, view2:
-        if len(positive):
-            loss = loss + margin_softmax(view[positive], own, margin)
-        if len(negative):
-            loss = loss + hard_negatives(margin.filtered(view[negative], nowhere), num_hard_negatives).mean()
-    with torch.no_grad():
-        return PoolLoss(loss, (labels >= 0).to(loss.dtype).mean(), view1[positive, own].mean(),
-                        hard_negatives(view1[negative], num_hard_negatives).mean())
+
+def _product(probes, rows, dtype):
+    if dtype is None:
+        return probes @ rows.T
+    return (probes.to(dtype) @ rows.T.to(dtype)).to(probes.dtype)
+
+
+def _sum(values, chosen):
+    return torch.where(chosen, values, 0).sum()

@@ -3,45 +3,71 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.functional import normalize
 
+from f2c_plugin.ranks import WHOLE, Shard
+
 NOT_IN_POOL = -1
+_FILL_BLOCK = 1 << 14  # slots whose first random rows come from one generator
 
 
-class PoolWrite(NamedTuple):
-    """What one write did to the pool, a row for each of the B gallery features, in batch order.
+class Placement(NamedTuple):
+    """Where a batch of B gallery features goes, an entry for each, in batch order.
 
     Attributes:
-        slot: int64 (B,) the slot each feature's identity has.
-        row: int64 (B,) the row it was written to.
+        slot: int64 (B,) the slot each feature's identity has or gets.
+        row: int64 (B,) the row it is written to.
         renewed: bool (B,) whether the identity was in the pool when one of its features came.
-        evicted: int64 (B,) the identity that lost its slot to this feature, or NOT_IN_POOL.
-        before: what ``undo`` puts back.
+        evicted: int64 (B,) the identity that loses its slot to this feature, or NOT_IN_POOL.
+        source: int64 (B,) the feature that stands in this place in the end: of several that go to
+            one row, the last.
+        identities, known: int64 and bool (B,) whose features they are, and who had a slot before.
+        due_row: int64 (B,) which row of the slot is due after the batch.
     """
 
     slot: Tensor
     row: Tensor
     renewed: Tensor
     evicted: Tensor
+    source: Tensor
+    identities: Tensor
+    known: Tensor
+    due_row: Tensor
+
+
+class PoolWrite(NamedTuple):
+    """What one write did to the pool.
+
+    Attributes:
+        placement: where the features went.
+        num_skipped: int64 () features that were not finite and therefore not written.
+        before: what ``undo`` puts back.
+    """
+
+    placement: Placement
+    num_skipped: Tensor
     before: dict[str, Tensor]
 
 
 class DynamicClassPool(nn.Module):
     """K slots, each of one identity with its last two gallery features; placed by exact LRU.
 
-    All state is in buffers and every operation is on whole tensors, on the device of the pool.
-    The same writes on the same state give the same state, bit for bit, so ranks that write the
-    same gathered features keep equal pools.
+    All state is in buffers, and every operation is on whole tensors of fixed shapes, on the device
+    of the pool, so that none of them makes the host wait. Nothing but memory (``slot_of``) grows
+    with the number of identities. The same writes on the same state give the same state, bit for
+    bit, so ranks that write the same gathered features keep equal pools.
 
     Args:
         num_slots: K.
         num_identities: identities are numbered 0 … num_identities − 1.
         embedding_size: D.
         seed: of the random vectors in slots not yet taken; the same on all ranks.
+        dtype: of the rows; float32, bfloat16 or float16.
+        shard: the slots whose rows this rank holds. Everything else is the same on all ranks.
 
     Attributes:
-        rows: float32 (2, K, D), unit vectors. Slots not yet taken hold random ones.
+        rows: (2, K', D), unit vectors; K' is K unless sharded. Slots not yet taken hold random ones.
         slot_identity: int64 (K,) who has the slot, or NOT_IN_POOL.
         last_used: int64 (K,) time of the last write; slots not yet taken have times before 0, the
             lowest slot the earliest, so that "the least recently used" is the one rule for both.
@@ -49,12 +75,14 @@ class DynamicClassPool(nn.Module):
         clock: int64 () writes so far.
     """
 
-    def __init__(self, num_slots: int, num_identities: int, embedding_size: int, seed: int = 0):
+    def __init__(self, num_slots: int, num_identities: int, embedding_size: int, seed: int = 0,
+                 dtype: torch.dtype = torch.float32, shard: Shard = WHOLE):
         super().__init__()
-        rows = torch.randn(2, num_slots, embedding_size, generator=torch.Generator().manual_seed(seed))
-        rows = normalize(rows, dim=2)
+        self.shard = shard
+        self.num_slots = num_slots
+        self.first_slot, self.end_slot = shard.range_of(num_slots)
         self.rows: Tensor
-        self.register_buffer("rows", rows)
+        self.register_buffer("rows", self._random_rows(embedding_size, seed, dtype))
         self.register_buffer("slot_identity", torch.full((num_slots,), NOT_IN_POOL))
         self.register_buffer("last_used", torch.arange(-num_slots, 0))
         self.register_buffer("due_row", torch.zeros(num_slots, dtype=torch.int64))
@@ -63,41 +91,39 @@ class DynamicClassPool(nn.Module):
         # that have nobody to go to.
         self.register_buffer("slot_of", torch.full((num_identities + 1,), NOT_IN_POOL, dtype=torch.int32),
                              persistent=False)
-        self.register_load_state_dict_post_hook(DynamicClassPool._find_slots)
+        self.register_load_state_dict_post_hook(DynamicClassPool._after_loading)
 
     @property
-    def num_slots(self) -> int:
-        return self.rows.size(1)
+    def num_identities(self) -> int:
+        return len(self.slot_of) - 1
 
-    def _find_slots(self, _=None):
-        """Derive ``slot_of`` from ``slot_identity``."""
-        self.slot_of.fill_(NOT_IN_POOL)
-        slots = torch.arange(self.num_slots, dtype=torch.int32, device=self.slot_of.device)
-        self.slot_of[self.slot_identity] = slots
-        self.slot_of[NOT_IN_POOL] = NOT_IN_POOL
+    def _random_rows(self, embedding_size, seed, dtype):
+        """Block by block, so that a rank draws what is its own only, and the same for any number of ranks."""
+        rows = torch.empty(2, self.end_slot - self.first_slot, embedding_size, dtype=dtype)
+        for block in range(self.first_slot // _FILL_BLOCK, -(-self.end_slot // _FILL_BLOCK)):
+            generator = torch.Generator().manual_seed(seed + (block << 32))
+            drawn = normalize(torch.randn(2, _FILL_BLOCK, embedding_size, generator=generator), dim=2)
+            start = max(block * _FILL_BLOCK, self.first_slot)
+            end = min((block + 1) * _FILL_BLOCK, self.end_slot)
+            rows[:, start - self.first_slot:end - self.first_slot] = drawn[:, start - block * _FILL_BLOCK:][:, :end - start]
+        return rows
 
     def lookup(self, identities: Tensor) -> Tensor:
         """Slots of identities (B,), int64 (B,); NOT_IN_POOL where there is none."""
         return self.slot_of[identities].long()
 
-    @torch.no_grad()
-    def write(self, identities: Tensor, features: Tensor) -> PoolWrite:
-        """Write gallery features in batch order.
+    def place(self, identities: Tensor) -> Placement:
+        """Decide where gallery features of ``identities`` go. The pool stays as it is.
 
         An identity that is not in the pool takes the slot that was used longest ago, and row 0;
         one that is gets the row that is due. Of more than two features of one identity in the
-        batch the last two stand. Identities of this batch are never evicted by it. A feature that is
-        not finite is not written, for it would spoil every softmax over the pool: the row keeps
-        what the identity had there, or becomes 0 for one that was not in the pool.
+        batch the last two stand. Identities of this batch are never evicted by it.
 
         Args:
             identities: int64 (B,), at most K different ones.
-            features: (B, D); normalised here.
-        Returns:
-            A PoolWrite, which ``undo`` takes back.
         """
         batch = len(identities)
-        occurrence, count, first, same_row_last = _occurrences(identities)
+        occurrence, count, first, same_row_last = occurrences(identities)
         known_slot = self.lookup(identities)
         known = known_slot != NOT_IN_POOL
 
@@ -110,11 +136,26 @@ class DynamicClassPool(nn.Module):
         slot = torch.where(known, known_slot, oldest[turn.clamp(min=0)])[first]
 
         due = torch.where(known, self.due_row[slot], 0)
-        row = (due + occurrence) % 2
         evicted = torch.where(known | (occurrence > 0), NOT_IN_POOL, self.slot_identity[slot])
+        return Placement(slot, (due + occurrence) % 2, known | (count > 1), evicted, same_row_last, identities, known,
+                         (due + count) % 2)
+
+    @torch.no_grad()
+    def write(self, placement: Placement, features: Tensor) -> PoolWrite:
+        """Write gallery features to where ``place`` has put them; the pool must not have changed since.
+
+        A feature that is not finite is not written, for it would spoil every softmax over the pool:
+        the row keeps what the identity had there, or becomes 0 for one that was not in the pool.
+
+        Args:
+            features: (B, D) in the order of the placement; normalised here.
+        Returns:
+            A PoolWrite, which ``undo`` takes back.
+        """
+        slot, row = placement.slot, placement.row
+        place, entry, own = self._own(slot)
         before = {
-            "identities": torch.where(known, NOT_IN_POOL, identities),
-            "rows": self.rows[row, slot],
+            "rows": self.rows[row[entry], place],
             "slot_identity": self.slot_identity[slot],
             "last_used": self.last_used[slot],
             "due_row": self.due_row[slot],
@@ -122,39 +163,136 @@ class DynamicClassPool(nn.Module):
         }
 
         # Where several entries go to one place they all carry the same value: what the last brings.
+        batch = len(slot)
         time = self.clock + torch.arange(batch, device=slot.device)
-        self.slot_of[evicted] = NOT_IN_POOL
-        self.slot_of[identities] = slot.int()
-        self.slot_identity[slot] = identities
+        self.slot_of[placement.evicted] = NOT_IN_POOL
+        self.slot_of[placement.identities] = slot.int()
+        self.slot_identity[slot] = placement.identities
         self.last_used.scatter_reduce_(0, slot, time, "amax")
-        self.due_row[slot] = (due + count) % 2
-        unit = normalize(features.to(self.rows.dtype))[same_row_last]
-        instead = torch.where(known[:, None], before["rows"], 0)
-        self.rows[row, slot] = torch.where(unit.isfinite().all(1, keepdim=True), unit, instead)
+        self.due_row[slot] = placement.due_row
         self.clock += batch
-        return PoolWrite(slot, row, known | (count > 1), evicted, before)
+
+        unit = normalize(features)
+        finite = unit.isfinite().all(1)
+        stands = placement.source[entry]
+        instead = torch.where(placement.known[entry, None], before["rows"], 0)
+        written = torch.where(finite[stands, None], unit[stands].to(self.rows.dtype), instead)
+        self.rows[row[entry], place] = torch.where(own.any(), written, before["rows"])
+        return PoolWrite(placement, (~finite).sum(), before)
 
     @torch.no_grad()
     def undo(self, write: PoolWrite):
         """Put the pool back to what it was before its last write."""
-        before = write.before
-        self.slot_of[before["identities"]] = NOT_IN_POOL
+        placement, before = write.placement, write.before
+        slot = placement.slot
+        self.slot_of[torch.where(placement.known, NOT_IN_POOL, placement.identities)] = NOT_IN_POOL
         # Evicted identities get their slots back. The entry of NOT_IN_POOL is overwritten on the
         # way (identities that took a free slot, or had one) and mended after.
-        self.slot_of[write.evicted] = write.slot.int()
-        self.slot_of[NOT_IN_POOL] = NOT_IN_POOL
-        self.slot_identity[write.slot] = before["slot_identity"]
-        self.last_used[write.slot] = before["last_used"]
-        self.due_row[write.slot] = before["due_row"]
-        self.rows[write.row, write.slot] = before["rows"]
+        self.slot_of[placement.evicted] = slot.int()
+        self.slot_of[NOT_IN_POOL].fill_(NOT_IN_POOL)
+        self.slot_identity[slot] = before["slot_identity"]
+        self.last_used[slot] = before["last_used"]
+        self.due_row[slot] = before["due_row"]
         self.clock.copy_(before["clock"])
+        place, entry, _ = self._own(slot)
+        self.rows[placement.row[entry], place] = before["rows"]
+
+    def _own(self, slot):
+        """(place in ``rows``, entry, own), int64, int64 and bool (B,), of entries that go to ``slot``.
+
+        Entries of other ranks' slots repeat the first entry that is this rank's own: then shapes
+        are fixed, and writing them all changes nothing but what is own. If none is, all of them
+        stand for the first slot, which must keep what it has.
+        """
+        own = (slot >= self.first_slot) & (slot < self.end_slot)
+        first = own.to(torch.uint8).argmax()
+        entry = torch.where(own, torch.arange(len(slot), device=slot.device), first)
+        place = (slot[entry] - self.first_slot).clamp(0, self.end_slot - self.first_slot - 1)
+        return place, entry, own
+
+    def rows_at(self, slots: Tensor) -> Tensor:
+        """Rows of slots (A,), (2, A, D), at least float32; 0 for NOT_IN_POOL.
+
+        If the pool is sharded, all ranks call this together and ask for the same slots.
+        """
+        place = (slots - self.first_slot).clamp(0, self.end_slot - self.first_slot - 1)
+        own = (slots >= self.first_slot) & (slots < self.end_slot)
+        rows = self.rows[:, place].to(torch.promote_types(self.rows.dtype, torch.float32))
+        return self.shard.sum(torch.where(own[:, None], rows, 0))
+
+    def renewed_at(self, slots: Tensor, placement: Placement) -> Tensor:
+        """Whether the placement renews each of slots (A,), bool (A,)."""
+        renewed = torch.zeros(self.num_slots, dtype=torch.bool, device=slots.device)
+        renewed[placement.slot] = placement.renewed
+        return renewed[slots]
+
+    def validate(self):
+        """Check what must hold between any two operations. Looks at everything: not for every step.
+
+        Raises:
+            ValueError: lists what does not hold; the state is damaged.
+        """
+        taken = self.slot_identity != NOT_IN_POOL
+        identities, recency = self.slot_identity[taken], self.last_used[taken]
+        self._raise_unless({
+            "identities of slots are numbers from 0 to num_identities": ((identities >= 0)
+                                                                         & (identities < self.num_identities)).all(),
+            "no identity has two slots": identities.unique().numel() == identities.numel(),
+            "every slot was used at a time of its own, before the clock": (recency.unique().numel() == recency.numel()
+                                                                           and ((recency >= 0) & (recency < self.clock)).all()),
+            "slots not yet taken come in the order of their numbers": (
+                self.last_used[~taken] == torch.arange(-self.num_slots, 0, device=taken.device)[~taken]).all(),
+            "due rows are 0 or 1": ((self.due_row == 0) | (self.due_row == 1)).all(),
+            "rows are finite": self.rows.isfinite().all(),
+            "rows are unit vectors or 0": ((self.rows.float().norm(dim=2) - 1).abs() < 0.02).logical_or(
+                (self.rows == 0).all(2)).all(),
+        })
+        slots = torch.arange(self.num_slots, device=taken.device)
+        self._raise_unless({
+            "the table finds every identity in its slot": (self.slot_of[identities] == slots[taken]).all(),
+            "the table finds no other": (self.slot_of != NOT_IN_POOL).sum() == identities.numel(),
+        })
+
+    def _raise_unless(self, holds):
+        broken = [what for what, true in holds.items() if not true]
+        if broken:
+            raise ValueError(f"the pool is damaged; it does not hold that {'; that '.join(broken)}")
+
+    def _after_loading(self, _=None):
+        """Derive ``slot_of`` from ``slot_identity``, and see whether what was loaded is a pool."""
+        taken = (self.slot_identity >= 0) & (self.slot_identity < self.num_identities)
+        slots = torch.arange(self.num_slots, dtype=torch.int32, device=taken.device)
+        self.slot_of.fill_(NOT_IN_POOL)
+        self.slot_of[self.slot_identity[taken]] = slots[taken]
+        self.validate()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shard.world_size > 1:
+            destination[prefix + "rows"] = self._rows_of_all_ranks()
+
+    def _rows_of_all_ranks(self):
+        """(2, K, D) in main memory: every rank's checkpoint is whole, and fits any number of ranks."""
+        whole = torch.empty(2, self.num_slots, self.rows.size(2), dtype=self.rows.dtype)
+        for rank in range(self.shard.world_size):
+            start, end = Shard(rank, self.shard.world_size).range_of(self.num_slots)
+            part = self.rows.clone() if rank == self.shard.rank else self.rows.new_empty(2, end - start, self.rows.size(2))
+            distributed.broadcast(part, rank)
+            whole[:, start:end] = part.cpu()
+        return whole
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        rows = state_dict.get(prefix + "rows")
+        if rows is not None and rows.dim() == 3 and rows.size(1) == self.num_slots:
+            state_dict = state_dict | {prefix + "rows": rows[:, self.first_slot:self.end_slot]}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def fill(self) -> Tensor:
         """Share of the slots that are taken, float ()."""
         return (self.slot_identity != NOT_IN_POOL).float().mean()
 
 
-def _occurrences(identities: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def occurrences(identities: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For each of B entries, int64 (B,) each: how many equal ones come before it, how many equal
     ones there are, where the first of them is, and where the last that shares its parity is."""
     batch = len(identities)

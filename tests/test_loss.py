@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import normalize
 
-from f2c_plugin.loss import Margin, default_hard_negatives, pool_loss
+from f2c_plugin.loss import HalfStep, Margin, default_hard_negatives, pool_loss
+from f2c_plugin.pool import DynamicClassPool
 
 ARCFACE = Margin(scale=64.0, angular=0.5)
 COSFACE = Margin(scale=64.0, additive=0.4)
@@ -46,6 +47,15 @@ def slow_loss(embeddings, labels, rows, renewed, margin, num_hard_negatives):
     return total
 
 
+def loss_of(embeddings, labels, rows, renewed, margin, num_hard_negatives, autocast=False, more_apart=()):
+    """pool_loss of a single half-step whose pool has ``rows``."""
+    pool = DynamicClassPool(rows.size(1), rows.size(1), rows.size(2)).to(rows.dtype)
+    pool.rows.copy_(rows)
+    apart = torch.cat([renewed, labels, torch.tensor(more_apart, dtype=torch.int64)])
+    half_step = HalfStep(embeddings, labels, pool.rows_at(apart), torch.isin(apart, renewed))
+    return pool_loss([half_step], apart, pool, margin, num_hard_negatives, autocast)
+
+
 def problem(labels, renewed, num_slots=9, seed=0):
     generator = torch.Generator().manual_seed(seed)
     embeddings = torch.randn(len(labels), 6, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -53,8 +63,8 @@ def problem(labels, renewed, num_slots=9, seed=0):
     return embeddings, torch.tensor(labels), rows, torch.tensor(renewed, dtype=torch.int64)
 
 
-def assert_exact(embeddings, labels, rows, renewed, margin, num_hard_negatives):
-    result = pool_loss(embeddings, labels, rows, renewed, margin, num_hard_negatives)
+def assert_exact(embeddings, labels, rows, renewed, margin, num_hard_negatives, more_apart=()):
+    result = loss_of(embeddings, labels, rows, renewed, margin, num_hard_negatives, more_apart=more_apart)
     gradient, = torch.autograd.grad(result.loss, embeddings)
     expected = slow_loss(embeddings, labels, rows, renewed, margin, num_hard_negatives)
     expected_gradient, = torch.autograd.grad(expected, embeddings)
@@ -72,14 +82,16 @@ def test_loss_and_gradient_equal_plain_autograd(margin, labels, renewed):
 
 @settings(max_examples=60, deadline=None)
 @given(labels=st.lists(st.integers(-1, 8), min_size=1, max_size=8), renewed=st.lists(st.integers(0, 8), max_size=9),
-       hard=st.integers(1, 12), seed=st.integers(0, 1000), name=st.sampled_from(sorted(MARGINS)))
-def test_loss_and_gradient_equal_plain_autograd_for_any_batch(labels, renewed, hard, seed, name):
-    assert_exact(*problem(labels, renewed, seed=seed), MARGINS[name], hard)
+       hard=st.integers(1, 12), seed=st.integers(0, 1000), name=st.sampled_from(sorted(MARGINS)),
+       more_apart=st.lists(st.integers(-1, 8), max_size=5))
+def test_loss_and_gradient_equal_plain_autograd_for_any_batch(labels, renewed, hard, seed, name,
+                                                                       more_apart):
+    assert_exact(*problem(labels, renewed, seed=seed), MARGINS[name], hard, more_apart)
 
 
 def test_the_pool_may_change_between_loss_and_backward():
     embeddings, labels, rows, renewed = problem([0, 3, -1], [3])
-    loss = pool_loss(embeddings, labels, rows, renewed, ARCFACE, 3).loss
+    loss = loss_of(embeddings, labels, rows, renewed, ARCFACE, 3).loss
     expected, = torch.autograd.grad(slow_loss(embeddings, labels, rows, renewed, ARCFACE, 3), embeddings)
     rows.zero_()
     loss.backward()
@@ -89,7 +101,7 @@ def test_the_pool_may_change_between_loss_and_backward():
 def test_probes_that_equal_their_slot_give_finite_losses_and_gradients():
     rows = normalize(torch.randn(2, 9, 6), dim=2)
     embeddings = rows[0, :4].clone().requires_grad_()
-    loss = pool_loss(embeddings, torch.arange(4), rows, torch.tensor([1]), ARCFACE, 3).loss
+    loss = loss_of(embeddings, torch.arange(4), rows, torch.tensor([1]), ARCFACE, 3).loss
     loss.backward()
     assert loss.isfinite() and embeddings.grad.isfinite().all()
 
@@ -99,7 +111,7 @@ def test_the_gradient_in_mixed_precision_points_where_that_in_full_precision_doe
     gradients = []
     for autocast in False, True:
         probes = embeddings.detach().float().requires_grad_()
-        pool_loss(probes, labels, rows.float(), renewed, COSFACE, 3, autocast).loss.backward()
+        loss_of(probes, labels, rows.float(), renewed, COSFACE, 3, autocast).loss.backward()
         gradients.append(probes.grad)
     assert torch.nn.functional.cosine_similarity(*gradients).min() > 0.99
     torch.testing.assert_close(gradients[1].norm(), gradients[0].norm(), rtol=0.05, atol=0)
@@ -108,7 +120,7 @@ def test_the_gradient_in_mixed_precision_points_where_that_in_full_precision_doe
 def test_what_is_watched_describes_the_batch():
     rows = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
     embeddings = torch.tensor([[3.0, 4, 0, 0], [0, 0, 5, 0]], dtype=torch.float64)
-    result = pool_loss(embeddings, torch.tensor([0, -1]), rows, torch.tensor([], dtype=torch.int64), COSFACE, 2)
+    result = loss_of(embeddings, torch.tensor([0, -1]), rows, torch.tensor([], dtype=torch.int64), COSFACE, 2)
     assert result.found == 0.5
     assert math.isclose(result.positive_cosine, 0.6)
     assert math.isclose(result.hard_negative_cosine, 0.5)

@@ -64,6 +64,12 @@ def histories(draw):
     return num_slots, num_identities, draw(st.lists(batch, min_size=1, max_size=8))
 
 
+def write_into(pool, identities, features):
+    """Place and write; returns (placement, write)."""
+    placement = pool.place(torch.as_tensor(identities))
+    return placement, pool.write(placement, features)
+
+
 def features_for(batch, seed):
     return torch.randn(len(batch), 5, generator=torch.Generator().manual_seed(seed))
 
@@ -76,12 +82,13 @@ def test_every_write_leaves_slots_rows_due_rows_and_recency_as_the_reference_doe
     slow = SlowPool(pool)
     for seed, batch in enumerate(batches):
         features = features_for(batch, seed)
-        write = pool.write(torch.tensor(batch), features)
+        placed, _ = write_into(pool, batch, features)
+        pool.validate()
         renewed, evicted = slow.write(batch, features)
         assert_same(pool, slow)
-        assert set(write.slot[write.renewed].tolist()) == renewed
-        assert write.evicted[write.evicted != NOT_IN_POOL].tolist() == evicted
-        assert write.slot.tolist() == [slow.slots[identity] for identity in batch]
+        assert set(placed.slot[placed.renewed].tolist()) == renewed
+        assert placed.evicted[placed.evicted != NOT_IN_POOL].tolist() == evicted
+        assert placed.slot.tolist() == [slow.slots[identity] for identity in batch]
 
 
 @settings(max_examples=200, deadline=None)
@@ -91,32 +98,34 @@ def test_undo_restores_the_pool_bit_for_bit(history, data):
     pool = DynamicClassPool(num_slots, num_identities, 5)
     for seed, batch in enumerate(batches):
         before = {name: buffer.clone() for name, buffer in pool.named_buffers()}
-        write = pool.write(torch.tensor(batch), features_for(batch, seed))
+        _, write = write_into(pool, batch, features_for(batch, seed))
         pool.undo(write)
+        pool.validate()
         for name, buffer in pool.named_buffers():
             assert torch.equal(buffer, before[name]), name
         if data.draw(st.booleans()):
-            pool.write(torch.tensor(batch), features_for(batch, seed))
+            write_into(pool, batch, features_for(batch, seed))
 
 
 def test_of_more_than_two_features_of_one_identity_the_last_two_stand():
     pool = DynamicClassPool(4, 10, 5)
     features = features_for([3] * 5, 0)
-    write = pool.write(torch.tensor([3] * 5), features)
-    stored = pool.rows[:, write.slot[0]]
+    placed, _ = write_into(pool, [3] * 5, features)
+    stored = pool.rows[:, placed.slot[0]]
     assert torch.equal(stored, normalize(features)[[4, 3]])
-    assert pool.due_row[write.slot[0]] == 1
+    assert pool.due_row[placed.slot[0]] == 1
 
 
 def test_features_that_are_not_finite_are_not_written():
     pool = DynamicClassPool(4, 10, 5)
     features = features_for(range(2), 0)
-    pool.write(torch.tensor([3, 5]), features)
+    write_into(pool, [3, 5], features)
     kept = pool.rows.clone()
     features[0, 2] = float("nan")
-    write = pool.write(torch.tensor([3, 7]), torch.stack([features[0], torch.full((5,), float("inf"))]))
+    placed, write = write_into(pool, [3, 7], torch.stack([features[0], torch.full((5,), float("inf"))]))
+    assert write.num_skipped == 2
     assert torch.equal(pool.rows[:, pool.lookup(torch.tensor(3))], kept[:, pool.lookup(torch.tensor(3))])
-    assert not pool.rows[0, write.slot[1]].any()
+    assert not pool.rows[0, placed.slot[1]].any()
 
 
 def test_slots_not_yet_taken_hold_random_unit_vectors_equal_for_equal_seeds():
@@ -128,10 +137,10 @@ def test_slots_not_yet_taken_hold_random_unit_vectors_equal_for_equal_seeds():
 
 def test_a_pool_loaded_from_a_state_dict_goes_on_as_the_original():
     pool, copy = DynamicClassPool(3, 10, 5), DynamicClassPool(3, 10, 5, seed=1)
-    pool.write(torch.tensor([4, 2, 4, 9]), features_for(range(4), 0))
+    write_into(pool, [4, 2, 4, 9], features_for(range(4), 0))
     copy.load_state_dict(pool.state_dict())
     for each in pool, copy:
-        each.write(torch.tensor([2, 7]), features_for(range(2), 1))
+        write_into(each, [2, 7], features_for(range(2), 1))
     for name, buffer in pool.named_buffers():
         assert torch.equal(buffer, dict(copy.named_buffers())[name]), name
 
@@ -140,5 +149,5 @@ def test_a_pool_loaded_from_a_state_dict_goes_on_as_the_original():
 def test_fill_is_the_share_of_slots_that_are_taken(taken):
     pool = DynamicClassPool(4, 10, 5)
     if taken:
-        pool.write(torch.arange(taken), features_for(range(taken), 0))
+        write_into(pool, torch.arange(taken), features_for(range(taken), 0))
     assert pool.fill() == taken / 4

@@ -1,0 +1,117 @@
+"""Log-sum-exp over the pool, its gradient and the hardest negatives, in one pass over the slots.
+
+The pool takes no gradient, so ∂ log Σ exp(s·cos) / ∂ probe = s · Σ softmax · row can be summed up
+on the way, chunk by chunk, and nothing of size probes × slots outlives a chunk. Two matrix
+products: the logits of a chunk, and its softmax times its rows.
+
+Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867; in chunks with its product,
+Rabe and Staats, arXiv 2112.05682.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from f2c_plugin.ranks import WHOLE, Shard
+
+# The logit of a slot that is left out. Finite, so that a chunk with no other slot has a softmax, too.
+LEFT_OUT = -1e30
+
+# Entries of a chunk of logits. On the CPU it stays in the cache, with the rows that go with it; a GPU
+# wants enough work for each kernel.
+_CHUNK_ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 25}
+
+
+class PoolSoftmax(NamedTuple):
+    """What one pass over the slots finds for each of B probes.
+
+    Attributes:
+        log_sum_exp: (B,) of s·cos over the slots; has the gradient to the probes.
+        hardest: int64 (B, h) the slots of the largest cosines.
+        hardest_cosine: (B, h) these, without gradient; LEFT_OUT / s where there are fewer slots.
+    """
+
+    log_sum_exp: Tensor
+    hardest: Tensor
+    hardest_cosine: Tensor
+
+
+def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, num_hardest: int,
+                 filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
+                 first_slot: int = 0) -> PoolSoftmax:
+    """Compare probes with one row of every slot, but for those that are left out.
+
+    Args:
+        probes: (B, D) unit vectors, float32 or float64.
+        rows: (K', D) of this rank's slots.
+        left_out: bool (K',).
+        scale: s.
+        num_hardest: h.
+        filter_threshold: cosines above it count as 0; 0 is off.
+        dtype: of the matrix products; None for that of the probes. All else is in that of the probes.
+        shard: how the slots are split. If they are, each rank passes its own probes, as many as the
+            others, and gets what all slots of all ranks make of them.
+        first_slot: the number of the first of this rank's slots.
+    """
+    all_probes = shard.gather(probes.detach()).flatten(0, 1)  # (W·B, D)
+    bias = torch.where(left_out, LEFT_OUT, 0.0).to(probes.dtype)
+    log_sum_exp, mean_row, hardest, values = _one_pass(all_probes * scale, rows, bias, scale * filter_threshold,
+                                                       num_hardest, dtype or probes.dtype)
+    if shard.world_size > 1:
+        mine = slice(shard.rank * len(probes), (shard.rank + 1) * len(probes))
+        every = shard.gather(log_sum_exp)  # (W, W·B)
+        total = every.logsumexp(0)
+        mean_row = shard.sum(mean_row * (log_sum_exp - total).exp()[:, None])[mine]
+        log_sum_exp = total[mine]
+        hardest, values = (shard.gather(found)[:, mine].movedim(0, 1).flatten(1)
+                           for found in (hardest + first_slot, values))  # (B, W·h)
+        values, best = values.topk(num_hardest, dim=1)
+        hardest = hardest.gather(1, best)
+    return PoolSoftmax(WithGradient.apply(probes, log_sum_exp, scale * mean_row), hardest, values / scale)
+
+
+def _one_pass(queries, rows, bias, filter_threshold, num_hardest, dtype):
+    """(log-sum-exp (B,), softmax · rows (B, D), indices (B, h) and values (B, h) of the largest logits)."""
+    log_sum_exp = queries.new_full((len(queries),), -torch.inf)
+    mean_row = torch.zeros_like(queries)
+    values = queries.new_full((len(queries), num_hardest), LEFT_OUT)
+    hardest = torch.zeros_like(values, dtype=torch.int64)
+    factors = queries.to(dtype)
+    chunk = max(1, _CHUNK_ENTRIES[queries.device.type] // len(queries))
+    for start in range(0, len(rows), chunk):
+        part = rows[start:start + chunk].to(dtype)  # (C, D)
+        logits = (factors @ part.T).to(queries.dtype)  # (B, D) @ (D, C) -> (B, C)
+        filtered = logits > filter_threshold if filter_threshold > 0 else None
+        if filtered is not None:
+            logits.masked_fill_(filtered, 0)
+        logits += bias[start:start + chunk]
+
+        top, where = logits.topk(min(num_hardest, logits.size(1)), dim=1)  # (B, h)
+        softmax = logits.softmax(1)
+        here = top[:, 0] - softmax.gather(1, where[:, :1])[:, 0].log()  # log-sum-exp of this chunk
+        if filtered is not None:
+            softmax.masked_fill_(filtered, 0)  # a constant has no gradient
+
+        total = torch.logaddexp(log_sum_exp, here)
+        mean_row *= (log_sum_exp - total).exp()[:, None]
+        mean_row += (softmax.to(dtype) @ part).to(queries.dtype) * (here - total).exp()[:, None]  # (B, C) @ (C, D)
+        log_sum_exp = total
+        values, best = torch.cat([values, top], 1).topk(num_hardest, dim=1)
+        hardest = torch.cat([hardest, where + start], 1).gather(1, best)
+    return log_sum_exp, mean_row, hardest, values
+
+
+class WithGradient(torch.autograd.Function):
+    """A value, () or (B,), whose gradient to ``inputs`` (B, D) is already known."""
+
+    @staticmethod
+    def forward(ctx, inputs, value, gradient):
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, value_gradient):
+        gradient, = ctx.saved_tensors
+        return gradient * value_gradient.reshape(-1, 1), None, None
