@@ -12,6 +12,7 @@ from f2c_plugin.resources import data_folder
 
 PREFIX = "f2c_"
 RECIPES = ("ramp", "paper")
+POOL_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class ConfigError(ValueError):
@@ -30,6 +31,8 @@ class F2CConfig:
         identity_rate: share of a batch that the identity-based loader fills.
         hard_negatives: h, per probe that is not in the pool; None takes it from the pool's size.
         recipe: "ramp" or "paper", see ``Recipe``.
+        pool_dtype: "float32", "bfloat16" or "float16", in which the pool keeps its rows.
+        shard_pool: whether the ranks share out the slots' rows, instead of each holding all.
         skip_damaged: whether an image that cannot be decoded is replaced by another of its identity,
             and counted in the log, instead of ending the training; a record so damaged that its
             identity is unknown is left out.
@@ -41,6 +44,8 @@ class F2CConfig:
     identity_rate: float = 2 / 3
     hard_negatives: int | None = None
     recipe: str = "ramp"
+    pool_dtype: str = "float32"
+    shard_pool: bool = False
     skip_damaged: bool = False
 
     @classmethod
@@ -72,6 +77,8 @@ class F2CConfig:
                 ("momentum", (int, float), lambda v: 0 <= v < 1, "from 0 to below 1"),
                 ("symmetric", bool, lambda v: True, "True or False"),
                 ("skip_damaged", bool, lambda v: True, "True or False"),
+                ("shard_pool", bool, lambda v: True, "True or False"),
+                ("pool_dtype", str, lambda v: v in POOL_DTYPES, "one of " + ", ".join(map(repr, POOL_DTYPES))),
                 ("identity_rate", (int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
                 ("hard_negatives", (int, type(None)), lambda v: v is None or v > 0, "a whole number above 0, or None"),
                 ("recipe", str, lambda v: v in RECIPES, "one of " + ", ".join(map(repr, RECIPES)))):

@@ -132,8 +132,8 @@ class F2CHead(nn.Module):
         result = pool_loss(compared, apart, self.pool, margin, self.num_hard_negatives, self.autocast)
 
         self.steps += 1
-        self.statistics = StepStatistics(*result[1:], evictions=(write.placement.evicted != NOT_IN_POOL).sum(),
-                                         not_finite=write.num_skipped, scale=margin.scale)
+        self.statistics = StepStatistics(*result[1:], evictions=(write.placement.evicted != NOT_IN_POOL).sum().float(),
+                                         not_finite=write.num_skipped.float(), scale=margin.scale)
         return result.loss * self.recipe.loss_weight(2 * len(half_steps))
 
     def _check(self, images, embeddings, labels):

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.functional import normalize
@@ -9,7 +10,7 @@ from torch.nn.functional import normalize
 from f2c_plugin.ranks import WHOLE, Shard
 
 NOT_IN_POOL = -1
-_FILL_BLOCK = 1 << 14  # slots whose first random rows come from one generator
+_FILL_BLOCK = 1 << 10  # slots whose first random rows come from one generator
 
 
 class Placement(NamedTuple):
@@ -101,7 +102,9 @@ class DynamicClassPool(nn.Module):
         """Block by block, so that a rank draws what is its own only, and the same for any number of ranks."""
         rows = torch.empty(2, self.end_slot - self.first_slot, embedding_size, dtype=dtype)
         for block in range(self.first_slot // _FILL_BLOCK, -(-self.end_slot // _FILL_BLOCK)):
-            generator = torch.Generator().manual_seed(seed + (block << 32))
+            # Mixed by NumPy: torch's CPU generator takes only 32 bits of its seed.
+            mixed, = np.random.SeedSequence([seed, block]).generate_state(1)
+            generator = torch.Generator().manual_seed(int(mixed))
             drawn = normalize(torch.randn(2, _FILL_BLOCK, embedding_size, generator=generator), dim=2)
             start = max(block * _FILL_BLOCK, self.first_slot)
             end = min((block + 1) * _FILL_BLOCK, self.end_slot)

@@ -210,7 +210,10 @@ class _Checkpoint:
             raise ConfigError(f"resume=True, but {self.path} is of another training: {', '.join(changed)}; "
                               "set them back, or set resume=False")
         for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
+            try:
+                part.load_state_dict(saved[name])
+            except (ValueError, RuntimeError) as error:
+                raise ConfigError(f"resume=True, but the {name} in {self.path} cannot be used: {error}") from error
         return saved["epoch"], saved["global_step"], saved["seconds"]
 
 

@@ -10,6 +10,7 @@ from torch import distributed, nn
 from f2c_plugin.head import F2CHead
 from f2c_plugin.loss import Margin
 from f2c_plugin.pool import DynamicClassPool
+from f2c_plugin.ranks import WHOLE, Shard
 from f2c_plugin.recipe import Recipe
 from test_loss import slow_loss
 from test_pool import SlowPool
@@ -24,8 +25,8 @@ def make_net():
                          nn.Linear(16, 6)).double()
 
 
-def make_head(net, symmetric=True, gradient_acc=1, recipe="paper"):
-    pool = DynamicClassPool(NUM_SLOTS, NUM_IDENTITIES, 6).double()
+def make_head(net, symmetric=True, gradient_acc=1, recipe="paper", num_slots=NUM_SLOTS, shard=WHOLE):
+    pool = DynamicClassPool(num_slots, NUM_IDENTITIES, 6, shard=shard).double()
     return F2CHead(net, pool, Recipe(recipe, MARGIN, STEPS), 0.9, symmetric, 3, gradient_acc)
 
 
@@ -154,8 +155,9 @@ def test_one_image_that_is_not_finite_costs_one_step_not_the_pool():
         if i == 1:
             images[0, 0, 0, 0] = float("inf")
         loss = head(net(images), labels)
-        assert head.pool.rows.isfinite().all()
+        head.pool.validate()
         assert loss.isfinite() == (i != 1)
+        assert (head.statistics.not_finite > 0) == (i == 1)
 
 
 def test_what_is_watched_counts_evictions_and_probes_found():
@@ -243,3 +245,83 @@ def test_two_ranks_keep_equal_pools_and_those_of_one_rank_fed_the_gathered_batch
         move(net)
         for name, buffer in head.pool.named_buffers():
             torch.testing.assert_close(buffer, expected[name], rtol=0, atol=1e-12)
+
+
+def run_sharded_rank(rank, world_size, symmetric, folder):
+    """The same batches through a replicated and a sharded pool, whose sizes do not divide evenly."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    torch.set_num_threads(1)
+    heads = [make_head(make_net().eval(), symmetric, num_slots=17, shard=shard) for shard in (WHOLE, Shard(rank, world_size))]
+    for images, labels in batches(8, seed=rank, batch=8):
+        results = []
+        for head in heads:
+            net, = head._probe_net
+            net.train()[4].p = 0.0
+            embeddings = net(images)
+            loss = head(embeddings, labels)
+            gradient, = torch.autograd.grad(loss, embeddings)
+            results.append((loss, gradient, *vars(head.statistics).values()))
+            head.pool.validate()
+        for replicated, sharded in zip(*results):
+            torch.testing.assert_close(torch.as_tensor(sharded), torch.as_tensor(replicated), rtol=0, atol=1e-9,
+                                       equal_nan=True)
+    replicated, sharded = (head.state_dict() for head in heads)
+    assert heads[1].pool.rows.size(1) in (17 // world_size, 17 // world_size + 1)
+    for name, value in replicated.items():
+        torch.testing.assert_close(sharded[name], value, rtol=0, atol=1e-12)
+    if rank == 0:
+        torch.save(sharded, f"{folder}/state.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_sharded_pool_gives_the_loss_and_gradient_of_the_replicated_one_and_resumes_on_any_number_of_ranks(
+        tmp_path, world_size, symmetric):
+    multiprocessing.spawn(run_sharded_rank, (world_size, symmetric, tmp_path), nprocs=world_size)
+    state = torch.load(tmp_path / "state.pt")
+    assert state["pool.rows"].shape == (2, 17, 6)
+    for others in 1, 2, 4:
+        shards = [make_head(make_net(), num_slots=17, shard=Shard(rank, others)) for rank in range(others)]
+        for shard in shards:
+            shard.load_state_dict(state)
+        assert torch.equal(torch.cat([shard.pool.rows for shard in shards], dim=1), state["pool.rows"])
+
+
+def test_a_scaler_skips_the_step_of_a_batch_that_is_not_finite_and_goes_on():
+    net = make_net().float()
+    head = make_head(net).float()
+    head.autocast = True
+    optimizer = torch.optim.SGD(net.parameters(), 0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for i, (images, labels) in enumerate(batches(4)):
+        images = images.float()
+        if i == 1:
+            images[3, 0, 0, 0] = float("nan")
+        before = [parameter.clone() for parameter in net.parameters()]
+        scaler.scale(head(net(images), labels)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved = any(not torch.equal(*pair) for pair in zip(before, net.parameters()))
+        assert moved == (i != 1) and scaler.get_scale() == (2.0**10 if i < 1 else 2.0**9)
+        assert all(parameter.isfinite().all() for parameter in [*net.parameters(), *head.gallery.parameters()])
+        head.pool.validate()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: that a step makes the host never wait is not tested")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_step_makes_the_host_never_wait_for_the_gpu(autocast):
+    net = make_net().float().cuda()
+    head = make_head(net).float().cuda()
+    head.autocast = autocast
+    steps = [(images.float().cuda(), labels.cuda()) for images, labels in batches(4)]
+    head(net(steps[0][0]), steps[0][1]).backward()  # the first one sets up libraries
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for images, labels in steps[1:]:
+            head(net(images), labels).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    head.pool.validate()

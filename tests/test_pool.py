@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch.nn.functional import normalize
 
 from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool
+from f2c_plugin.ranks import Shard
 
 
 class SlowPool:
@@ -151,3 +152,74 @@ def test_fill_is_the_share_of_slots_that_are_taken(taken):
     if taken:
         write_into(pool, torch.arange(taken), features_for(range(taken), 0))
     assert pool.fill() == taken / 4
+
+
+@settings(max_examples=100, deadline=None)
+@given(histories(), st.integers(1, 4), st.data())
+def test_shards_hold_together_what_the_whole_pool_holds(history, world_size, data):
+    num_slots, num_identities, batches = history
+    world_size = min(world_size, num_slots)
+    whole = DynamicClassPool(num_slots, num_identities, 5)
+    shards = [DynamicClassPool(num_slots, num_identities, 5, shard=Shard(rank, world_size)) for rank in range(world_size)]
+    for seed, batch in enumerate(batches):
+        undone = data.draw(st.booleans())
+        for pool in [whole, *shards]:
+            _, write = write_into(pool, batch, features_for(batch, seed))
+            if undone:
+                pool.undo(write)
+        assert torch.equal(torch.cat([shard.rows for shard in shards], dim=1), whole.rows)
+        for shard in shards:
+            shard.validate()
+            assert torch.equal(shard.slot_of, whole.slot_of) and torch.equal(shard.last_used, whole.last_used)
+
+
+def test_a_large_pool_starts_with_the_same_random_rows_however_it_is_split():
+    whole = DynamicClassPool(40_000, 10, 3, seed=5).rows
+    for world_size in 2, 3:
+        shards = [DynamicClassPool(40_000, 10, 3, seed=5, shard=Shard(rank, world_size)).rows for rank in range(world_size)]
+        assert torch.equal(torch.cat(shards, dim=1), whole)
+    assert len(whole[0].unique(dim=0)) == 40_000 and not torch.equal(whole[0], whole[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_in_half_precision_are_the_features_rounded(dtype):
+    pool = DynamicClassPool(4, 10, 5, dtype=dtype)
+    features = features_for(range(2), 0)
+    placed, write = write_into(pool, [3, 5], features)
+    assert torch.equal(pool.rows[0, placed.slot], normalize(features).to(dtype))
+    assert pool.rows_at(placed.slot).dtype == torch.float32
+    pool.validate()
+    pool.undo(write)
+    pool.validate()
+
+
+DAMAGE = {
+    "two slots of one identity": ("no identity has two slots", lambda pool: pool.slot_identity.__setitem__(1, 4)),
+    "an identity that is none": ("numbers from 0", lambda pool: pool.slot_identity.__setitem__(0, 10)),
+    "two slots used at one time": ("a time of its own", lambda pool: pool.last_used.__setitem__(0, pool.last_used[1])),
+    "a slot used in the future": ("before the clock", lambda pool: pool.last_used.__setitem__(0, 99)),
+    "free slots out of order": ("in the order of their numbers", lambda pool: pool.last_used.__setitem__(3, -9)),
+    "a third row": ("due rows", lambda pool: pool.due_row.__setitem__(0, 2)),
+    "a row that is not finite": ("rows are finite", lambda pool: pool.rows.__setitem__((1, 0), float("nan"))),
+    "a row that is too long": ("unit vectors", lambda pool: pool.rows.__setitem__((0, 2), 1.0)),
+}
+
+
+@pytest.mark.parametrize("message, damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_pool_that_is_damaged_is_recognised_also_when_it_is_loaded(message, damage):
+    pool = DynamicClassPool(4, 10, 5)
+    write_into(pool, [4, 2], features_for(range(2), 0))
+    pool.validate()
+    damage(pool)
+    with pytest.raises(ValueError, match=message):
+        pool.validate()
+    with pytest.raises(ValueError, match=message):
+        DynamicClassPool(4, 10, 5).load_state_dict(pool.state_dict())
+
+
+def test_a_table_that_does_not_fit_the_slots_is_recognised():
+    pool = DynamicClassPool(4, 10, 5)
+    write_into(pool, [4, 2], features_for(range(2), 0))
+    pool.slot_of[7] = 0
+    with pytest.raises(ValueError, match="the table finds no other"):
+        pool.validate()

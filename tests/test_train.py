@@ -58,9 +58,10 @@ def run(path):
         return train.train(cfg)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, pack, ranks):
-    path = config(head="f2c_dcp", f2c_pool_rate=1.0, batch_size=12 // ranks, num_workers=1)
+@pytest.mark.parametrize("ranks, shard_pool", [(1, False), (2, False), (2, True)])
+def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, pack, ranks, shard_pool):
+    path = config(head="f2c_dcp", f2c_pool_rate=1.0, batch_size=12 // ranks, num_workers=1, f2c_shard_pool=shard_pool,
+                  save_all_states=True)
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run([sys.executable, *launcher, "-m", "f2c_plugin.train", path], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -73,7 +74,7 @@ def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, pack, 
     steps = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(2, 21, 2))
     for name in ("learning_rate", "images_per_second", "f2c/pool_fill", "f2c/found", "f2c/evictions",
-                 "f2c/positive_cosine", "f2c/scale"):
+                 "f2c/positive_cosine", "f2c/not_finite", "f2c/scale"):
         assert all(np.isfinite(entry[name]) for entry in steps), name
     assert steps[-1]["f2c/pool_fill"] == 1.0 and steps[-1]["f2c/scale"] == 16.0 and steps[0]["f2c/scale"] < 9
     assert [entry["step"] for entry in entries if "synth/accuracy" in entry] == [5, 10, 15, 20]
@@ -94,6 +95,9 @@ def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, pack, 
         np.testing.assert_allclose(exported, net.eval()(images).numpy(), atol=1e-4)
     assert summary["onnx_cosine"] > 0.9999
 
+    state = torch.load("out/checkpoint_gpu_0.pt")["head"]
+    assert state["pool.rows"].shape == (2, IDENTITIES, 32)  # whole, sharded or not
+
     assert [picture.name for picture in report("out")] == ["curves.png", "scores.png"]
     assert all((Path("out") / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "scores.png"))
 
@@ -106,17 +110,17 @@ def test_the_full_fc_baseline_learns_its_training_set(config):
 
 def test_f2c_pulls_probes_to_their_slots(config):
     run(config(num_epoch=24, val_targets=[], f2c_momentum=0.9))
-    final = [entry for entry in history() if entry["f2c/scale"] == 16.0]  # from here on losses compare
-    losses, cosines = ([entry[name] for entry in entries] for name, entries in
-                       (("loss", final), ("f2c/positive_cosine", history())))
-    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+    losses, cosines = ([entry[name] for entry in history()] for name in ("loss", "f2c/positive_cosine"))
+    all_alike = np.log(IDENTITIES) + 16.0 * 0.2  # the loss if everyone's features were the same
+    assert np.mean(losses[-10:]) < 0.6 * all_alike
     assert np.mean(cosines[-10:]) > np.mean(cosines[:10]) + 0.1
 
 
 @pytest.mark.parametrize("keys", [dict(fp16=True), dict(gradient_acc=2), dict(optimizer="adamw", lr=1e-3),
                                   dict(f2c_symmetric=False), dict(f2c_identity_rate=0.0), dict(f2c_identity_rate=1.0),
                                   dict(margin_list=(1.0, 0.5, 0.0), interclass_filtering_threshold=0.4),
-                                  dict(f2c_recipe="paper"), dict(warmup_epoch=1)], ids=str)
+                                  dict(f2c_recipe="paper"), dict(warmup_epoch=1),
+                                  dict(f2c_pool_dtype="bfloat16"), dict(f2c_pool_dtype="float16", fp16=True)], ids=str)
 def test_settings_train_to_finite_losses(config, keys):
     run(config(num_epoch=1, val_targets=[], **keys))
     assert all(np.isfinite(entry["loss"]) for entry in history())

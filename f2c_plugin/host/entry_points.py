@@ -7,13 +7,14 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import distributed, nn
+from torch import nn
 
 from f2c_plugin.config import ConfigError, F2CConfig
 from f2c_plugin.data import DualLoader, DualSampler, RecordDataset
 from f2c_plugin.head import F2CHead
 from f2c_plugin.loss import Margin
 from f2c_plugin.pool import DynamicClassPool
+from f2c_plugin.ranks import WHOLE, Shard, this_rank
 from f2c_plugin.recipe import Recipe
 
 
@@ -27,10 +28,11 @@ def f2c_dcp(cfg, backbone: nn.Module, margin_loss) -> F2CHead:
     Raises:
         ConfigError: lists everything that is wrong with the config.
     """
-    _, world_size = _rank_and_world_size()
+    rank, world_size = this_rank()
     settings = F2CConfig.read(cfg, world_size)
     pool = DynamicClassPool(settings.num_slots(cfg["num_classes"]), cfg["num_classes"], cfg["embedding_size"],
-                            cfg.get("seed") or 0)
+                            cfg.get("seed") or 0, getattr(torch, settings.pool_dtype),
+                            Shard(rank, world_size) if settings.shard_pool else WHOLE)
     total_steps = steps_per_epoch(cfg, world_size) * cfg["num_epoch"]
     recipe = Recipe(settings.recipe, Margin.of_host(margin_loss), total_steps)
     logging.info("F²C head: a pool of %d slots for %d identities, %.0f MB on every rank; recipe %r", pool.num_slots,
@@ -53,14 +55,14 @@ def f2c_dual(cfg, local_rank: int) -> DualLoader:
         ConfigError: the config is wrong in itself or unlike the pack.
         RecordError: the pack cannot be read.
     """
-    _, world_size = _rank_and_world_size()
+    _, world_size = this_rank()
     settings = F2CConfig.read(cfg, world_size)
     return record_loader(cfg, local_rank, settings.identity_rate)
 
 
 def record_loader(cfg, local_rank: int, identity_rate: float) -> DualLoader:
     """Loader over the pack in ``cfg.rec`` with ``identity_rate`` of each batch in pairs."""
-    rank, world_size = _rank_and_world_size()
+    rank, world_size = this_rank()
     if cfg.get("dali"):
         raise ConfigError("dali=True: this loader decodes by itself: set dali=False")
     if not (Path(cfg["rec"]) / "train.rec").is_file():
@@ -105,9 +107,3 @@ def _check_pack(cfg, dataset):
     if largest + 1 < cfg["num_classes"]:
         logging.warning("num_classes=%d, but the pack's identities end at %d: the pool is larger than it needs to be",
                         cfg["num_classes"], largest)
-
-
-def _rank_and_world_size():
-    if distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
