@@ -73,8 +73,9 @@ def normalize_faces(faces: torch.Tensor, flip: torch.Tensor | None = None) -> to
     Returns:
         float32 (B, 3, 112, 112) in [-1, 1].
     """
-    images = faces.permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.5)
-    return images if flip is None else torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+    if flip is not None:
+        faces = torch.where(flip.view(-1, 1, 1, 1), faces.flip(2), faces)  # as bytes, a quarter of the traffic
+    return faces.permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.5)
 
 
 class RecordDataset(Dataset):
