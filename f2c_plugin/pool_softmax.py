@@ -20,7 +20,8 @@ LEFT_OUT = -1e30
 
 # Entries of a chunk of logits. On the CPU it stays in the cache, with the rows that go with it; a GPU
 # wants enough work for each kernel.
-_CHUNK_ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 25}
+_CHUNK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 25}
+_GROUP = 32  # slots whose maximum is looked at before themselves
 
 
 class PoolSoftmax(NamedTuple):
@@ -75,31 +76,47 @@ def _one_pass(queries, rows, bias, filter_threshold, num_hardest, dtype):
     """(log-sum-exp (B,), softmax · rows (B, D), indices (B, h) and values (B, h) of the largest logits)."""
     log_sum_exp = queries.new_full((len(queries),), -torch.inf)
     mean_row = torch.zeros_like(queries)
-    values = queries.new_full((len(queries), num_hardest), LEFT_OUT)
+    values = queries.new_full((num_hardest, len(queries)), LEFT_OUT)
     hardest = torch.zeros_like(values, dtype=torch.int64)
-    factors = queries.to(dtype)
+    factors = queries.to(dtype).T.contiguous()  # (D, B)
     chunk = max(1, _CHUNK_ENTRIES[queries.device.type] // len(queries))
     for start in range(0, len(rows), chunk):
         part = rows[start:start + chunk].to(dtype)  # (C, D)
-        logits = (factors @ part.T).to(queries.dtype)  # (B, D) @ (D, C) -> (B, C)
+        # Slots by probes, not the other way round: so the CPU's matrix product is a third faster.
+        logits = (part @ factors).to(queries.dtype)  # (C, D) @ (D, B) -> (C, B)
         filtered = logits > filter_threshold if filter_threshold > 0 else None
         if filtered is not None:
             logits.masked_fill_(filtered, 0)
-        logits += bias[start:start + chunk]
+        logits += bias[start:start + chunk, None]
 
-        top, where = logits.topk(min(num_hardest, logits.size(1)), dim=1)  # (B, h)
-        softmax = logits.softmax(1)
-        here = top[:, 0] - softmax.gather(1, where[:, :1])[:, 0].log()  # log-sum-exp of this chunk
+        top, where = _largest(logits, num_hardest)  # (h, B)
+        softmax = logits.softmax(0)
+        here = top[0] - softmax.gather(0, where[:1])[0].log()  # log-sum-exp of this chunk
         if filtered is not None:
             softmax.masked_fill_(filtered, 0)  # a constant has no gradient
 
         total = torch.logaddexp(log_sum_exp, here)
         mean_row *= (log_sum_exp - total).exp()[:, None]
-        mean_row += (softmax.to(dtype) @ part).to(queries.dtype) * (here - total).exp()[:, None]  # (B, C) @ (C, D)
+        mean_row += (softmax.T.to(dtype) @ part).to(queries.dtype) * (here - total).exp()[:, None]  # (B, C) @ (C, D)
         log_sum_exp = total
-        values, best = torch.cat([values, top], 1).topk(num_hardest, dim=1)
-        hardest = torch.cat([hardest, where + start], 1).gather(1, best)
-    return log_sum_exp, mean_row, hardest, values
+        values, best = torch.cat([values, top]).topk(num_hardest, dim=0)
+        hardest = torch.cat([hardest, where + start]).gather(0, best)
+    return log_sum_exp, mean_row, hardest.T, values.T
+
+
+def _largest(logits, count):
+    """Values and rows of the ``count`` largest of every column of logits (C, B), descending, (count, B) each.
+
+    They are within the groups of the ``count`` largest maxima, which spares looking at the rest.
+    """
+    whole = len(logits) // _GROUP * _GROUP
+    rows = torch.arange(len(logits), device=logits.device)
+    maxima = logits[:whole].unflatten(0, (-1, _GROUP)).amax(1)  # (C / group, B)
+    groups = maxima.topk(min(count, len(maxima)), dim=0).indices
+    inside = (groups[:, None] * _GROUP + rows[:_GROUP, None]).flatten(0, 1)  # (count · group, B)
+    candidates = torch.cat([inside, rows[whole:, None].expand(-1, logits.size(1))])
+    values, best = logits.gather(0, candidates).topk(min(count, len(candidates)), dim=0)
+    return values, candidates.gather(0, best)
 
 
 class WithGradient(torch.autograd.Function):
