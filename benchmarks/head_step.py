@@ -1,13 +1,22 @@
-"""Time and memory of one training step of the head alone: F²C, Partial FC and the full FC layer.
+"""Time and memory of one training step of the head alone: F²C, Partial FC, the full FC layer, and the floor.
 
-    python benchmarks/head_step.py --identities 200000 --pool-rate 0.1 --batch-size 128 [--json]
+    python benchmarks/head_step.py --identities 1000000 --pool-rate 0.1 --batch-size 128 [--ranks 2] [--json]
+    python benchmarks/head_step.py --identities 100000 1000000 100000000 --slots 200000 --plot sweep.png
 
-Forward, backward and optimizer on embeddings of dimension 512, float32, one rank. The net is one
-linear layer, so the gallery net costs next to nothing here: what it adds to a real step is the
-forward pass of the backbone. Each head runs in a process of its own; steps of all heads take
-turns, and medians and quartiles are over these. Memory is the peak of a process over what it had
-before it built its head. Partial FC is the host's own file, from ARCFACE_TORCH or the cache that
-`f2c-plugin fetch-host` fills, patched in a copy to run without a GPU.
+Forward, backward and optimizer on embeddings of dimension 512. The net is one linear layer, so the
+gallery net costs next to nothing here: what it adds to a real step is the forward pass of the
+backbone (benchmarks/gallery.py). Each head runs in processes of its own, one for each rank; steps of
+all heads take turns, and medians and quartiles are over these. Memory is the peak of a process over
+what it had before it built its head (on a GPU, the most that was allocated).
+
+- f2c: this project's head, symmetric, with the published recipe's full scale from the first step;
+- plain_f2c: the same loss by plain autograd, half-step by half-step and view by view;
+- partial_fc: the host's own file, from ARCFACE_TORCH or the cache that `f2c-plugin fetch-host` fills,
+  patched in a copy to run without a GPU, at a sample rate that samples as many classes as the pool
+  has slots;
+- full_fc: every class in every step;
+- floor: the two matrix products that F²C cannot do without, probes × pool and softmax × pool, alone,
+  in the fastest of several ways of cutting them up.
 """
 
 import argparse
@@ -16,8 +25,8 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,31 +34,80 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed, nn
+from torch.nn.functional import normalize
 
 from f2c_plugin.cache import cache_folder
 from f2c_plugin.head import F2CHead
 from f2c_plugin.host import patching
-from f2c_plugin.loss import Margin
-from f2c_plugin.pool import DynamicClassPool
+from f2c_plugin.loss import Margin, default_hard_negatives, margin_softmax
+from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool
+from f2c_plugin.ranks import WHOLE, Shard
 from f2c_plugin.recipe import Recipe
 from f2c_plugin.softmax import SoftmaxHead
 
 EMBEDDING_SIZE = 512
 MARGIN = Margin(scale=64.0, additive=0.4)
+# Memory of float32 matrices of classes × D that these heads are known to hold at their peak, to
+# leave out what cannot fit. plain_f2c and f2c are small beside them.
+COPIES = {"partial_fc": 4.5, "full_fc": 7}
 
 
-def f2c(net, arguments):
-    slots = int(arguments.pool_rate * arguments.identities)
-    pool = DynamicClassPool(slots, arguments.identities, EMBEDDING_SIZE)
-    return F2CHead(net, pool, Recipe("paper", MARGIN, 1))
+def f2c(net, identities, arguments):
+    shard = Shard(distributed.get_rank(), arguments.ranks) if arguments.shard_pool else WHOLE
+    pool = DynamicClassPool(arguments.slots_of(identities), identities, EMBEDDING_SIZE,
+                            dtype=getattr(torch, arguments.pool_dtype), shard=shard)
+    return F2CHead(net, pool, Recipe("paper", MARGIN, 1), autocast=arguments.fp16)
 
 
-def full_fc(net, arguments):
-    return SoftmaxHead(EMBEDDING_SIZE, arguments.identities, MARGIN)
+class PlainF2C(nn.Module):
+    """The loss as its definition says it: logits of all slots, twice for each half-step, and autograd."""
+
+    def __init__(self, net, pool):
+        super().__init__()
+        self.net, self.pool = (net,), pool  # in a tuple, so that its weights are not the head's
+        net.register_forward_pre_hook(lambda _, args: setattr(self, "images", args[0]))
+
+    def forward(self, embeddings, labels):
+        with torch.no_grad():
+            gallery = self.net[0].weight @ self.images.T  # what the linear gallery net makes of them, (D, B)
+        halves = [part.chunk(2) for part in (gallery.T, embeddings, labels)]
+        losses, gradients, write = [], [], None
+        for probe, other in (0, 1), (1, 0):
+            if write:
+                self.pool.undo(write)
+            placement = self.pool.place(halves[2][other])
+            write = self.pool.write(placement, halves[0][other])
+            inputs = halves[1][probe].detach().requires_grad_()
+            loss = self._half_step(inputs, self.pool.lookup(halves[2][probe]), placement)
+            gradients.append(torch.autograd.grad(loss, inputs)[0])  # before the pool changes
+            losses.append(loss.detach())
+        return sum(losses) + (embeddings * torch.cat(gradients)).sum() * 1.0
+
+    def _half_step(self, inputs, slots, placement):
+        rows = self.pool.rows
+        renewed = placement.slot[placement.renewed]
+        second = rows[0].clone()
+        second[renewed] = rows[1, renewed]
+        found = slots != NOT_IN_POOL
+        loss = 0
+        for view in rows[0], second:
+            cosine = normalize(inputs) @ view.T
+            if found.any():
+                loss = loss + margin_softmax(cosine[found], slots[found], MARGIN)
+            if not found.all():
+                loss = loss + cosine[~found].topk(default_hard_negatives(len(view))).values.clamp_min(0).mean()
+        return loss
 
 
-def partial_fc(net, arguments):
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+def plain_f2c(net, identities, arguments):
+    return PlainF2C(net, DynamicClassPool(arguments.slots_of(identities), identities, EMBEDDING_SIZE))
+
+
+def full_fc(net, identities, arguments):
+    return SoftmaxHead(EMBEDDING_SIZE, identities, MARGIN)
+
+
+def partial_fc(net, identities, arguments):
     modules = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "host"
@@ -60,96 +118,249 @@ def partial_fc(net, arguments):
             modules.append(importlib.util.module_from_spec(spec))
             spec.loader.exec_module(modules[-1])
     margin_loss = modules[0].CombinedMarginLoss(MARGIN.scale, 1.0, 0.0, MARGIN.additive)
-    return modules[1].PartialFC_V2(margin_loss, EMBEDDING_SIZE, arguments.identities, arguments.pool_rate, False)
+    rate = arguments.slots_of(identities) / identities
+    return modules[1].PartialFC_V2(margin_loss, EMBEDDING_SIZE, identities, rate, arguments.fp16)
 
 
-HEADS = {"f2c": f2c, "partial_fc": partial_fc, "full_fc": full_fc}
+class Floor(nn.Module):
+    """The matrix products of a step, cut into chunks of some number of slots."""
+
+    CHUNKS = (2048, 8192, 1 << 30)
+
+    def __init__(self, slots, dtype, device):
+        super().__init__()
+        self.rows = normalize(torch.randn(slots, EMBEDDING_SIZE)).to(device, dtype)
+
+    def products(self, embeddings, chunk):
+        factors = embeddings.detach().to(self.rows.dtype).T.contiguous()
+        for start in range(0, len(self.rows), chunk):
+            part = self.rows[start:start + chunk]
+            (part @ factors).T @ part
 
 
-def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def floor(net, identities, arguments):
+    dtype = torch.get_autocast_dtype(arguments.device) if arguments.fp16 else torch.float32
+    slots = arguments.slots_of(identities)
+    return Floor(slots // arguments.ranks if arguments.shard_pool else slots, dtype, arguments.device)
 
 
-def work(name, arguments, pipe):
+HEADS = {"f2c": f2c, "floor": floor, "partial_fc": partial_fc, "plain_f2c": plain_f2c, "full_fc": full_fc}
+
+
+class Memory:
+    """The peak of this process, or of its GPU, over what it held at the beginning."""
+
+    def __init__(self, device):
+        self.device = device
+        if device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            self.before = self._kilobytes("VmRSS")
+
+    @staticmethod
+    def _kilobytes(name):
+        status = Path("/proc/self/status").read_text()
+        return int(status.split(name + ":")[1].split()[0])
+
+    def peak_mb(self):
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return (self._kilobytes("VmHWM") - self.before) / 1024
+
+
+def work(name, identities, rank, arguments, rendezvous, pipe):
     """Answer each request for a step with its milliseconds, and the last, None, with the peak memory."""
-    torch.manual_seed(0)
-    net = nn.Linear(EMBEDDING_SIZE, EMBEDDING_SIZE, bias=False)
-    before = peak_mb()
-    head = HEADS[name](net, arguments)
+    distributed.init_process_group("nccl" if arguments.device == "cuda" else "gloo", init_method=f"file://{rendezvous}",
+                                   rank=rank, world_size=arguments.ranks)
+    if arguments.device == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // arguments.ranks))
+    torch.manual_seed(rank)
+    net = nn.Linear(EMBEDDING_SIZE, EMBEDDING_SIZE, bias=False).to(arguments.device)
+    memory = Memory(arguments.device)
+    head = HEADS[name](net, identities, arguments).to(arguments.device)
     optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], 0.1, 0.9, weight_decay=5e-4)
-    half = arguments.batch_size // 2
-    while pipe.recv() is not None:
-        pairs = torch.randperm(arguments.identities)[:half * 2 // 3]
-        labels = torch.cat([part for _ in range(2) for part in
-                            (pairs, torch.randint(arguments.identities, (half - len(pairs),)))])
-        images = torch.randn(2 * half, EMBEDDING_SIZE)
-        start = time.perf_counter()
-        head(net(images), labels).backward()
+
+    def step(images, labels):
+        loss = head(net(images), labels)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        pipe.send(1000 * (time.perf_counter() - start))
-    pipe.send(peak_mb() - before)
+
+    def milliseconds(function, *inputs):
+        synchronize = torch.cuda.synchronize if arguments.device == "cuda" else int
+        synchronize()
+        start = time.perf_counter()
+        function(*inputs)
+        synchronize()
+        return 1000 * (time.perf_counter() - start)
+
+    half = arguments.batch_size // 2
+    rng = np.random.default_rng(rank)
+    while pipe.recv() is not None:
+        time.sleep(0.05)
+        pairs = rng.integers(identities, size=half * 2 // 3)
+        labels = np.concatenate([part for _ in range(2) for part in (pairs, rng.integers(identities, size=half - len(pairs)))])
+        labels = torch.from_numpy(labels).to(arguments.device)
+        images = torch.randn(2 * half, EMBEDDING_SIZE, device=arguments.device)
+        if name == "floor":
+            pipe.send([milliseconds(head.products, images, chunk) for chunk in Floor.CHUNKS])
+        else:
+            pipe.send(milliseconds(step, images, labels))
+    pipe.send(memory.peak_mb())
+    distributed.destroy_process_group()
 
 
-def measure(arguments, names):
-    """{name: (milliseconds of every step, peak MB)}."""
+def measure(arguments, cases):
+    """{(head, identities): (milliseconds of every step, peak MB)}; of several ranks the slowest and the largest."""
     context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for name in names:
-        pipes[name], end = context.Pipe()
-        context.Process(target=work, args=(name, arguments, end), daemon=True).start()
-    times = {name: [] for name in names}
-    for _ in range(arguments.repeats + 1):
-        for name, pipe in pipes.items():
-            pipe.send("step")
-            times[name].append(pipe.recv())
-    peaks = {}
-    for name, pipe in pipes.items():
-        pipe.send(None)
-        peaks[name] = pipe.recv()
-    return {name: (times[name][1:], peaks[name]) for name in names}  # the first step allocates
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = {}
+        for name, identities in cases:
+            pipes[name, identities] = []
+            for rank in range(arguments.ranks):
+                mine, theirs = context.Pipe()
+                pipes[name, identities].append(mine)
+                context.Process(target=work, daemon=True, args=(
+                    name, identities, rank, arguments, f"{folder}/{name}-{identities}", theirs)).start()
+                theirs.close()
+
+        def ask(case, what):
+            for pipe in pipes[case]:
+                pipe.send(what)
+            return np.max([pipe.recv() for pipe in pipes[case]], axis=0)
+
+        times = {case: [] for case in cases}
+        for _ in range(arguments.repeats + 2):
+            for case in cases:
+                times[case].append(ask(case, "step"))
+        measured = {}
+        for case in cases:
+            taken = np.array(times[case][2:])  # the first steps allocate
+            if case[0] == "floor":
+                taken = taken[:, np.median(taken, axis=0).argmin()]
+            measured[case] = taken, ask(case, None)
+        return measured
+
+
+def fits(name, identities, free_mb):
+    needed = COPIES.get(name, 0) * identities * EMBEDDING_SIZE * 4 / 2**20
+    return needed < free_mb
+
+
+def free_mb(device):
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] / 2**20
+    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) / 1024
+
+
+def summary(arguments, identities, measured):
+    """What was measured at one number of identities, as a flat dictionary."""
+    result = {"identities": identities, "slots": arguments.slots_of(identities)}
+    here = {name: found for (name, number), found in measured.items() if number == identities}
+    for name, (times, peak) in here.items():
+        low, middle, high = np.percentile(times, [25, 50, 75])
+        result |= {f"{name}_ms": round(middle, 1), f"{name}_ms_quartiles": [round(low, 1), round(high, 1)]}
+        if name != "floor":
+            result[f"{name}_peak_mb"] = round(peak)
+    for name in ("partial_fc", "plain_f2c", "full_fc"):
+        if name in here:
+            result[f"ratio_vs_{name}"] = round(result[f"{name}_ms"] / result["f2c_ms"], 2)
+            result[f"memory_ratio_vs_{name}"] = round(result[f"{name}_peak_mb"] / result["f2c_peak_mb"], 2)
+    if "floor" in here:
+        result["ratio_to_floor"] = round(result["f2c_ms"] / result["floor_ms"], 2)
+    return result
+
+
+def show(result):
+    print(f"{result['identities']:,} identities, {result['slots']:,} slots or sampled classes")
+    for name in HEADS:
+        if f"{name}_ms" in result:
+            low, high = result[f"{name}_ms_quartiles"]
+            peak = f"peak {result[f'{name}_peak_mb']:>6} MB" if name != "floor" else ""
+            print(f"  {name:<11} {result[f'{name}_ms']:>9.1f} ms  (quartiles {low} to {high})   {peak}")
+    for key in result:
+        if "ratio" in key:
+            print(f"  {key:<28} {result[key]}")
+
+
+def plot(results, path):
+    """Time and memory against the number of identities."""
+    from f2c_plugin.tools.report import pyplot
+
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, suffix, label in zip(axes, ("_ms", "_peak_mb"), ("ms a step", "peak MB")):
+        for name, title in (("f2c", "F²C"), ("partial_fc", "Partial FC"), ("full_fc", "full FC")):
+            points = [(result["identities"], result[name + suffix]) for result in results if name + suffix in result]
+            if points:
+                axis.loglog(*zip(*points), "o-", label=title)
+        axis.set(xlabel="identities", ylabel=label)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
+    slots = {result["slots"] for result in results}
+    if len(slots) == 1:
+        figure.suptitle(f"one step of the head, {slots.pop():,} slots or sampled classes")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+class Arguments(argparse.Namespace):
+    def slots_of(self, identities):
+        return min(self.slots, identities) if self.slots else int(self.pool_rate * identities + 1e-6)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--identities", type=int, default=200_000)
-    parser.add_argument("--pool-rate", type=float, default=0.1, help="also Partial FC's sample rate")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--identities", type=int, nargs="+", default=[200_000])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--pool-rate", type=float, default=0.1, help="also Partial FC's sample rate")
+    size.add_argument("--slots", type=int, help="size of the pool, and number of classes that Partial FC samples")
+    parser.add_argument("--batch-size", type=int, default=128, help="of a rank")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--shard-pool", action="store_true")
+    parser.add_argument("--pool-dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--fp16", action="store_true", help="mixed precision, as config.fp16")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--without", nargs="*", default=[], choices=list(HEADS)[1:], help="heads that would not fit")
+    parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=list(HEADS))
+    parser.add_argument("--plot", metavar="PNG", help="draw time and memory against the number of identities")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    if arguments.pool_rate * arguments.identities < arguments.batch_size // 2:
-        parser.error("the pool must hold the identities of half a batch: raise --identities or --pool-rate")
+    arguments = parser.parse_args(namespace=Arguments())
+    smallest = min(map(arguments.slots_of, arguments.identities))
+    if smallest < arguments.batch_size // 2 * arguments.ranks:
+        parser.error("the pool must hold the identities of half a global batch: raise --identities, --pool-rate or --slots")
     try:
         arguments.host = patching.find_host(os.environ.get("ARCFACE_TORCH")
                                             or cache_folder() / f"insightface-{patching.HOST_REVISION[:12]}")
     except patching.HostError:
-        print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`")
-        arguments.without.append("partial_fc")
-    measured = measure(arguments, [name for name in HEADS if name not in arguments.without])
+        print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
+        arguments.heads = [name for name in arguments.heads if name != "partial_fc"]
 
-    result = {key: getattr(arguments, key) for key in ("identities", "pool_rate", "batch_size", "repeats")}
-    result["machine"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    result["torch"] = torch.__version__
-    for name, (times, peak) in measured.items():
-        low, middle, high = np.percentile(times, [25, 50, 75])
-        result |= {f"{name}_ms": round(middle, 1), f"{name}_ms_quartiles": [round(low, 1), round(high, 1)],
-                   f"{name}_peak_mb": round(peak)}
-    for name in ("partial_fc", "full_fc"):
-        if name in measured:
-            result[f"ratio_vs_{name}"] = round(result[f"{name}_ms"] / result["f2c_ms"], 2)
-            result[f"memory_ratio_vs_{name}"] = round(result[f"{name}_peak_mb"] / result["f2c_peak_mb"], 2)
+    available, cases = free_mb(arguments.device), []
+    for identities in arguments.identities:
+        for name in HEADS:
+            if name not in arguments.heads or (name == "plain_f2c" and arguments.ranks > 1):
+                continue
+            if fits(name, identities, available):
+                cases.append((name, identities))
+                available -= COPIES.get(name, 0) * identities * EMBEDDING_SIZE * 4 / 2**20
+            else:
+                print(f"without {name} at {identities:,} identities: it would not fit into memory", file=sys.stderr)
+    measured = measure(arguments, cases)
+    results = [summary(arguments, identities, measured) for identities in arguments.identities]
+    if arguments.plot:
+        plot(results, arguments.plot)
+    setting = {key: getattr(arguments, key) for key in ("batch_size", "ranks", "shard_pool", "pool_dtype", "fp16", "repeats")}
+    setting["machine"] = (torch.cuda.get_device_name() if arguments.device == "cuda"
+                          else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    setting["torch"] = torch.__version__
     if arguments.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(setting | (results[0] if len(results) == 1 else {"sweep": results}), indent=2))
         return
-    print(f"{arguments.identities:,} identities, pool or sample rate {arguments.pool_rate}, batch {arguments.batch_size}")
-    for name in measured:
-        low, high = result[f"{name}_ms_quartiles"]
-        print(f"  {name:<11} {result[f'{name}_ms']:>9.1f} ms  (quartiles {low} to {high})   peak {result[f'{name}_peak_mb']:>6} MB")
-    for key in result:
-        if "ratio_vs" in key:
-            print(f"  {key:<28} {result[key]}")
+    print(", ".join(f"{key} {value}" for key, value in setting.items()))
+    for result in results:
+        show(result)
 
 
 if __name__ == "__main__":

@@ -141,57 +141,55 @@ def pool_loss(half_steps: list[HalfStep], apart: Tensor, pool: DynamicClassPool,
     is_apart = torch.zeros(pool.num_slots + 1, dtype=torch.bool, device=device)  # the last stands for NOT_IN_POOL
     is_apart[apart] = True
     counted = (apart != NOT_IN_POOL) & (occurrences(apart)[0] == 0)  # (A,)
+    embeddings, slot, rows, renewed = map(torch.stack, zip(*half_steps))  # (H, P, D), (H, P), (H, 2, A, D), (H, A)
     with torch.enable_grad():
-        embeddings = torch.cat([half.probes for half in half_steps])
         inputs = embeddings.detach().requires_grad_()
-        probes = normalize(inputs)  # (B, D)
+        probes = normalize(inputs, dim=2)
 
-        common = pool_softmax(probes, pool.rows[0], is_apart[pool.first_slot:pool.end_slot], margin.scale,
+        common = pool_softmax(probes.flatten(0, 1), pool.rows[0], is_apart[pool.first_slot:pool.end_slot], margin.scale,
                               min(num_hard_negatives, pool.num_slots), margin.filter_threshold, dtype,
                               pool.shard, pool.first_slot)
-        hardest = torch.einsum("bd,bhd->bh", probes, _rows_for_each(common.hardest, pool))
-        hardest = torch.where(common.hardest_cosine < -2, -torch.inf, margin.filtered(hardest))  # (B, h)
+        hardest = torch.einsum("bd,bhd->bh", probes.flatten(0, 1), _rows_for_each(common.hardest, pool))
+        hardest = torch.where(common.hardest_cosine < -2, -torch.inf, margin.filtered(hardest))
 
-        losses = []
-        parts = (part.chunk(len(half_steps)) for part in (probes, common.log_sum_exp, hardest))
-        for half, *part in zip(half_steps, *parts):
-            own = counted & (apart == half.slot[:, None])  # (P, A)
-            losses.append(_half_step_loss(half, own, counted, *part, margin, dtype))
-        losses = PoolLoss(*map(torch.stack, zip(*losses)))
-        loss = losses.loss.sum()
+        views = torch.stack([rows[:, 0], torch.where(renewed[:, :, None], rows[:, 1], rows[:, 0])], 1)  # (H, 2, A, D)
+        cosine = _product(probes[:, None], views.mT, dtype)  # (H, 1, P, D) @ (H, 2, D, A) -> (H, 2, P, A)
+        own = (counted & (apart == slot[:, :, None]))[:, None]  # (H, 1, P, A)
+        own_cosine = torch.where(own, cosine, 0).sum(3)  # (H, 2, P)
+        others = margin.filtered(cosine).masked_fill(own | ~counted, -torch.inf)
+
+        target = margin.scale * margin.target(own_cosine)
+        positive = torch.cat([_for_both_views(common.log_sum_exp, cosine), margin.scale * others, target[..., None]], 3)
+        positive = positive.logsumexp(3) - target  # (H, 2, P)
+        negative = torch.cat([_for_both_views(hardest, cosine), others], 3).topk(hardest.size(1), dim=3).values
+        negative = negative.clamp_min(0).mean(3)  # (H, 2, P)
+
+        found = (slot != NOT_IN_POOL)[:, None]  # (H, 1, P)
+        loss = _mean(positive, found, least=1).sum() + _mean(negative, ~found, least=1).sum()
         gradient, = torch.autograd.grad(loss, inputs)
-    watched = [values.detach().nanmean() for values in losses[1:]]
-    return PoolLoss(WithGradient.apply(embeddings, loss.detach(), gradient), *watched)
+    watched = [values.detach().nanmean() for values in (found.to(loss.dtype), _mean(own_cosine[:, :1], found),
+                                                        _mean(negative[:, :1], ~found))]
+    return PoolLoss(WithGradient.apply(embeddings.flatten(0, 1), loss.detach(), gradient.flatten(0, 1)), *watched)
 
 
 def _rows_for_each(slots, pool):
     """Rows 0 of slots (B, h) of this rank's own, (B, h, D)."""
-    rows = pool.rows_at(pool.shard.gather(slots).flatten())[0]  # (W·B·h, D)
+    rows, = pool.rows_at(pool.shard.gather(slots).flatten(), 1)  # (W·B·h, D)
     return rows.view(-1, *slots.shape, rows.size(1))[pool.shard.rank]
 
 
-def _half_step_loss(half, own, counted, probes, log_sum_exp, hardest, margin, dtype) -> PoolLoss:
-    """Loss of probes (P, D), given what the common slots make of them, and which slot apart is whose, bool (P, A)."""
-    found = half.slot != NOT_IN_POOL
-    losses = []
-    for rows in half.rows[0], torch.where(half.renewed[:, None], half.rows[1], half.rows[0]):  # view 1, view 2
-        cosine = _product(probes, rows, dtype)  # (P, D) @ (D, A) -> (P, A)
-        own_cosine = torch.where(own, cosine, 0).sum(1)  # (P,)
-        others = margin.filtered(cosine).masked_fill(own | ~counted, -torch.inf)
-        target = margin.scale * margin.target(own_cosine)
-        positive = torch.cat([log_sum_exp[:, None], margin.scale * others, target[:, None]], 1).logsumexp(1) - target
-        negative = torch.cat([hardest, others], 1).topk(hardest.size(1), dim=1).values.clamp_min(0).mean(1)  # (P,)
-        loss = _sum(positive, found) / found.sum().clamp(min=1) + _sum(negative, ~found) / (~found).sum().clamp(min=1)
-        losses.append(PoolLoss(loss, found.to(loss.dtype).mean(), _sum(own_cosine, found) / found.sum(),
-                               _sum(negative, ~found) / (~found).sum()))
-    return losses[0]._replace(loss=losses[0].loss + losses[1].loss)
+def _for_both_views(found, cosine):
+    """(B,) or (B, n) as (H, 2, P, n), beside cosines (H, 2, P, A)."""
+    half_steps, _, probes, _ = cosine.shape
+    return found.view(half_steps, 1, probes, -1).expand(-1, 2, -1, -1)
 
 
-def _product(probes, rows, dtype):
+def _product(probes, columns, dtype):
     if dtype is None:
-        return probes @ rows.T
-    return (probes.to(dtype) @ rows.T.to(dtype)).to(probes.dtype)
+        return probes @ columns
+    return (probes.to(dtype) @ columns.to(dtype)).to(probes.dtype)
 
 
-def _sum(values, chosen):
-    return torch.where(chosen, values, 0).sum()
+def _mean(values, chosen, least=0):
+    """Mean of the chosen of values (H, n, P), (H, n); of none, NaN, or with ``least`` 1, 0."""
+    return torch.where(chosen, values, 0).sum(2) / chosen.sum(2).clamp(min=least)

@@ -213,15 +213,18 @@ class DynamicClassPool(nn.Module):
         place = (slot[entry] - self.first_slot).clamp(0, self.end_slot - self.first_slot - 1)
         return place, entry, own
 
-    def rows_at(self, slots: Tensor) -> Tensor:
-        """Rows of slots (A,), (2, A, D), at least float32; 0 for NOT_IN_POOL.
+    def rows_at(self, slots: Tensor, count: int = 2) -> Tensor:
+        """The first ``count`` rows of slots (A,), (count, A, D), at least float32.
 
-        If the pool is sharded, all ranks call this together and ask for the same slots.
+        What stands for NOT_IN_POOL means nothing. If the pool is sharded, all ranks call this
+        together and ask for the same slots.
         """
         place = (slots - self.first_slot).clamp(0, self.end_slot - self.first_slot - 1)
-        own = (slots >= self.first_slot) & (slots < self.end_slot)
-        rows = self.rows[:, place].to(torch.promote_types(self.rows.dtype, torch.float32))
-        return self.shard.sum(torch.where(own[:, None], rows, 0))
+        rows = self.rows[:count, place].to(torch.promote_types(self.rows.dtype, torch.float32))
+        if self.shard.world_size > 1:
+            own = (slots >= self.first_slot) & (slots < self.end_slot)
+            rows = self.shard.sum(torch.where(own[:, None], rows, 0))
+        return rows
 
     def renewed_at(self, slots: Tensor, placement: Placement) -> Tensor:
         """Whether the placement renews each of slots (A,), bool (A,)."""

@@ -76,8 +76,8 @@ def _one_pass(queries, rows, bias, filter_threshold, num_hardest, dtype):
     """(log-sum-exp (B,), softmax · rows (B, D), indices (B, h) and values (B, h) of the largest logits)."""
     log_sum_exp = queries.new_full((len(queries),), -torch.inf)
     mean_row = torch.zeros_like(queries)
-    values = queries.new_full((num_hardest, len(queries)), LEFT_OUT)
-    hardest = torch.zeros_like(values, dtype=torch.int64)
+    values = [queries.new_full((num_hardest, len(queries)), LEFT_OUT)]  # of each chunk
+    hardest = [torch.zeros_like(values[0], dtype=torch.int64)]
     factors = queries.to(dtype).T.contiguous()  # (D, B)
     chunk = max(1, _CHUNK_ENTRIES[queries.device.type] // len(queries))
     for start in range(0, len(rows), chunk):
@@ -99,9 +99,10 @@ def _one_pass(queries, rows, bias, filter_threshold, num_hardest, dtype):
         mean_row *= (log_sum_exp - total).exp()[:, None]
         mean_row += (softmax.T.to(dtype) @ part).to(queries.dtype) * (here - total).exp()[:, None]  # (B, C) @ (C, D)
         log_sum_exp = total
-        values, best = torch.cat([values, top]).topk(num_hardest, dim=0)
-        hardest = torch.cat([hardest, where + start]).gather(0, best)
-    return log_sum_exp, mean_row, hardest.T, values.T
+        values.append(top)
+        hardest.append(where + start)
+    values, best = torch.cat(values).topk(num_hardest, dim=0)
+    return log_sum_exp, mean_row, torch.cat(hardest).gather(0, best).T, values.T
 
 
 def _largest(logits, count):
