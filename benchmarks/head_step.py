@@ -22,6 +22,7 @@ what it had before it built its head (on a GPU, the most that was allocated).
 import argparse
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -295,7 +296,8 @@ def plot(results, path):
             points = [(result["identities"], result[name + suffix]) for result in results if name + suffix in result]
             if points:
                 axis.loglog(*zip(*points), "o-", label=title)
-        axis.set(xlabel="identities", ylabel=label)
+        low, high = axis.get_ylim()
+        axis.set(xlabel="identities", ylabel=label, ylim=(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))))
         axis.grid(alpha=0.3, which="both")
         axis.legend()
     slots = {result["slots"] for result in results}

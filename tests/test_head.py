@@ -7,6 +7,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import distributed, nn
 
+from f2c_plugin import pool_softmax
 from f2c_plugin.head import F2CHead
 from f2c_plugin.loss import Margin
 from f2c_plugin.pool import DynamicClassPool
@@ -307,6 +308,22 @@ def test_a_scaler_skips_the_step_of_a_batch_that_is_not_finite_and_goes_on():
         assert moved == (i != 1) and scaler.get_scale() == (2.0**10 if i < 1 else 2.0**9)
         assert all(parameter.isfinite().all() for parameter in [*net.parameters(), *head.gallery.parameters()])
         head.pool.validate()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_step_never_asks_for_a_value_or_for_a_shape_that_depends_on_one(symmetric, autocast, monkeypatch):
+    # On the meta device there are no values: whatever would make a GPU's host wait for one fails.
+    monkeypatch.setitem(pool_softmax._CHUNK_ENTRIES, "meta", 40)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    net = make_net().float()
+    head = make_head(net, symmetric).float()
+    head.autocast = autocast
+    net.to("meta"), head.to("meta")
+    for images, labels in batches(3):
+        loss = head(net(images.float().to("meta")), labels.to("meta"))
+        loss.backward()
+    assert loss.is_meta and all(parameter.grad.is_meta for parameter in net.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: that a step makes the host never wait is not tested")
