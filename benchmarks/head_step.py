@@ -2,10 +2,11 @@
 
     python benchmarks/head_step.py --identities 1000000 --pool-rate 0.1 --batch-size 128 [--ranks 2] [--json]
     python benchmarks/head_step.py --identities 100000 1000000 100000000 --slots 200000 --plot sweep.png
+    python benchmarks/head_step.py --network r18 --identities 1000000 --batch-size 64
 
 Forward, backward and optimizer on embeddings of dimension 512. The net is one linear layer, so the
-gallery net costs next to nothing here: what it adds to a real step is the forward pass of the
-backbone (benchmarks/gallery.py). Each head runs in processes of its own, one for each rank; steps of
+gallery net costs next to nothing; with --network it is the whole training step of that backbone,
+gallery net included. Each head runs in processes of its own, one for each rank; steps of
 all heads take turns, and medians and quartiles are over these. Memory is the peak of a process over
 what it had before it built its head (on a GPU, the most that was allocated).
 
@@ -16,7 +17,9 @@ what it had before it built its head (on a GPU, the most that was allocated).
   has slots;
 - full_fc: every class in every step;
 - floor: the two matrix products that F²C cannot do without, probes × pool and softmax × pool, alone,
-  in the fastest of several ways of cutting them up.
+  in the fastest of several ways of cutting them up;
+- backbone, gallery (with --network): the probe net's forward, backward and optimizer alone, and the
+  gallery net's forward and following alone.
 """
 
 import argparse
@@ -37,7 +40,9 @@ import torch
 from torch import distributed, nn
 from torch.nn.functional import normalize
 
+from f2c_plugin.backbones import NETWORKS, get_model
 from f2c_plugin.cache import cache_folder
+from f2c_plugin.gallery import GalleryNet
 from f2c_plugin.head import F2CHead
 from f2c_plugin.host import patching
 from f2c_plugin.loss import Margin, default_hard_negatives, margin_softmax
@@ -45,6 +50,7 @@ from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool
 from f2c_plugin.ranks import WHOLE, Shard
 from f2c_plugin.recipe import Recipe
 from f2c_plugin.softmax import SoftmaxHead
+from f2c_plugin.tools.plan import Plan
 
 EMBEDDING_SIZE = 512
 MARGIN = Margin(scale=64.0, additive=0.4)
@@ -145,7 +151,35 @@ def floor(net, identities, arguments):
     return Floor(slots // arguments.ranks if arguments.shard_pool else slots, dtype, arguments.device)
 
 
-HEADS = {"f2c": f2c, "floor": floor, "partial_fc": partial_fc, "plain_f2c": plain_f2c, "full_fc": full_fc}
+class Alone(nn.Module):
+    """No head: the embeddings' sum as loss."""
+
+    def forward(self, embeddings, labels):
+        return embeddings.sum()
+
+
+def backbone(net, identities, arguments):
+    return Alone()
+
+
+class Gallery(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.gallery = (net,), GalleryNet(net)
+
+    def step(self, images):
+        self.gallery(images)
+        self.gallery.follow(self.net[0], 0.99)
+
+
+def gallery(net, identities, arguments):
+    return Gallery(net)
+
+
+HEADS = {"f2c": f2c, "floor": floor, "partial_fc": partial_fc, "plain_f2c": plain_f2c, "full_fc": full_fc,
+         "backbone": backbone, "gallery": gallery}
+WITH_BACKBONE = ("backbone", "gallery")  # what is measured only with one, and what only without
+WITHOUT_BACKBONE = ("floor", "plain_f2c")
 
 
 class Memory:
@@ -168,6 +202,15 @@ class Memory:
         return (self._kilobytes("VmHWM") - self.before) / 1024
 
 
+def warm_up(device):
+    """Have the libraries take what memory they want for themselves before any is measured."""
+    net = nn.Linear(EMBEDDING_SIZE, EMBEDDING_SIZE).to(device)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=5e-4)
+    for _ in range(2):
+        normalize(net(torch.randn(256, EMBEDDING_SIZE, device=device))).softmax(0).topk(3).values.sum().backward()
+        optimizer.step()
+
+
 def work(name, identities, rank, arguments, rendezvous, pipe):
     """Answer each request for a step with its milliseconds, and the last, None, with the peak memory."""
     distributed.init_process_group("nccl" if arguments.device == "cuda" else "gloo", init_method=f"file://{rendezvous}",
@@ -177,8 +220,15 @@ def work(name, identities, rank, arguments, rendezvous, pipe):
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // arguments.ranks))
     torch.manual_seed(rank)
-    net = nn.Linear(EMBEDDING_SIZE, EMBEDDING_SIZE, bias=False).to(arguments.device)
+    if arguments.network:
+        net, shape = get_model(arguments.network, EMBEDDING_SIZE, fp16=arguments.fp16), (112, 112, 3)
+    else:
+        net, shape = nn.Linear(EMBEDDING_SIZE, EMBEDDING_SIZE, bias=False), (EMBEDDING_SIZE,)
+    net = net.to(arguments.device).train()
+    warm_up(arguments.device)
     memory = Memory(arguments.device)
+    if name != "gallery" and arguments.network and arguments.ranks > 1:
+        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
     head = HEADS[name](net, identities, arguments).to(arguments.device)
     optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], 0.1, 0.9, weight_decay=5e-4)
 
@@ -203,8 +253,12 @@ def work(name, identities, rank, arguments, rendezvous, pipe):
         pairs = rng.integers(identities, size=half * 2 // 3)
         labels = np.concatenate([part for _ in range(2) for part in (pairs, rng.integers(identities, size=half - len(pairs)))])
         labels = torch.from_numpy(labels).to(arguments.device)
-        images = torch.randn(2 * half, EMBEDDING_SIZE, device=arguments.device)
-        if name == "floor":
+        images = torch.randn(2 * half, *shape, device=arguments.device)
+        if arguments.network:
+            images = images.permute(0, 3, 1, 2)  # as the loader hands them over
+        if name == "gallery":
+            pipe.send(milliseconds(head.step, images))
+        elif name == "floor":
             pipe.send([milliseconds(head.products, images, chunk) for chunk in Floor.CHUNKS])
         else:
             pipe.send(milliseconds(step, images, labels))
@@ -255,6 +309,15 @@ def free_mb(device):
     return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) / 1024
 
 
+def planned_mb(arguments, identities, here):
+    """What ``f2c-plugin plan`` says of the heads measured."""
+    slots = arguments.slots_of(identities)
+    plan = Plan(identities, arguments.ranks, batch_size=arguments.batch_size, pool_rate=slots / identities,
+                pool_dtype=arguments.pool_dtype, shard_pool=arguments.shard_pool)
+    planned = {"f2c": plan.f2c(arguments.device), "partial_fc": plan.partial_fc(slots / identities)}
+    return {f"{name}_planned_mb": round(size / 2**20) for name, size in planned.items() if name in here}
+
+
 def summary(arguments, identities, measured):
     """What was measured at one number of identities, as a flat dictionary."""
     result = {"identities": identities, "slots": arguments.slots_of(identities)}
@@ -265,10 +328,17 @@ def summary(arguments, identities, measured):
         if name != "floor":
             result[f"{name}_peak_mb"] = round(peak)
     for name in ("partial_fc", "plain_f2c", "full_fc"):
-        if name in here:
+        if name in here and "f2c" in here:
             result[f"ratio_vs_{name}"] = round(result[f"{name}_ms"] / result["f2c_ms"], 2)
             result[f"memory_ratio_vs_{name}"] = round(result[f"{name}_peak_mb"] / result["f2c_peak_mb"], 2)
-    if "floor" in here:
+    if not arguments.network:
+        result |= planned_mb(arguments, identities, here)
+    if arguments.network:
+        images = 1000 * arguments.batch_size * arguments.ranks
+        result |= {f"{name}_images_per_s": round(images / result[f"{name}_ms"], 1) for name in here if name != "gallery"}
+    if "gallery" in here and "f2c" in here:
+        result["gallery_share"] = round(result["gallery_ms"] / result["f2c_ms"], 3)
+    if "floor" in here and "f2c" in here:
         result["ratio_to_floor"] = round(result["f2c_ms"] / result["floor_ms"], 2)
     return result
 
@@ -279,9 +349,11 @@ def show(result):
         if f"{name}_ms" in result:
             low, high = result[f"{name}_ms_quartiles"]
             peak = f"peak {result[f'{name}_peak_mb']:>6} MB" if name != "floor" else ""
+            if f"{name}_planned_mb" in result:
+                peak += f" (planned {result[f'{name}_planned_mb']})"
             print(f"  {name:<11} {result[f'{name}_ms']:>9.1f} ms  (quartiles {low} to {high})   {peak}")
     for key in result:
-        if "ratio" in key:
+        if "ratio" in key or "per_s" in key or "share" in key:
             print(f"  {key:<28} {result[key]}")
 
 
@@ -324,6 +396,7 @@ def main():
     parser.add_argument("--pool-dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--fp16", action="store_true", help="mixed precision, as config.fp16")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--network", choices=NETWORKS, help="measure the whole training step of this backbone")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=list(HEADS))
     parser.add_argument("--plot", metavar="PNG", help="draw time and memory against the number of identities")
@@ -342,7 +415,8 @@ def main():
     available, cases = free_mb(arguments.device), []
     for identities in arguments.identities:
         for name in HEADS:
-            if name not in arguments.heads or (name == "plain_f2c" and arguments.ranks > 1):
+            if name not in arguments.heads or name in (WITHOUT_BACKBONE if arguments.network else WITH_BACKBONE) \
+                    or (name == "plain_f2c" and arguments.ranks > 1):
                 continue
             if fits(name, identities, available):
                 cases.append((name, identities))
@@ -353,7 +427,7 @@ def main():
     results = [summary(arguments, identities, measured) for identities in arguments.identities]
     if arguments.plot:
         plot(results, arguments.plot)
-    setting = {key: getattr(arguments, key) for key in ("batch_size", "ranks", "shard_pool", "pool_dtype", "fp16", "repeats")}
+    setting = {key: getattr(arguments, key) for key in ("batch_size", "ranks", "shard_pool", "pool_dtype", "fp16", "network", "repeats")}
     setting["machine"] = (torch.cuda.get_device_name() if arguments.device == "cuda"
                           else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     setting["torch"] = torch.__version__

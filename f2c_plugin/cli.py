@@ -52,6 +52,19 @@ def doctor(arguments):
         sys.exit(1)
 
 
+def plan(arguments):
+    """Say what F²C, Partial FC and the full FC layer need of each GPU's memory."""
+    from f2c_plugin.tools import plan as planning
+
+    planned = planning.Plan(arguments.identities, arguments.gpus, arguments.network, arguments.batch_size,
+                            arguments.pool_rate, arguments.pool_dtype, arguments.shard_pool)
+    print(f"{planned.identities:,} identities on {planned.gpus} GPUs, batch {planned.batch_size}: the head on each GPU")
+    for what, size in planned.table():
+        print(f"  {what:<34} {size / 2**20:>11,.0f} MB")
+    if arguments.plot:
+        planning.draw(planned, arguments.plot)
+
+
 def report(arguments):
     """Print the summary of a training run and draw its pictures."""
     from f2c_plugin.tools.report import report
@@ -133,6 +146,16 @@ def _parser():
     add = command(pack)
     add("source", help="folder with a folder of .jpg or .png files for each identity")
     add("out", help="where train.rec, train.idx and property go")
+
+    add = command(plan)
+    add("--identities", type=int, required=True, metavar="N")
+    add("--gpus", type=int, default=8, metavar="W")
+    add("--network", default="r100")
+    add("--batch-size", type=int, default=128, help="of a GPU")
+    add("--pool-rate", type=float, default=0.1, help="also Partial FC's sample rate")
+    add("--pool-dtype", default="float32")
+    add("--shard-pool", action="store_true")
+    add("--plot", metavar="PNG", help="draw memory against the number of identities")
 
     add = command(report)
     add("folder", help="a run's output folder")

@@ -73,14 +73,23 @@ class F2CHead(nn.Module):
         self.autocast = autocast
         self.steps = 0
         self.statistics: StepStatistics | None = None
-        self._images = None
+        self._seen: tuple[int, Tensor] | None = None  # number of images, their gallery features
+        self._followed = 0  # the step that the gallery net last followed before
         backbone.register_forward_pre_hook(self._see_images)
 
     def _see_images(self, backbone, args):
+        """Embed the images by the gallery net before the probe net sees them.
+
+        That way the memory it needs is free again when the probe net begins to keep activations.
+        """
         if not backbone.training:
             return None
-        self._images = args[0]
-        return None if self.symmetric else (args[0].chunk(2)[1], *args[1:])
+        images, *rest = args
+        if self.steps > self._followed and self.steps % self.gradient_acc == 0:
+            self.gallery.follow(self._probe_net[0], self.momentum)
+            self._followed = self.steps
+        self._seen = len(images), _at_least_float32(self.gallery(images if self.symmetric else images.chunk(2)[0]))
+        return None if self.symmetric else (images.chunk(2)[1], *rest)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """Loss of a batch.
@@ -97,20 +106,18 @@ class F2CHead(nn.Module):
                 num_classes (looked at on CPU only: on a GPU it would stall the step, and the loader
                 has checked the pack).
         """
-        images, self._images = self._images, None
-        if images is None:
+        if self._seen is None:
             raise RuntimeError("the F²C head has seen no images: call the backbone in training mode before the head, "
                                "once for each call of the head")
+        (num_images, gallery), self._seen = self._seen, None
         labels = local_labels.reshape(-1).long()
-        self._check(images, local_embeddings, labels)
-        if self.steps and self.steps % self.gradient_acc == 0:
-            self.gallery.follow(self._probe_net[0], self.momentum)
+        self._check(num_images, local_embeddings, labels)
         margin = self.recipe.margin_at(self.steps)
         embeddings = _at_least_float32(local_embeddings)
 
         label_x, label_y = labels.chunk(2)  # (B/2,)
         all_x, all_y = gather(labels).chunk(2, dim=1)  # (W, B/2)
-        gallery = gather(_at_least_float32(self.gallery(images if self.symmetric else images.chunk(2)[0])))
+        gallery = gather(gallery)  # (W, B, D), or of x alone (W, B/2, D)
         if self.symmetric:
             gallery_x, gallery_y = gallery.chunk(2, dim=1)  # (W, B/2, D)
             probe_x, probe_y = embeddings.chunk(2)  # (B/2, D)
@@ -136,12 +143,12 @@ class F2CHead(nn.Module):
                                          not_finite=write.num_skipped.float(), scale=margin.scale)
         return result.loss * self.recipe.loss_weight(2 * len(half_steps))
 
-    def _check(self, images, embeddings, labels):
-        if len(images) % 2 or len(labels) != len(images):
-            raise ValueError(f"a batch of {len(images)} images and {len(labels)} labels: "
+    def _check(self, num_images, embeddings, labels):
+        if num_images % 2 or len(labels) != num_images:
+            raise ValueError(f"a batch of {num_images} images and {len(labels)} labels: "
                              "F²C needs an even batch with a label for each image")
-        if len(embeddings) != len(images) // (1 if self.symmetric else 2):
-            raise ValueError(f"{len(embeddings)} embeddings for {len(images)} images with symmetric={self.symmetric}: "
+        if len(embeddings) != num_images // (1 if self.symmetric else 2):
+            raise ValueError(f"{len(embeddings)} embeddings for {num_images} images with symmetric={self.symmetric}: "
                              "the head takes what the backbone made of the batch it saw last")
         num_identities = self.pool.num_identities
         if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < num_identities:
@@ -153,6 +160,7 @@ class F2CHead(nn.Module):
 
     def set_extra_state(self, state: Tensor):
         self.steps = int(state)
+        self._followed = max(self.steps - 1, 0)  # the step it was saved after is yet to be followed
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

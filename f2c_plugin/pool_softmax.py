@@ -20,7 +20,7 @@ LEFT_OUT = -1e30
 
 # Entries of a chunk of logits. On the CPU it stays in the cache, with the rows that go with it; a GPU
 # wants enough work for each kernel.
-_CHUNK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 25}
+CHUNK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 24}
 _GROUP = 32  # slots whose maximum is looked at before themselves
 
 
@@ -79,7 +79,7 @@ def _one_pass(queries, rows, bias, filter_threshold, num_hardest, dtype):
     values = [queries.new_full((num_hardest, len(queries)), LEFT_OUT)]  # of each chunk
     hardest = [torch.zeros_like(values[0], dtype=torch.int64)]
     factors = queries.to(dtype).T.contiguous()  # (D, B)
-    chunk = max(1, _CHUNK_ENTRIES[queries.device.type] // len(queries))
+    chunk = max(1, CHUNK_ENTRIES[queries.device.type] // len(queries))
     for start in range(0, len(rows), chunk):
         part = rows[start:start + chunk].to(dtype)  # (C, D)
         # Slots by probes, not the other way round: so the CPU's matrix product is a third faster.

@@ -314,7 +314,7 @@ def test_a_scaler_skips_the_step_of_a_batch_that_is_not_finite_and_goes_on():
 @pytest.mark.parametrize("autocast", [True, False])
 def test_a_step_never_asks_for_a_value_or_for_a_shape_that_depends_on_one(symmetric, autocast, monkeypatch):
     # On the meta device there are no values: whatever would make a GPU's host wait for one fails.
-    monkeypatch.setitem(pool_softmax._CHUNK_ENTRIES, "meta", 40)
+    monkeypatch.setitem(pool_softmax.CHUNK_ENTRIES, "meta", 40)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
     net = make_net().float()
     head = make_head(net, symmetric).float()

@@ -11,7 +11,7 @@ from f2c_plugin.pool_softmax import pool_softmax
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setitem(module._CHUNK_ENTRIES, "cpu", 30)  # several chunks, the last one narrower
+    monkeypatch.setitem(module.CHUNK_ENTRIES, "cpu", 30)  # several chunks, the last one narrower
     monkeypatch.setattr(module, "_GROUP", 3)
 
 
