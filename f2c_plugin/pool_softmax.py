@@ -20,7 +20,7 @@ LEFT_OUT = -1e30
 
 # Entries of a chunk of logits. On the CPU it stays in the cache, with the rows that go with it; a GPU
 # wants enough work for each kernel.
-CHUNK_ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 24}
+CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 24}
 _GROUP = 32  # slots whose maximum is looked at before themselves
 
 

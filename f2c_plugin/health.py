@@ -1,0 +1,95 @@
+"""What the head tells of itself while it trains: a line in the log, scalars, and warnings that name the key to turn."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool
+
+SHORT_STAY = 5  # steps; identities should stay in the pool at least so long
+STALE_SHARE = 0.1  # of the run; the features in the pool should not be older, on average
+COSINE_FALL = 0.1  # what the positives' cosine may lose against its best before it is worth a word
+
+
+class Health:
+    """Averages what steps see; every ``frequent`` steps logs it, hands it to TensorBoard and judges it.
+
+    That is when the host waits for the GPU; between, nothing is read.
+
+    Args:
+        frequent: steps between two lines (``config.frequent``).
+        total_steps: length of the run in steps.
+        open_writer: makes a TensorBoard writer, when there is first something to write; or None.
+
+    Attributes:
+        scalars: {name: value} of the last line; empty before the first.
+    """
+
+    def __init__(self, frequent: int, total_steps: int, open_writer: Callable | None = None):
+        self.frequent, self.total_steps = frequent, total_steps
+        self.scalars: dict[str, float] = {}
+        self._open_writer, self._writer = open_writer, None
+        self._seen = []
+        self._best_cosine = -1.0
+        self._warned = set()
+
+    def see(self, step: int, statistics, pool: DynamicClassPool, writes: int):
+        """Take note of a step.
+
+        Args:
+            step: counted from 1.
+            statistics: the StepStatistics.
+            pool: after the step.
+            writes: gallery features that the step has written, over all ranks.
+        """
+        self._seen.append(statistics)
+        if step % self.frequent:
+            return
+        self.scalars = self._read(pool, writes)
+        self._seen = []
+        told = {name.removeprefix("f2c/"): value for name, value in self.scalars.items()}
+        logging.info("F²C step %d: pool fill %.3f  found %.3f  age %.1f steps  evictions %.1f  positive cosine %.3f  "
+                     "hard-negative cosine %.3f  not finite %.0f  scale %.1f", step, told["pool_fill"], told["found"],
+                     told["age"], told["evictions"], told["positive_cosine"], told["hard_negative_cosine"],
+                     told["not_finite"], told["scale"])
+        self._judge(told, pool)
+        if self._open_writer and self._writer is None:
+            self._writer = self._open_writer()
+        if self._writer:
+            for name, value in self.scalars.items():
+                if value == value:  # TensorBoard draws no NaN
+                    self._writer.add_scalar(name, value, step)
+
+    def _read(self, pool, writes):
+        names = list(vars(self._seen[0]))
+        device = pool.rows.device
+        columns = [torch.stack([torch.as_tensor(getattr(each, name), dtype=torch.float32, device=device)
+                                for each in self._seen]) for name in names]
+        taken = pool.slot_identity != NOT_IN_POOL
+        age = torch.where(taken, pool.clock - pool.last_used, 0).sum() / taken.sum() / writes
+        averages = [column.sum() if name == "not_finite" else column.nanmean() for name, column in zip(names, columns)]
+        values = torch.stack([*averages, pool.fill(), age]).tolist()  # waits for the GPU
+        return {f"f2c/{name}": value for name, value in zip([*names, "pool_fill", "age"], values)}
+
+    def _judge(self, told, pool):
+        if told["not_finite"]:
+            logging.warning("%d gallery features were not finite and were not written into the pool: a smaller lr, or "
+                            "fp16=False, may help", told["not_finite"])
+        stay = pool.num_slots / max(told["evictions"], 1e-9)
+        self._warn("stay", told["pool_fill"] == 1 and stay < SHORT_STAY,
+                   f"identities stay in the pool for only {stay:.1f} steps before they are evicted: raise f2c_pool_rate")
+        self._warn("age", told["age"] > STALE_SHARE * self.total_steps and self.total_steps > 0,
+                   f"the features in the pool are {told['age']:.0f} steps old on average, of {self.total_steps} in all, "
+                   "and the net has moved on since: lower f2c_pool_rate")
+        if told["positive_cosine"] == told["positive_cosine"]:
+            self._best_cosine = max(self._best_cosine, told["positive_cosine"])
+            self._warn("cosine", told["positive_cosine"] < self._best_cosine - COSINE_FALL,
+                       f"the positives' cosine has fallen from {self._best_cosine:.2f} to {told['positive_cosine']:.2f}: "
+                       "the gallery net may follow too slowly (lower f2c_momentum) or the net be diverging (lower lr)")
+
+    def _warn(self, what, wrong, message):
+        """Once each time it goes wrong."""
+        if wrong and what not in self._warned:
+            logging.warning("%s", message)
+        (self._warned.add if wrong else self._warned.discard)(what)
