@@ -52,6 +52,16 @@ def doctor(arguments):
         sys.exit(1)
 
 
+def export(arguments):
+    """Write a trained net as ONNX, as the insightface package loads it."""
+    from f2c_plugin.tools.export import export_checked, load_net
+
+    net = load_net(arguments.model, arguments.net)
+    cosine = export_checked(net, arguments.out)
+    print(f"{arguments.out}: the {arguments.net} net, embeddings of {len(net.features.weight)}"
+          + ("" if cosine is None else f"; smallest cosine to PyTorch's {cosine:.6f}"))
+
+
 def plan(arguments):
     """Say what F²C, Partial FC and the full FC layer need of each GPU's memory."""
     from f2c_plugin.tools import plan as planning
@@ -146,6 +156,11 @@ def _parser():
     add = command(pack)
     add("source", help="folder with a folder of .jpg or .png files for each identity")
     add("out", help="where train.rec, train.idx and property go")
+
+    add = command(export)
+    add("model", help="a model.pt, or a checkpoint_gpu_0.pt")
+    add("out", help="the .onnx file to write")
+    add("--net", default="probe", choices=["probe", "gallery"], help="the gallery net is in checkpoints only")
 
     add = command(plan)
     add("--identities", type=int, required=True, metavar="N")

@@ -13,6 +13,7 @@ from f2c_plugin.resources import data_folder
 PREFIX = "f2c_"
 RECIPES = ("ramp", "paper")
 POOL_DTYPES = ("float32", "bfloat16", "float16")
+EXPORTS = ("probe", "gallery", "best")
 
 
 class ConfigError(ValueError):
@@ -36,6 +37,8 @@ class F2CConfig:
         skip_damaged: whether an image that cannot be decoded is replaced by another of its identity,
             and counted in the log, instead of ending the training; a record so damaged that its
             identity is unknown is left out.
+        export: which net the built-in host leaves as model.pt and model.onnx: "probe", "gallery", or
+            the one that is better at the first of ``val_targets``.
     """
 
     pool_rate: float = 0.1
@@ -47,6 +50,7 @@ class F2CConfig:
     pool_dtype: str = "float32"
     shard_pool: bool = False
     skip_damaged: bool = False
+    export: str = "probe"
 
     @classmethod
     def read(cls, cfg, world_size: int = 1) -> "F2CConfig":
@@ -78,6 +82,7 @@ class F2CConfig:
                 ("symmetric", bool, lambda v: True, "True or False"),
                 ("skip_damaged", bool, lambda v: True, "True or False"),
                 ("shard_pool", bool, lambda v: True, "True or False"),
+                ("export", str, lambda v: v in EXPORTS, "one of " + ", ".join(map(repr, EXPORTS))),
                 ("pool_dtype", str, lambda v: v in POOL_DTYPES, "one of " + ", ".join(map(repr, POOL_DTYPES))),
                 ("identity_rate", (int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
                 ("hard_negatives", (int, type(None)), lambda v: v is None or v > 0, "a whole number above 0, or None"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from f2c_plugin.gallery import GalleryNet
+from f2c_plugin.health import Health
 from f2c_plugin.loss import HalfStep, default_hard_negatives, pool_loss
 from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool
 from f2c_plugin.ranks import gather
@@ -55,6 +56,7 @@ class F2CHead(nn.Module):
     Attributes:
         steps: batches seen.
         statistics: StepStatistics of the last batch, or None.
+        health: is told of every step, if set.
     """
 
     def __init__(self, backbone: nn.Module, pool: DynamicClassPool, recipe: Recipe, momentum: float = 0.99,
@@ -73,6 +75,7 @@ class F2CHead(nn.Module):
         self.autocast = autocast
         self.steps = 0
         self.statistics: StepStatistics | None = None
+        self.health: Health | None = None
         self._seen: tuple[int, Tensor] | None = None  # number of images, their gallery features
         self._followed = 0  # the step that the gallery net last followed before
         backbone.register_forward_pre_hook(self._see_images)
@@ -141,6 +144,8 @@ class F2CHead(nn.Module):
         self.steps += 1
         self.statistics = StepStatistics(*result[1:], evictions=(write.placement.evicted != NOT_IN_POOL).sum().float(),
                                          not_finite=write.num_skipped.float(), scale=margin.scale)
+        if self.health:
+            self.health.see(self.steps, self.statistics, self.pool, len(write.placement.slot))
         return result.loss * self.recipe.loss_weight(2 * len(half_steps))
 
     def _check(self, num_images, embeddings, labels):

@@ -1,14 +1,14 @@
 """What the head tells of itself while it trains: a line in the log, scalars, and warnings that name the key to turn."""
 
 import logging
-from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool
 
 SHORT_STAY = 5  # steps; identities should stay in the pool at least so long
-STALE_SHARE = 0.1  # of the run; the features in the pool should not be older, on average
+STALE_SHARE, STALE_STEPS = 0.1, 100  # of the run, and steps; features in the pool older than both are stale
 COSINE_FALL = 0.1  # what the positives' cosine may lose against its best before it is worth a word
 
 
@@ -20,16 +20,16 @@ class Health:
     Args:
         frequent: steps between two lines (``config.frequent``).
         total_steps: length of the run in steps.
-        open_writer: makes a TensorBoard writer, when there is first something to write; or None.
+        folder: where the TensorBoard scalars go; None for nowhere.
 
     Attributes:
         scalars: {name: value} of the last line; empty before the first.
     """
 
-    def __init__(self, frequent: int, total_steps: int, open_writer: Callable | None = None):
+    def __init__(self, frequent: int, total_steps: int, folder: Path | None = None):
         self.frequent, self.total_steps = frequent, total_steps
         self.scalars: dict[str, float] = {}
-        self._open_writer, self._writer = open_writer, None
+        self._folder, self._writer = folder, None
         self._seen = []
         self._best_cosine = -1.0
         self._warned = set()
@@ -54,12 +54,13 @@ class Health:
                      told["age"], told["evictions"], told["positive_cosine"], told["hard_negative_cosine"],
                      told["not_finite"], told["scale"])
         self._judge(told, pool)
-        if self._open_writer and self._writer is None:
-            self._writer = self._open_writer()
+        if self._folder and self._writer is None:
+            self._writer = tensorboard_writer(self._folder)
         if self._writer:
             for name, value in self.scalars.items():
                 if value == value:  # TensorBoard draws no NaN
                     self._writer.add_scalar(name, value, step)
+            self._writer.flush()  # nobody tells when training ends
 
     def _read(self, pool, writes):
         names = list(vars(self._seen[0]))
@@ -79,7 +80,7 @@ class Health:
         stay = pool.num_slots / max(told["evictions"], 1e-9)
         self._warn("stay", told["pool_fill"] == 1 and stay < SHORT_STAY,
                    f"identities stay in the pool for only {stay:.1f} steps before they are evicted: raise f2c_pool_rate")
-        self._warn("age", told["age"] > STALE_SHARE * self.total_steps and self.total_steps > 0,
+        self._warn("age", told["age"] > max(STALE_SHARE * self.total_steps, STALE_STEPS),
                    f"the features in the pool are {told['age']:.0f} steps old on average, of {self.total_steps} in all, "
                    "and the net has moved on since: lower f2c_pool_rate")
         if told["positive_cosine"] == told["positive_cosine"]:
@@ -93,3 +94,13 @@ class Health:
         if wrong and what not in self._warned:
             logging.warning("%s", message)
         (self._warned.add if wrong else self._warned.discard)(what)
+
+
+def tensorboard_writer(folder: Path):
+    """A SummaryWriter into ``folder``; None, with a warning, where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logging.warning("no TensorBoard scalars: pip install f2c-plugin[tensorboard]")
+        return None
+    return SummaryWriter(str(folder))

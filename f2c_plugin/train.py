@@ -30,6 +30,7 @@ from f2c_plugin.config import ConfigError, load_config
 from f2c_plugin.data import RecordError
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.host.entry_points import record_loader, steps_per_epoch, training_device
+from f2c_plugin.health import tensorboard_writer
 from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
 from f2c_plugin.loss import Margin
 from f2c_plugin.softmax import SoftmaxHead
@@ -77,6 +78,8 @@ def train(cfg) -> dict:
     head_factory = _head_factory(cfg.head)
     sampler = cfg.sampler or getattr(head_factory, "sampler", None)
     loader = (load_plugin(SAMPLERS, sampler) if sampler else images_once)(cfg, local_rank)
+    if cfg.get("f2c_export") == "best" and not cfg.val_targets:
+        raise ConfigError("f2c_export='best', but val_targets is empty: name a verification set to choose by")
     verification_sets = {name: VerificationSet(Path(cfg.rec) / f"{name}.bin") for name in cfg.val_targets}
 
     net = get_model(cfg.network, cfg.embedding_size, fp16=cfg.fp16).to(device)
@@ -93,6 +96,9 @@ def train(cfg) -> dict:
     state = _Checkpoint(cfg, rank, world_size, parts)
     start_epoch, step, seconds = state.load() if cfg.resume else (0, 0, 0.0)
 
+    nets = {"": net}  # what is verified, by what precedes its name in the log
+    if hasattr(head, "gallery"):
+        nets["gallery_"] = head.gallery
     log = _Log(cfg, total_steps, step) if rank == 0 else None
     begin = time.perf_counter() - seconds
     for epoch in range(start_epoch, cfg.num_epoch):
@@ -112,7 +118,7 @@ def train(cfg) -> dict:
             if log:
                 log.step(step, loss, learning_rate, head)
                 if step % cfg.verbose == 0 and step < total_steps:
-                    log.verify(step, net, verification_sets)
+                    log.verify(step, nets, verification_sets)
         if cfg.save_all_states:
             state.save(epoch + 1, step, time.perf_counter() - begin)
         if rank == 0:
@@ -121,9 +127,9 @@ def train(cfg) -> dict:
     if rank != 0:
         return {}
     seconds = time.perf_counter() - begin
-    results = log.verify(step, net, verification_sets)
+    results = log.verify(step, nets, verification_sets)
     log.close()
-    return _finish(cfg, net, results, step * cfg.batch_size * world_size, seconds, verification_sets)
+    return _finish(cfg, nets, results, step * cfg.batch_size * world_size, seconds, verification_sets)
 
 
 @contextmanager
@@ -228,54 +234,55 @@ class _Log:
         if not cfg.resume:  # a run's scalars do not mix with those of the run it replaces
             for events in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
                 events.unlink()
-        self.writer = _tensorboard(self.folder / "tensorboard")
+        self.writer = tensorboard_writer(self.folder / "tensorboard")
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, file=sys.stdout)
         self._start_interval(step)
 
     def _start_interval(self, step):
-        self.losses, self.statistics = [], []
+        self.losses = []
         self.since, self.start = step, time.perf_counter()
 
     def step(self, step, loss, learning_rate, head):
         self.losses.append(loss.detach())
-        if getattr(head, "statistics", None) is not None:
-            self.statistics.append(vars(head.statistics))
         self.bar.update()
         if step % self.cfg.frequent:
             return
         seconds = time.perf_counter() - self.start
         scalars = {"loss": torch.stack(self.losses).mean().item(), "learning_rate": learning_rate,
                    "images_per_second": (step - self.since) * self.images_per_step / seconds}
-        if self.statistics:
-            scalars |= {f"f2c/{name}": torch.tensor([each[name] for each in self.statistics]).nanmean().item()
-                        for name in self.statistics[0] if name != "loss"}
-            scalars["f2c/pool_fill"] = head.pool.fill().item()
         if not np.isfinite(scalars["loss"]):
             logging.warning("the loss is %s at step %d: a smaller lr, or fp16=False, may help", scalars["loss"], step)
-        self._record(step, scalars)
+        health = getattr(head, "health", None)
+        self._record(step, scalars, health.scalars if health else {})
         self.bar.set_postfix(loss=f"{scalars['loss']:.3f}")
         logging.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
         self._start_interval(step)
 
-    def verify(self, step, net, verification_sets):
-        results = {}
+    def verify(self, step, nets, verification_sets):
+        """Results of every net of ``nets`` on every set, {which net: {set: result}}."""
+        results = {which: {} for which in nets}
         begin = time.perf_counter()
         for name, verification_set in verification_sets.items():
-            results[name] = result = verification_set.evaluate(net)
-            np.savez(self.folder / f"{name}_scores.npz", scores=result.scores, same=result.same)
-            self._record(step, {f"{name}/accuracy": result.accuracy, f"{name}/tar_at_far_1e-3": result.tar_at_far(1e-3)})
-            logging.info("[%s][%d] Accuracy-Flip: %.5f+-%.5f  TAR at FAR 1e-3: %.4f  XNorm: %.3f", name, step,
-                         result.accuracy, result.accuracy_std, result.tar_at_far(1e-3), result.embedding_norm)
+            scalars = {}
+            for which, net in nets.items():
+                results[which][name] = result = verification_set.evaluate(net)
+                np.savez(self.folder / f"{which}{name}_scores.npz", scores=result.scores, same=result.same)
+                scalars |= {f"{name}/{which}accuracy": result.accuracy,
+                            f"{name}/{which}tar_at_far_1e-3": result.tar_at_far(1e-3)}
+                logging.info("[%s%s][%d] Accuracy-Flip: %.5f+-%.5f  TAR at FAR 1e-3: %.4f  XNorm: %.3f", which, name, step,
+                             result.accuracy, result.accuracy_std, result.tar_at_far(1e-3), result.embedding_norm)
+            self._record(step, scalars)
         self.start += time.perf_counter() - begin  # verification is not training
         return results
 
-    def _record(self, step, scalars):
-        finite = {name: value for name, value in scalars.items() if np.isfinite(value)}
+    def _record(self, step, scalars, of_head={}):
+        """Into the history, and what the head has not written itself to TensorBoard."""
+        finite = {name: value for name, value in (scalars | of_head).items() if np.isfinite(value)}
         self.history.write(json.dumps({"step": step, "images": step * self.images_per_step, **finite}) + "\n")
         self.history.flush()
         if self.writer:
-            for name, value in finite.items():
-                self.writer.add_scalar(name, value, step)
+            for name in scalars.keys() & finite.keys():
+                self.writer.add_scalar(name, finite[name], step)
 
     def close(self):
         self.bar.close()
@@ -284,23 +291,18 @@ class _Log:
             self.writer.close()
 
 
-def _tensorboard(folder):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logging.warning("no TensorBoard scalars: pip install f2c-plugin[tensorboard]")
-        return None
-    return SummaryWriter(str(folder))
-
-
-def _finish(cfg, net, results, images_seen, seconds, verification_sets):
-    """Write model.onnx and report.json."""
+def _finish(cfg, nets, results, images_seen, seconds, verification_sets):
+    """Write model.pt and model.onnx of the net that is to be shipped, and report.json."""
     folder = Path(cfg.output)
+    which = _to_ship(cfg, results)
+    net = nets[which].net if which else nets[which]
+    torch.save(net.state_dict(), folder / "model.pt")
     exported = get_model(cfg.network, cfg.embedding_size)  # in float32, and without what hangs on the trained one
     exported.load_state_dict(net.state_dict())
     export_onnx(exported, folder / "model.onnx")
-    summaries = {name: result.summary() for name, result in results.items()}
-    report = {"head": cfg.head, "network": cfg.network, "images_seen": images_seen, "seconds": round(seconds, 1),
+    summaries = {name: result.summary() for name, result in results[which].items()}
+    report = {"head": cfg.head, "network": cfg.network, "exported": "gallery" if which else "probe",
+              "images_seen": images_seen, "seconds": round(seconds, 1),
               "verification": next(iter(summaries.values()), None), "verification_sets": summaries}
     for verification_set in list(verification_sets.values())[:1]:
         cosine = onnx_cosine(exported, folder / "model.onnx", normalize_faces(verification_set.faces(64)))
@@ -312,6 +314,15 @@ def _finish(cfg, net, results, images_seen, seconds, verification_sets):
         raise ExportError(f"{folder / 'model.onnx'} does not embed as model.pt does: the cosine is {cosine}, "
                           f"less than {SAME_EMBEDDING}")
     return report
+
+
+def _to_ship(cfg, results):
+    """Which of the nets ``config.f2c_export`` chooses."""
+    wanted = cfg.get("f2c_export", "probe") if len(results) > 1 else "probe"
+    if wanted != "best":
+        return "gallery_" if wanted == "gallery" else ""
+    first = {which: next(iter(of_net.values())) for which, of_net in results.items()}
+    return max(first, key=lambda which: (first[which].accuracy, first[which].tar_at_far(1e-3)))
 
 
 class _TqdmHandler(logging.Handler):

@@ -9,7 +9,7 @@ GOOD = dict(batch_size=128, num_classes=10_000, dali=False)
 
 
 def test_defaults_are_what_the_readme_says():
-    assert F2CConfig.read(GOOD) == F2CConfig(0.1, 0.99, True, 2 / 3, None, "ramp", "float32", False, False)
+    assert F2CConfig.read(GOOD) == F2CConfig(0.1, 0.99, True, 2 / 3, None, "ramp", "float32", False, False, "probe")
 
 
 @pytest.mark.parametrize("change, message", [
@@ -24,6 +24,7 @@ def test_defaults_are_what_the_readme_says():
     (dict(f2c_hard_negatives=0), "f2c_hard_negatives=0: must be a whole number above 0, or None"),
     (dict(f2c_recipe="fast"), "f2c_recipe='fast': must be one of 'ramp', 'paper'"),
     (dict(f2c_pool_dtype="half"), "f2c_pool_dtype='half': must be one of 'float32', 'bfloat16', 'float16'"),
+    (dict(f2c_export="both"), "f2c_export='both': must be one of 'probe', 'gallery', 'best'"),
     (dict(f2c_shard_pool=2), "f2c_shard_pool=2: must be True or False"),
     (dict(batch_size=127), "batch_size=127: .* make it even, 126 or 128"),
     (dict(batch_size=1), "batch_size=1: .* make it even, 2$"),

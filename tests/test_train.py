@@ -15,7 +15,7 @@ from f2c_plugin.backbones import get_model
 from f2c_plugin.config import load_config
 from f2c_plugin.data import DualSampler, RecordWriter
 from f2c_plugin.data.dataset import normalize_faces
-from f2c_plugin.tools.export import ExportError
+from f2c_plugin.tools.export import ExportError, load_net
 from f2c_plugin.tools.report import report
 from f2c_plugin.tools.synth import write_dataset
 from f2c_plugin.tools.verification import VerificationSet
@@ -74,7 +74,7 @@ def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, pack, 
     steps = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(2, 21, 2))
     for name in ("learning_rate", "images_per_second", "f2c/pool_fill", "f2c/found", "f2c/evictions",
-                 "f2c/positive_cosine", "f2c/not_finite", "f2c/scale"):
+                 "f2c/positive_cosine", "f2c/not_finite", "f2c/age", "f2c/scale"):
         assert all(np.isfinite(entry[name]) for entry in steps), name
     assert steps[-1]["f2c/pool_fill"] == 1.0 and steps[-1]["f2c/scale"] == 16.0 and steps[0]["f2c/scale"] < 9
     assert [entry["step"] for entry in entries if "synth/accuracy" in entry] == [5, 10, 15, 20]
@@ -83,7 +83,7 @@ def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, pack, 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator("out/tensorboard")
     events.Reload()
-    assert {"loss", "f2c/found", "synth/accuracy"} <= set(events.Tags()["scalars"])
+    assert {"loss", "f2c/found", "synth/accuracy", "synth/gallery_accuracy"} <= set(events.Tags()["scalars"])
     assert len(events.Scalars("loss")) == len(steps)
 
     net = get_model("small", 32)
@@ -106,6 +106,21 @@ def test_the_full_fc_baseline_learns_its_training_set(config):
     run(config(head="softmax", num_epoch=12, val_targets=[]))
     losses = [entry["loss"] for entry in history()]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("export", ["probe", "gallery", "best"])
+def test_both_nets_are_verified_and_the_chosen_one_is_shipped(config, export):
+    summary = run(config(num_epoch=1, save_all_states=True, f2c_momentum=0.5, f2c_export=export))
+    last = {name: value for entry in history() for name, value in entry.items()}
+    accuracies = {"probe": last["synth/accuracy"], "gallery": last["synth/gallery_accuracy"]}
+    shipped = summary["exported"]
+    if export == "best":
+        assert accuracies[shipped] == max(accuracies.values())
+    else:
+        assert shipped == export
+    assert summary["verification"]["accuracy"] == pytest.approx(accuracies[shipped])
+    net = load_net("out/checkpoint_gpu_0.pt", shipped).state_dict()
+    assert all(torch.equal(value, net[name]) for name, value in torch.load("out/model.pt").items())
 
 
 def test_f2c_pulls_probes_to_their_slots(config):
@@ -151,7 +166,8 @@ def test_resuming_another_training_is_refused_with_what_has_changed(config):
 def test_a_run_that_replaces_another_does_not_mix_with_it(config):
     for _ in range(2):
         run(config(num_epoch=1, val_targets=[]))
-        assert len(list(Path("out/tensorboard").glob("events*"))) == 1 and len(history()) == 5
+        # One file of the host's scalars, one of the head's.
+        assert len(list(Path("out/tensorboard").glob("events*"))) == 2 and len(history()) == 5
 
 
 def test_a_run_that_diverges_says_so_and_still_leaves_a_report(config, caplog):

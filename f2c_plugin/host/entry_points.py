@@ -12,6 +12,7 @@ from torch import nn
 from f2c_plugin.config import ConfigError, F2CConfig
 from f2c_plugin.data import DualLoader, DualSampler, RecordDataset
 from f2c_plugin.head import F2CHead
+from f2c_plugin.health import Health
 from f2c_plugin.loss import Margin
 from f2c_plugin.pool import DynamicClassPool
 from f2c_plugin.ranks import WHOLE, Shard, this_rank
@@ -39,6 +40,9 @@ def f2c_dcp(cfg, backbone: nn.Module, margin_loss) -> F2CHead:
                  cfg["num_classes"], pool.rows.nbytes / 2**20, settings.recipe)
     head = F2CHead(backbone, pool, recipe, settings.momentum, settings.symmetric, settings.hard_negatives,
                    cfg.get("gradient_acc", 1), bool(cfg.get("fp16")))
+    if rank == 0:
+        folder = Path(cfg["output"]) / "tensorboard" if cfg.get("output") else None
+        head.health = Health(cfg.get("frequent", 10), total_steps, folder)  # beside the host's own log
     return head.to(next(backbone.parameters()).device)
 
 

@@ -1,20 +1,60 @@
-"""ONNX export of a trained backbone."""
+"""Trained nets, out of a model.pt or a checkpoint, and their export as ONNX."""
 
 import logging
+import os
+import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
 from torch import nn
 
-from f2c_plugin.data.dataset import IMAGE_SIZE
+from f2c_plugin.backbones import NETWORKS, get_model
+from f2c_plugin.data.dataset import IMAGE_SIZE, normalize_faces
 
 SAME_EMBEDDING = 0.9999  # cosine between PyTorch's and ONNX Runtime's
 
 
-class ExportError(RuntimeError):
+class ExportError(ValueError):
     """An exported model that does not embed as the original does."""
+
+
+def load_net(path, which: str = "probe") -> nn.Module:
+    """A trained net, in eval mode on the CPU.
+
+    Args:
+        path: a ``model.pt``, or a ``checkpoint_gpu_*.pt`` of the host or of the built-in host.
+        which: "probe" or "gallery"; only checkpoints hold the gallery net.
+    Raises:
+        ExportError: the file holds no such net, or none of those that are known here.
+    """
+    path = Path(path)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise ExportError(f"{path}: no file that holds a net ({str(error).splitlines()[0]})") from error
+    net_keys, head_keys = ("backbone", "state_dict_backbone"), ("head", "state_dict_softmax_fc")
+    if not isinstance(saved, dict):
+        raise ExportError(f"{path}: holds no net")
+    if which == "probe":
+        state = next((saved[key] for key in net_keys if key in saved), saved)
+    else:
+        head = next((saved[key] for key in head_keys if key in saved), {})
+        state = {name.removeprefix("gallery.net."): value for name, value in head.items() if name.startswith("gallery.net.")}
+        if not state:
+            raise ExportError(f"{path}: holds no gallery net; a checkpoint_gpu_0.pt of a training with head='f2c_dcp' and "
+                              "save_all_states=True does")
+    for name in NETWORKS:
+        with torch.device("meta"):
+            net = get_model(name)
+        if net.state_dict().keys() == state.keys():
+            net = get_model(name, len(state["features.weight"]))
+            net.load_state_dict(state)
+            return net.eval()
+    raise ExportError(f"{path}: its weights are of none of the nets {', '.join(NETWORKS)}; nets of arcface_torch only are "
+                      "exported by its own torch2onnx.py")
 
 
 def export_onnx(net: nn.Module, path) -> None:
@@ -51,3 +91,24 @@ def onnx_cosine(net: nn.Module, path, images: torch.Tensor) -> float | None:
         original = net(images).numpy()
     norms = np.linalg.norm(exported, axis=1) * np.linalg.norm(original, axis=1)
     return float(((exported * original).sum(1) / norms).min())
+
+
+def export_checked(net: nn.Module, path) -> float | None:
+    """Export a net and compare it with ONNX Runtime's on random images, before the file gets its name.
+
+    Returns:
+        the smallest cosine, or None without onnxruntime.
+    Raises:
+        ExportError: the exported model does not embed as the net does.
+    """
+    partial = Path(f"{path}.partial")
+    try:
+        export_onnx(net, partial)
+        faces = torch.randint(0, 256, (8, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)
+        cosine = onnx_cosine(net, partial, normalize_faces(faces))
+        if cosine is not None and not cosine >= SAME_EMBEDDING:
+            raise ExportError(f"{path}: would not embed as the trained net does: the cosine is {cosine}, less than {SAME_EMBEDDING}")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return cosine

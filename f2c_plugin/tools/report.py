@@ -42,9 +42,9 @@ def draw_curves(history, path) -> Path:
     plt = pyplot()
     entries = [json.loads(line) for line in Path(history).read_text().splitlines()]
     names = {name for entry in entries for name in entry}
-    accuracies = sorted(name for name in names if name.endswith("/accuracy"))
+    accuracies = sorted(name for name in names if name.endswith("accuracy"))
     panels = [("loss", {"loss": "loss"}, None),
-              ("verification accuracy", {name: name.split("/")[0] for name in accuracies}, None),
+              ("verification accuracy", {name: name.split("/")[0] + (", gallery net" if "gallery" in name else "") for name in accuracies}, None),
               ("cosines to the pool", {"f2c/positive_cosine": "own slot", "f2c/hard_negative_cosine": "hardest negatives"}, None),
               ("pool", {"f2c/pool_fill": "slots taken", "f2c/found": "probes whose identity is in it"}, (0, 1.05))]
     panels = [(title, {name: label for name, label in lines.items() if name in names}, limits)
