@@ -87,6 +87,8 @@ def losses(log):
 def assert_trained(log, host, name, ranks=2):
     values = losses(log)
     assert len(values) >= 10 and all(map(math.isfinite, values))
+    # What tells that it learns in so few steps: for F²C, whether probes near their slots, by the head's own lines.
+    values = [-float(value) for value in re.findall(r"positive cosine (-?\d\.\d+)", log)] or values
     third = len(values) // 3
     assert sum(values[-third:]) < sum(values[:third])
     assert re.search(r"\[synth\]\[\d+\]Accuracy-Flip: 0\.\d+", log)
@@ -97,7 +99,9 @@ def test_f2c_trains_verifies_saves_and_resumes_with_the_pool_as_it_was(patched, 
     # As published: under the ramp the loss grows because its scale does.
     keys = dict(head="f2c_dcp", f2c_pool_rate=1.0, f2c_recipe="paper", f2c_momentum=0.9)
     write_config(patched, "f2c", packs, FEW, **keys)
-    rank_0, rank_1 = assert_trained(run(patched, "f2c"), patched, "f2c")
+    log = run(patched, "f2c")
+    assert len(re.findall(r"F²C step \d+: pool fill \d\.\d+  found", log)) == 20  # of rank 0, every config.frequent steps
+    rank_0, rank_1 = assert_trained(log, patched, "f2c")
     for name, value in rank_0["state_dict_softmax_fc"].items():
         if name.startswith("pool."):
             assert torch.equal(value, rank_1["state_dict_softmax_fc"][name]), name
