@@ -114,19 +114,25 @@ def full_fc(net, identities, arguments):
     return SoftmaxHead(EMBEDDING_SIZE, identities, MARGIN)
 
 
-def partial_fc(net, identities, arguments):
+def host_modules(host):
+    """The host's losses.py and partial_fc_v2.py, patched in a copy to run without a GPU."""
     modules = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "host"
-        shutil.copytree(arguments.host, copy)
+        shutil.copytree(host, copy)
         patching.apply(copy, patching.plan_install(copy))
         for name in "losses", "partial_fc_v2":
             spec = importlib.util.spec_from_file_location(name, copy / f"{name}.py")
             modules.append(importlib.util.module_from_spec(spec))
             spec.loader.exec_module(modules[-1])
-    margin_loss = modules[0].CombinedMarginLoss(MARGIN.scale, 1.0, 0.0, MARGIN.additive)
+    return modules
+
+
+def partial_fc(net, identities, arguments):
+    losses, partial_fc_v2 = host_modules(arguments.host)
+    margin_loss = losses.CombinedMarginLoss(MARGIN.scale, 1.0, 0.0, MARGIN.additive)
     rate = arguments.slots_of(identities) / identities
-    return modules[1].PartialFC_V2(margin_loss, EMBEDDING_SIZE, identities, rate, arguments.fp16)
+    return partial_fc_v2.PartialFC_V2(margin_loss, EMBEDDING_SIZE, identities, rate, arguments.fp16)
 
 
 class Floor(nn.Module):

@@ -7,7 +7,7 @@ import torch
 
 from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool
 
-SHORT_STAY = 5  # steps; identities should stay in the pool at least so long
+SHORT_STAY = 3  # steps; identities should stay in the pool at least so long
 STALE_SHARE, STALE_STEPS = 0.1, 100  # of the run, and steps; features in the pool older than both are stale
 COSINE_FALL = 0.1  # what the positives' cosine may lose against its best before it is worth a word
 

@@ -47,11 +47,14 @@ def softmax(cfg, backbone, margin_loss):
     return _wrap(head)
 
 
+BUILT_IN_HEADS = {"softmax": softmax}
+
+
 def _head_factory(name):
     if name is None:
         raise ConfigError("head is not set, and the built-in host has no Partial FC: set head='f2c_dcp', or 'softmax' "
                           "for the full FC layer")
-    return softmax if name == "softmax" else load_plugin(HEADS, name)
+    return BUILT_IN_HEADS[name] if name in BUILT_IN_HEADS else load_plugin(HEADS, name)
 
 
 def images_once(cfg, local_rank):

@@ -65,6 +65,7 @@ def draw_histogram(dataset: RecordDataset, path) -> None:
     axis.hist(per_identity, np.arange(1, np.percentile(per_identity, 99.5) + 2) - 0.5)
     axis.set(title=f"{len(dataset):,} images of {len(per_identity):,} identities", xlabel="images of an identity",
              ylabel="identities")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -1,0 +1,207 @@
+"""What heads learn from the same images: F²C in its variants, the full FC layer and Partial FC.
+
+    python benchmarks/accuracy.py                                   # about five minutes on two cores
+    python benchmarks/accuracy.py --identities 10000 --steps 1500 --seeds 3 --variants all
+
+Every run is a training by the built-in host on the same synthetic faces, from the same initial
+weights for a seed, with as many images; it is verified on people that are in no training set. Each
+runs in a process of its own, one after the other; runs that are finished in --work are not repeated.
+Prints a Markdown table, means over the seeds with their standard deviations, and writes it as JSON
+with --json FILE and as plots with --plot FILE. Partial FC is the host's own file, from ARCFACE_TORCH or
+the cache that `f2c-plugin fetch-host` fills.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from easydict import EasyDict
+
+from f2c_plugin import train
+from f2c_plugin.cache import cache_folder
+from f2c_plugin.config import HOST_DEFAULTS
+from f2c_plugin.host import patching
+from f2c_plugin.pool import DynamicClassPool
+from f2c_plugin.tools.synth import write_dataset
+
+F2C = dict(head="f2c_dcp")
+VARIANTS = {
+    "full FC": dict(head="softmax"),
+    "Partial FC 0.1": dict(head="partial_fc", sample_rate=0.1),
+    "F²C 100 %": F2C | dict(f2c_pool_rate=1.0),
+    "F²C 10 %": F2C,
+    "F²C 1 %": F2C | dict(f2c_pool_rate=0.01),
+    "F²C 10 %, as published": F2C | dict(f2c_recipe="paper"),
+    "F²C 10 %, not symmetric": F2C | dict(f2c_symmetric=False),
+    "F²C 10 %, identity-based only": F2C | dict(f2c_identity_rate=1.0),
+    "F²C 10 %, instance-based only": F2C | dict(f2c_identity_rate=0.0),
+    "F²C 10 %, one row": F2C | dict(one_row=True),
+    "F²C 10 %, momentum 0.9": F2C | dict(f2c_momentum=0.9),
+    "F²C 10 %, momentum 0.999": F2C | dict(f2c_momentum=0.999),
+}
+FEW = ["full FC", "F²C 10 %", "F²C 1 %"]
+COLUMNS = {"accuracy": "accuracy", "tar_1e-3": "TAR at FAR 1e-3", "tar_1e-4": "TAR at FAR 1e-4", "auc": "AUC",
+           "gallery_accuracy": "accuracy of the gallery net", "images_per_s": "images/s", "peak_mb": "peak MB"}
+
+
+def partial_fc(cfg, backbone, margin_loss):
+    """Head factory of the host's Partial FC."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from head_step import host_modules
+
+    losses, partial_fc_v2 = host_modules(host())
+    margin = losses.CombinedMarginLoss(margin_loss.s, margin_loss.m1, margin_loss.m2, margin_loss.m3)
+    return partial_fc_v2.PartialFC_V2(margin, cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16)
+
+
+def host():
+    """The host's folder, or None."""
+    try:
+        return patching.find_host(os.environ.get("ARCFACE_TORCH")
+                                  or cache_folder() / f"insightface-{patching.HOST_REVISION[:12]}")
+    except patching.HostError:
+        return None
+
+
+def config(arguments, keys, seed, output):
+    steps = arguments.identities * arguments.images // arguments.batch_size  # of an epoch
+    epochs = max(1, round(arguments.steps / steps))
+    keys = dict(rec=str(arguments.data), num_classes=arguments.identities, num_image=arguments.identities * arguments.images,
+                network=arguments.network, embedding_size=arguments.embedding_size, batch_size=arguments.batch_size,
+                num_epoch=epochs, lr=arguments.lr, margin_list=tuple(arguments.margin_list), scale=arguments.scale, seed=seed,
+                val_targets=["synth"], verbose=max(1, steps * epochs // 4), num_workers=1, output=str(output)) | keys
+    return EasyDict(HOST_DEFAULTS | keys)
+
+
+def run(arguments, variant, seed, output):
+    """Train one variant in this process and write what it measured."""
+    keys = dict(VARIANTS[variant])
+    if keys.pop("one_row", False):  # the second view shows what the first does
+        DynamicClassPool.renewed_at = lambda self, slots, placement: torch.zeros_like(slots, dtype=torch.bool)
+    train.BUILT_IN_HEADS["partial_fc"] = partial_fc
+    output.mkdir(parents=True, exist_ok=True)
+    with train.process_group():
+        report = train.train(config(arguments, keys, seed, output))
+    history = [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
+    verified = [entry for entry in history if "synth/accuracy" in entry]
+    with np.load(output / "synth_scores.npz") as saved:
+        scores, same = saved["scores"], saved["same"]
+    final = report["verification"]
+    result = {"accuracy": final["accuracy"], "tar_1e-3": final["tar_at_far_1e-3"], "tar_1e-4": final["tar_at_far_1e-4"],
+              "auc": auc(scores, same),
+              "images_per_s": report["images_seen"] / report["seconds"],
+              "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+              "curve": [(entry["images"], entry["synth/accuracy"]) for entry in verified]}
+    if "synth/gallery_accuracy" in verified[-1]:
+        result["gallery_accuracy"] = verified[-1]["synth/gallery_accuracy"]
+    (output / "result.json").write_text(json.dumps(result))
+
+
+def auc(scores, same):
+    """Probability that a same pair scores above a different one."""
+    ranks = np.empty(len(scores))
+    ranks[np.argsort(scores)] = np.arange(len(scores))
+    positives, negatives = same.sum(), (~same).sum()
+    return float((ranks[same].sum() - positives * (positives - 1) / 2) / (positives * negatives))
+
+
+def table(results):
+    lines = ["| head | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for variant, runs in results.items():
+        cells = []
+        for name in COLUMNS:
+            values = [each[name] for each in runs if name in each]
+            if not values:
+                cells.append("")
+            elif name in ("images_per_s", "peak_mb"):
+                cells.append(f"{np.median(values):,.0f}")
+            else:
+                cells.append(f"{100 * np.mean(values):.2f} %" + (f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""))
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(results, path):
+    """Accuracy against images seen, and against memory."""
+    from f2c_plugin.tools.report import pyplot
+
+    plt = pyplot()
+    figure, (curves, cost) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for variant, runs in results.items():
+        points = np.array([each["curve"] for each in runs]).mean(0)
+        line, = curves.plot(points[:, 0] / 1000, points[:, 1], "o-", label=variant)
+        cost.plot(np.median([each["peak_mb"] for each in runs]), points[-1, 1], "o", color=line.get_color(), label=variant)
+    curves.set(xlabel="thousand images seen", ylabel="accuracy on unseen identities")
+    cost.set(xlabel="peak memory of the training, MB", ylabel="accuracy on unseen identities")
+    for axis in curves, cost:
+        axis.grid(alpha=0.3)
+    curves.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--identities", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=20, help="of an identity")
+    parser.add_argument("--pairs", type=int, default=3000, help="of unseen identities, to verify with")
+    parser.add_argument("--steps", type=int, default=300, help="rounded to whole epochs")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--variants", nargs="+", default=FEW, help=f"of {', '.join(VARIANTS)}; or all")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--network", default="small")
+    parser.add_argument("--embedding-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--scale", type=float, default=32.0)
+    parser.add_argument("--margin-list", type=float, nargs=3, default=(1.0, 0.0, 0.35))
+    parser.add_argument("--data", type=Path, help="a pack with synth.bin; drawn if missing")
+    parser.add_argument("--work", type=Path, default=Path("work_dirs/accuracy"))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    parser.add_argument("--child", nargs=3, metavar=("VARIANT", "SEED", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.data = arguments.data or Path("data") / f"accuracy_{arguments.identities}"
+    if arguments.child:
+        variant, seed, folder = arguments.child
+        return run(arguments, variant, int(seed), Path(folder))
+    variants = list(VARIANTS) if arguments.variants == ["all"] else arguments.variants
+    for variant in variants:
+        if variant not in VARIANTS:
+            parser.error(f"--variants {variant}: must be of {', '.join(VARIANTS)}")
+    if host() is None and "Partial FC 0.1" in variants:
+        print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
+        variants.remove("Partial FC 0.1")
+    if not (arguments.data / "train.rec").is_file():
+        write_dataset(arguments.data, arguments.identities, arguments.images, arguments.pairs)
+
+    # The setting is in the folder's name, so that no run of another is taken for one of these.
+    setting = {name: str(getattr(arguments, name)) for name in ("identities", "images", "steps", "batch_size", "network",
+                                                               "embedding_size", "lr", "scale", "margin_list")}
+    results = {variant: [] for variant in variants}
+    for seed in range(arguments.seeds):
+        for variant in variants:
+            name = "_".join([*setting.values(), variant, str(seed)]).translate(str.maketrans(" (),/%", "------"))
+            folder = arguments.work / name
+            if not (folder / "result.json").is_file():
+                command = [sys.executable, __file__, *sys.argv[1:], "--child", variant, str(seed), str(folder)]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{variant}, seed {seed}, failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+            results[variant].append(json.loads((folder / "result.json").read_text()))
+            print(f"{variant}, seed {seed}: accuracy {results[variant][-1]['accuracy']:.2%}, TAR at FAR 1e-3 "
+                  f"{results[variant][-1]['tar_1e-3']:.2%}", file=sys.stderr)
+    print(table(results))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(setting | {"seeds": arguments.seeds, "results": results}, indent=1) + "\n")
+    if arguments.plot:
+        plot(results, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
