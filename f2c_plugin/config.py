@@ -105,12 +105,14 @@ class F2CConfig:
 
 
 def _unknown_keys(cfg):
-    known = [PREFIX + field.name for field in fields(F2CConfig)]
+    known = [field.name for field in fields(F2CConfig)]
     problems = []
     for key in cfg:
-        if key.startswith(PREFIX) and key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            problems.append(f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"))
+        name = key.removeprefix(PREFIX)
+        if name != key and name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            problems.append(f"{key}: unknown key; " + (f"did you mean {PREFIX}{close[0]}?" if close else
+                                                       f"there are {', '.join(PREFIX + name for name in known)}"))
     return problems
 
 
