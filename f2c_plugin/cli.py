@@ -76,10 +76,16 @@ def plan(arguments):
 
 
 def report(arguments):
-    """Print the summary of a training run and draw its pictures."""
-    from f2c_plugin.tools.report import report
+    """Draw the pictures of training runs and write a page that compares them."""
+    from f2c_plugin.tools.report import Run, report
 
-    report(arguments.folder)
+    page = report(arguments.folders, arguments.out)
+    for folder in arguments.folders:
+        run = Run.read(folder)
+        print(run.name)
+        for what, fact in run.facts.items():
+            print(f"  {what:<34} {fact}")
+    print(page)
 
 
 def index(arguments):
@@ -173,7 +179,8 @@ def _parser():
     add("--plot", metavar="PNG", help="draw memory against the number of identities")
 
     add = command(report)
-    add("folder", help="a run's output folder")
+    add("folders", nargs="+", metavar="folder", help="output folder of a run, by arcface_torch or by f2c_plugin.train")
+    add("--out", metavar="DIR", help="where report.html and the PNGs go; default: the first folder")
 
     add = command(synth)
     add("folder", help="where train.rec, train.idx, property, synth.bin and contact_sheet.png go")

@@ -54,8 +54,8 @@ class Health:
                      told["age"], told["evictions"], told["positive_cosine"], told["hard_negative_cosine"],
                      told["not_finite"], told["scale"])
         self._judge(told, pool)
-        if self._folder and self._writer is None:
-            self._writer = tensorboard_writer(self._folder)
+        if self._folder:
+            self._writer, self._folder = tensorboard_writer(self._folder), None
         if self._writer:
             for name, value in self.scalars.items():
                 if value == value:  # TensorBoard draws no NaN

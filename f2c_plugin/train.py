@@ -102,6 +102,8 @@ def train(cfg) -> dict:
     nets = {"": net}  # what is verified, by what precedes its name in the log
     if hasattr(head, "gallery"):
         nets["gallery_"] = head.gallery
+    for key, value in cfg.items():
+        logging.info(": %-24s %s", key, value)  # as the host does, for who reads its log
     log = _Log(cfg, total_steps, step) if rank == 0 else None
     begin = time.perf_counter() - seconds
     for epoch in range(start_epoch, cfg.num_epoch):

@@ -54,7 +54,7 @@ def test_patches_hold_no_more_context_than_git_needs_and_the_first_needs_no_plug
 
 
 def test_a_report_of_no_run_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="no report.json"):
+    with pytest.raises(SystemExit, match="no training.log"):
         cli(["report", str(tmp_path)])
 
 

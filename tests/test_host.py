@@ -19,6 +19,7 @@ from f2c_plugin.backbones import get_model
 from f2c_plugin.cache import cache_folder
 from f2c_plugin.cli import main as cli
 from f2c_plugin.host import patching
+from f2c_plugin.tools.report import Run
 from f2c_plugin.tools.synth import write_dataset
 
 pytestmark = pytest.mark.host
@@ -102,6 +103,10 @@ def test_f2c_trains_verifies_saves_and_resumes_with_the_pool_as_it_was(patched, 
     log = run(patched, "f2c")
     assert len(re.findall(r"F²C step \d+: pool fill \d\.\d+  found", log)) == 20  # of rank 0, every config.frequent steps
     rank_0, rank_1 = assert_trained(log, patched, "f2c")
+    of_host = Run.read(patched / "work_dirs" / "f2c")
+    assert len(of_host.series("loss")) >= 10 and len(of_host.series("f2c/positive_cosine")) == 20
+    assert of_host.series("synth/accuracy") and of_host.config["f2c_recipe"] == "paper"
+    assert of_host.history[-1]["images"] == 40 * 8 * 2
     for name, value in rank_0["state_dict_softmax_fc"].items():
         if name.startswith("pool."):
             assert torch.equal(value, rank_1["state_dict_softmax_fc"][name]), name

@@ -40,10 +40,7 @@ class VerificationResult:
 
     def tar_at_far(self, far: float) -> float:
         """Share of same pairs accepted by the lowest threshold that accepts at most ``far`` of the different."""
-        different = np.sort(self.scores[~self.same])[::-1]
-        allowed = int(far * len(different))
-        threshold = different[allowed] if allowed < len(different) else -np.inf
-        return float((self.scores[self.same] > threshold).mean())
+        return tar_at_far(self.scores, self.same, far)
 
     def summary(self) -> dict[str, float]:
         return {"accuracy": self.accuracy, "accuracy_std": self.accuracy_std,
@@ -98,6 +95,14 @@ class VerificationSet:
         accuracy = fold_accuracies(scores, self.same)
         return VerificationResult(float(accuracy.mean()), float(accuracy.std()), scores, self.same,
                                   float(embeddings.norm(dim=2).mean()))
+
+
+def tar_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float:
+    """As ``VerificationResult.tar_at_far``, of cosines (n,) and answers, bool (n,)."""
+    different = np.sort(scores[~same])[::-1]
+    allowed = int(far * len(different))
+    threshold = different[allowed] if allowed < len(different) else -np.inf
+    return float((scores[same] > threshold).mean())
 
 
 def fold_accuracies(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
