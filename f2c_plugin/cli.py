@@ -54,8 +54,10 @@ def doctor(arguments):
 
 def export(arguments):
     """Write a trained net as ONNX, as the insightface package loads it."""
-    from f2c_plugin.tools.export import export_checked, load_net
+    from f2c_plugin.tools.export import ExportError, export_checked, load_net
 
+    if Path(arguments.model).resolve() == Path(arguments.out).resolve():
+        raise ExportError(f"{arguments.out} is the trained model itself, and is not overwritten: name another file")
     net = load_net(arguments.model, arguments.net)
     cosine = export_checked(net, arguments.out)
     print(f"{arguments.out}: the {arguments.net} net, embeddings of {len(net.features.weight)}"

@@ -101,6 +101,9 @@ class F2CConfig:
             bad["slots"] = (f"{PREFIX}pool_rate={self.pool_rate} gives {self.num_slots(classes)} slots for "
                             f"num_classes={classes}, but a gathered batch holds up to {gathered} identities: "
                             f"raise it to at least {needed:g}")
+        if self.shard_pool is True and "pool_rate" not in bad and self.num_slots(classes) < world_size:
+            bad["shard_pool"] = (f"{PREFIX}shard_pool=True: {self.num_slots(classes)} slots cannot be shared out over {world_size} "
+                                 "ranks: set it to False")
         return list(bad.values())
 
 

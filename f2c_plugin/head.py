@@ -88,6 +88,8 @@ class F2CHead(nn.Module):
         if not backbone.training:
             return None
         images, *rest = args
+        if len(images) < 2:
+            raise ValueError(f"a batch of {len(images)} images: F²C needs an even batch, gallery and probe")
         if self.steps > self._followed and self.steps % self.gradient_acc == 0:
             self.gallery.follow(self._probe_net[0], self.momentum)
             self._followed = self.steps
@@ -132,18 +134,19 @@ class F2CHead(nn.Module):
         placements = [self.pool.place(gallery_labels.flatten()) for gallery_labels, *_ in half_steps]
         own = self.pool.lookup(self.pool.shard.gather(labels).flatten())
         apart = torch.cat([own, *(placement.slot for placement in placements)])  # (A,)
-        compared, write = [], None
+        compared, write, not_finite = [], None, 0
         for placement, (_, gallery, probe_labels, probes) in zip(placements, half_steps):
             if write:
                 self.pool.undo(write)
             write = self.pool.write(placement, gallery.flatten(0, 1))
+            not_finite = not_finite + write.num_skipped
             compared.append(HalfStep(probes, self.pool.lookup(probe_labels), self.pool.rows_at(apart),
                                      self.pool.renewed_at(apart, placement)))
         result = pool_loss(compared, apart, self.pool, margin, self.num_hard_negatives, self.autocast)
 
         self.steps += 1
         self.statistics = StepStatistics(*result[1:], evictions=(write.placement.evicted != NOT_IN_POOL).sum().float(),
-                                         not_finite=write.num_skipped.float(), scale=margin.scale)
+                                         not_finite=not_finite.float(), scale=margin.scale)
         if self.health:
             self.health.see(self.steps, self.statistics, self.pool, len(write.placement.slot))
         return result.loss * self.recipe.loss_weight(2 * len(half_steps))

@@ -150,7 +150,9 @@ def pool_loss(half_steps: list[HalfStep], apart: Tensor, pool: DynamicClassPool,
                               min(num_hard_negatives, pool.num_slots), margin.filter_threshold, dtype,
                               pool.shard, pool.first_slot)
         hardest = torch.einsum("bd,bhd->bh", probes.flatten(0, 1), _rows_for_each(common.hardest, pool))
-        hardest = torch.where(common.hardest_cosine < -2, -torch.inf, margin.filtered(hardest))
+        hardest = torch.where(common.hardest_cosine < -2, -torch.inf, hardest)
+        if margin.filter_threshold > 0:  # which ones it takes was decided in the pass: in half precision it may differ
+            hardest = torch.where(common.hardest_cosine == 0, 0.0, hardest)
 
         views = torch.stack([rows[:, 0], torch.where(renewed[:, :, None], rows[:, 1], rows[:, 0])], 1)  # (H, 2, A, D)
         cosine = _product(probes[:, None], views.mT, dtype)  # (H, 1, P, D) @ (H, 2, D, A) -> (H, 2, P, A)

@@ -147,8 +147,8 @@ class DynamicClassPool(nn.Module):
     def write(self, placement: Placement, features: Tensor) -> PoolWrite:
         """Write gallery features to where ``place`` has put them; the pool must not have changed since.
 
-        A feature that is not finite is not written, for it would spoil every softmax over the pool:
-        the row keeps what the identity had there, or becomes 0 for one that was not in the pool.
+        A feature that is not finite is not written, for it would spoil every softmax over the pool: in
+        its place stands the identity's feature from the other row, or 0 if it was not in the pool.
 
         Args:
             features: (B, D) in the order of the placement; normalised here.
@@ -176,9 +176,10 @@ class DynamicClassPool(nn.Module):
         self.clock += batch
 
         unit = normalize(features)
-        finite = unit.isfinite().all(1)
+        finite = unit.isfinite().all(1) & features.norm(dim=1).isfinite()
         stands = placement.source[entry]
-        instead = torch.where(placement.known[entry, None], before["rows"], 0)
+        # Not what the row held: that may be of an identity that was evicted since.
+        instead = torch.where(placement.known[entry, None], self.rows[1 - row[entry], place], 0)
         written = torch.where(finite[stands, None], unit[stands].to(self.rows.dtype), instead)
         self.rows[row[entry], place] = torch.where(own.any(), written, before["rows"])
         return PoolWrite(placement, (~finite).sum(), before)
@@ -241,6 +242,7 @@ class DynamicClassPool(nn.Module):
         taken = self.slot_identity != NOT_IN_POOL
         identities, recency = self.slot_identity[taken], self.last_used[taken]
         self._raise_unless({
+            "the clock has not gone back": self.clock >= 0,
             "identities of slots are numbers from 0 to num_identities": ((identities >= 0)
                                                                          & (identities < self.num_identities)).all(),
             "no identity has two slots": identities.unique().numel() == identities.numel(),
@@ -288,8 +290,15 @@ class DynamicClassPool(nn.Module):
         return whole
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
+        error_messages = rest[-1]
         rows = state_dict.get(prefix + "rows")
-        if rows is not None and rows.dim() == 3 and rows.size(1) == self.num_slots:
+        if rows is not None and (rows.dim() != 3 or rows.size(1) != self.num_slots):
+            error_messages.append(f"{prefix}rows: size mismatch, {tuple(rows.shape)} for a pool of {self.num_slots} slots")
+            return  # and leave the pool as it is
+        if rows is not None:
+            if not rows.isfinite().all():  # all of them, so that all ranks refuse what one has to
+                error_messages.append(f"{prefix}rows: the pool is damaged; it does not hold that rows are finite")
+                return
             state_dict = state_dict | {prefix + "rows": rows[:, self.first_slot:self.end_slot]}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import pickle
 import random
 import sys
 import time
@@ -214,7 +215,15 @@ class _Checkpoint:
         if not self.path.is_file():
             raise ConfigError(f"resume=True, but there is no {self.path}: train with save_all_states=True on as many "
                               "ranks first, or set resume=False")
-        saved = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(self.path, map_location="cpu", weights_only=True)
+            lacking = {"settings", "epoch", "global_step", "seconds", *self.parts} - saved.keys()
+        except (RuntimeError, EOFError, OSError, AttributeError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"resume=True, but {self.path} is damaged or no checkpoint ({str(error).splitlines()[:1]}): take "
+                              "another rank's, or set resume=False") from error
+        if lacking:
+            raise ConfigError(f"resume=True, but {self.path} is no checkpoint of f2c_plugin.train: it lacks "
+                              f"{', '.join(sorted(lacking))}; set resume=False")
         changed = [f"{key} was {saved['settings'].get(key)} and is now {value}"
                    for key, value in self.settings.items() if saved["settings"].get(key) != value]
         if changed:

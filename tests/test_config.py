@@ -48,6 +48,11 @@ def test_a_pool_smaller_than_a_gathered_batch_is_refused_with_the_rate_that_woul
     assert F2CConfig.read(bad | dict(f2c_pool_rate=enough), 8).num_slots(93_431) == 512
 
 
+def test_a_pool_with_fewer_slots_than_ranks_is_not_sharded():
+    with pytest.raises(ConfigError, match="f2c_shard_pool=True: 4 slots cannot be shared out over 8 ranks"):
+        F2CConfig.read(dict(batch_size=4, num_classes=4, f2c_pool_rate=1.0, f2c_shard_pool=True), world_size=8)
+
+
 def test_all_that_is_wrong_is_said_at_once():
     with pytest.raises(ConfigError) as error:
         F2CConfig.read(GOOD | dict(f2c_zebra=1, f2c_momentum=2, f2c_pool_rate=1e-5, batch_size=3))

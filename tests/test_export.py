@@ -54,6 +54,13 @@ def test_what_holds_no_net_is_refused_and_nothing_is_written(files):
     torch.save({"weight": torch.zeros(3)}, folder / "other.pt")
     with pytest.raises(SystemExit, match="of none of the nets r18"):
         cli(["export", str(folder / "other.pt"), str(folder / "model.onnx")])
+    with pytest.raises(SystemExit, match="is the trained model itself"):
+        cli(["export", str(folder / "model.pt"), str(folder / "." / "model.pt")])
+    for content in {"backbone": [1, 2]}, {"head": torch.zeros(3)}, {"backbone": {"features.weight": 5}}:
+        torch.save(content, folder / "other.pt")
+        for which in "probe", "gallery":
+            with pytest.raises(ExportError, match="other.pt"):
+                load_net(folder / "other.pt", which)
     with pytest.raises(SystemExit, match="missing.pt"):
         cli(["export", str(folder / "missing.pt"), str(folder / "model.onnx")])
     assert not list(folder.glob("*.onnx*"))

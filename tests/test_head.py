@@ -116,6 +116,8 @@ def test_bad_batches_are_refused_with_what_was_found():
     net = make_net()
     head = make_head(net)
     images, labels = next(batches())
+    with pytest.raises(ValueError, match="a batch of 1 images"):
+        net(images[:1])
     with pytest.raises(ValueError, match="11 images and 11 labels"):
         head(net(images[:11]), labels[:11])
     with pytest.raises(ValueError, match="6 embeddings for 12 images with symmetric=True"):

@@ -117,6 +117,16 @@ def test_the_gradient_in_mixed_precision_points_where_that_in_full_precision_doe
     torch.testing.assert_close(gradients[1].norm(), gradients[0].norm(), rtol=0.05, atol=0)
 
 
+def test_in_mixed_precision_a_slot_at_the_filters_threshold_takes_no_other_slots_place():
+    cosine = 0.3015  # above the threshold of 0.301 in float32, below in bfloat16
+    rows = torch.tensor([[cosine, (1 - cosine**2) ** 0.5], [0.25, 0.9375**0.5], [-1.0, 0]]).expand(2, 3, 2)
+    margin = Margin(16.0, additive=0.4, filter_threshold=0.301)
+    for autocast in False, True:
+        embeddings = torch.tensor([[1.0, 0]], requires_grad=True)
+        loss = loss_of(embeddings, torch.tensor([-1]), rows, torch.tensor([], dtype=torch.int64), margin, 1, autocast).loss
+        assert loss.item() == pytest.approx(2 * (cosine if autocast else 0.25), abs=0.01)
+
+
 def test_what_is_watched_describes_the_batch():
     rows = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
     embeddings = torch.tensor([[3.0, 4, 0, 0], [0, 0, 5, 0]], dtype=torch.float64)

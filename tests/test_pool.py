@@ -121,12 +121,40 @@ def test_features_that_are_not_finite_are_not_written():
     pool = DynamicClassPool(4, 10, 5)
     features = features_for(range(2), 0)
     write_into(pool, [3, 5], features)
-    kept = pool.rows.clone()
+    features = features.clone()
     features[0, 2] = float("nan")
     placed, write = write_into(pool, [3, 7], torch.stack([features[0], torch.full((5,), float("inf"))]))
     assert write.num_skipped == 2
-    assert torch.equal(pool.rows[:, pool.lookup(torch.tensor(3))], kept[:, pool.lookup(torch.tensor(3))])
+    first, second = pool.rows[:, pool.lookup(torch.tensor(3))]
+    assert torch.equal(second, first) and placed.renewed[0]
     assert not pool.rows[0, placed.slot[1]].any()
+
+
+def test_a_feature_that_is_not_finite_leaves_no_evicted_identitys_feature_to_its_own():
+    pool = DynamicClassPool(1, 10, 4)
+    for identity, feature in (7, [1.0, 0, 0, 0]), (7, [0, 1.0, 0, 0]), (3, [0, 0, 1.0, 0]), (3, [float("nan")] * 4):
+        placed, _ = write_into(pool, [identity], torch.tensor([feature]))
+    assert placed.renewed.all() and torch.equal(pool.rows[1, 0], torch.tensor([0, 0, 1.0, 0]))
+    _, write = write_into(pool, [3], torch.full((1, 4), 1e30))  # finite, but without a finite norm
+    assert write.num_skipped == 1
+    pool.validate()
+
+
+def test_a_pool_of_another_size_is_refused_and_leaves_this_one_as_it_was():
+    pool, other = DynamicClassPool(4, 10, 5), DynamicClassPool(5, 10, 5)
+    write_into(pool, [4, 2], features_for(range(2), 0))
+    with pytest.raises(RuntimeError, match="size mismatch, .* for a pool of 4 slots"):
+        pool.load_state_dict(other.state_dict())
+    pool.validate()
+    assert pool.clock == 2
+
+
+def test_every_shard_refuses_rows_of_which_any_is_damaged():
+    state = DynamicClassPool(4, 10, 5).state_dict()
+    state["rows"][0, 0] = float("nan")
+    for rank in 0, 1:
+        with pytest.raises(RuntimeError, match="rows are finite"):
+            DynamicClassPool(4, 10, 5, shard=Shard(rank, 2)).load_state_dict(state)
 
 
 def test_slots_not_yet_taken_hold_random_unit_vectors_equal_for_equal_seeds():
@@ -197,6 +225,7 @@ DAMAGE = {
     "two slots of one identity": ("no identity has two slots", lambda pool: pool.slot_identity.__setitem__(1, 4)),
     "an identity that is none": ("numbers from 0", lambda pool: pool.slot_identity.__setitem__(0, 10)),
     "two slots used at one time": ("a time of its own", lambda pool: pool.last_used.__setitem__(0, pool.last_used[1])),
+    "a clock before the beginning": ("the clock", lambda pool: pool.clock.fill_(-1)),
     "a slot used in the future": ("before the clock", lambda pool: pool.last_used.__setitem__(0, 99)),
     "free slots out of order": ("in the order of their numbers", lambda pool: pool.last_used.__setitem__(3, -9)),
     "a third row": ("due rows", lambda pool: pool.due_row.__setitem__(0, 2)),
@@ -213,7 +242,7 @@ def test_a_pool_that_is_damaged_is_recognised_also_when_it_is_loaded(message, da
     damage(pool)
     with pytest.raises(ValueError, match=message):
         pool.validate()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
         DynamicClassPool(4, 10, 5).load_state_dict(pool.state_dict())
 
 

@@ -164,6 +164,14 @@ def test_resuming_another_training_is_refused_with_what_has_changed(config):
     assert "batch_size was 12 and is now 10" in message and "f2c_pool_rate was 1.0 and is now 0.9" in message
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:1000]), lambda path: path.write_bytes(b""),
+                                    lambda path: torch.save({"epoch": 1}, path)], ids=["cut short", "empty", "foreign"])
+def test_resuming_from_a_damaged_checkpoint_is_refused_with_the_file(config, damage):
+    run(config(val_targets=[], num_epoch=1, save_all_states=True))
+    damage(Path("out/checkpoint_gpu_0.pt"))
+    assert "out/checkpoint_gpu_0.pt is" in refusal(config(resume=True))
+
+
 def test_a_run_that_replaces_another_does_not_mix_with_it(config):
     for _ in range(2):
         run(config(num_epoch=1, val_targets=[]))

@@ -36,7 +36,7 @@ def load_net(path, which: str = "probe") -> nn.Module:
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ExportError(f"{path}: no file that holds a net ({str(error).splitlines()[0]})") from error
     net_keys, head_keys = ("backbone", "state_dict_backbone"), ("head", "state_dict_softmax_fc")
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key, {}), dict) for key in net_keys + head_keys):
         raise ExportError(f"{path}: holds no net")
     if which == "probe":
         state = next((saved[key] for key in net_keys if key in saved), saved)
@@ -50,8 +50,11 @@ def load_net(path, which: str = "probe") -> nn.Module:
         with torch.device("meta"):
             net = get_model(name)
         if net.state_dict().keys() == state.keys():
-            net = get_model(name, len(state["features.weight"]))
-            net.load_state_dict(state)
+            try:
+                net = get_model(name, len(state["features.weight"]))
+                net.load_state_dict(state)
+            except (RuntimeError, TypeError) as error:
+                raise ExportError(f"{path}: its {name} cannot be used: {error}") from error
             return net.eval()
     raise ExportError(f"{path}: its weights are of none of the nets {', '.join(NETWORKS)}; nets of arcface_torch only are "
                       "exported by its own torch2onnx.py")

@@ -120,7 +120,7 @@ def draw(plan: Plan, path) -> None:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     plans = [replace(plan, identities=int(plan.identities * 10**exponent)) for exponent in np.linspace(-1, 1, 21)
-             if plan.slots * 10**exponent >= plan.batch_size // 2 * plan.gpus]
+             if plan.slots * 10**exponent >= min(plan.batch_size // 2 * plan.gpus, plan.identities * 10**exponent)]
     for label, size in ((f"F²C, pool rate {plan.pool_rate:g}, gallery net {plan.network}", lambda p: p.f2c() + p.gallery_net()),
                         (f"Partial FC, sample rate {plan.pool_rate:g}", lambda p: p.partial_fc(p.pool_rate)),
                         ("full FC", lambda p: p.partial_fc(1.0))):
