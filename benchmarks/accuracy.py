@@ -45,7 +45,7 @@ VARIANTS = {
     "F²C 10 %, momentum 0.9": F2C | dict(f2c_momentum=0.9),
     "F²C 10 %, momentum 0.999": F2C | dict(f2c_momentum=0.999),
 }
-FEW = ["full FC", "F²C 10 %", "F²C 1 %"]
+FEW = ["full FC", "F²C 100 %", "F²C 10 %"]
 COLUMNS = {"accuracy": "accuracy", "tar_1e-3": "TAR at FAR 1e-3", "tar_1e-4": "TAR at FAR 1e-4", "auc": "AUC",
            "gallery_accuracy": "accuracy of the gallery net", "images_per_s": "images/s", "peak_mb": "peak MB"}
 
