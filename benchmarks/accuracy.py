@@ -13,7 +13,6 @@ the cache that `f2c-plugin fetch-host` fills.
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -22,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from easydict import EasyDict
+from head_step import host_modules
 
 from f2c_plugin import train
-from f2c_plugin.cache import cache_folder
 from f2c_plugin.config import HOST_DEFAULTS
 from f2c_plugin.host import patching
 from f2c_plugin.pool import DynamicClassPool
@@ -52,21 +51,9 @@ COLUMNS = {"accuracy": "accuracy", "tar_1e-3": "TAR at FAR 1e-3", "tar_1e-4": "T
 
 def partial_fc(cfg, backbone, margin_loss):
     """Head factory of the host's Partial FC."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from head_step import host_modules
-
-    losses, partial_fc_v2 = host_modules(host())
+    losses, partial_fc_v2 = host_modules(patching.known_host())
     margin = losses.CombinedMarginLoss(margin_loss.s, margin_loss.m1, margin_loss.m2, margin_loss.m3)
     return partial_fc_v2.PartialFC_V2(margin, cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16)
-
-
-def host():
-    """The host's folder, or None."""
-    try:
-        return patching.find_host(os.environ.get("ARCFACE_TORCH")
-                                  or cache_folder() / f"insightface-{patching.HOST_REVISION[:12]}")
-    except patching.HostError:
-        return None
 
 
 def config(arguments, keys, seed, output):
@@ -174,9 +161,12 @@ def main():
     for variant in variants:
         if variant not in VARIANTS:
             parser.error(f"--variants {variant}: must be of {', '.join(VARIANTS)}")
-    if host() is None and "Partial FC 0.1" in variants:
-        print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
-        variants.remove("Partial FC 0.1")
+    if "Partial FC 0.1" in variants:
+        try:
+            patching.known_host()
+        except patching.HostError:
+            print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
+            variants.remove("Partial FC 0.1")
     if not (arguments.data / "train.rec").is_file():
         write_dataset(arguments.data, arguments.identities, arguments.images, arguments.pairs)
 

@@ -27,7 +27,6 @@ import importlib.util
 import json
 import math
 import multiprocessing
-import os
 import platform
 import shutil
 import sys
@@ -41,7 +40,7 @@ from torch import distributed, nn
 from torch.nn.functional import normalize
 
 from f2c_plugin.backbones import NETWORKS, get_model
-from f2c_plugin.cache import cache_folder
+from f2c_plugin.config import POOL_DTYPES, F2CConfig
 from f2c_plugin.gallery import GalleryNet
 from f2c_plugin.head import F2CHead
 from f2c_plugin.host import patching
@@ -88,7 +87,7 @@ class PlainF2C(nn.Module):
             loss = self._half_step(inputs, self.pool.lookup(halves[2][probe]), placement)
             gradients.append(torch.autograd.grad(loss, inputs)[0])  # before the pool changes
             losses.append(loss.detach())
-        return sum(losses) + (embeddings * torch.cat(gradients)).sum() * 1.0
+        return sum(losses) + (embeddings * torch.cat(gradients)).sum()
 
     def _half_step(self, inputs, slots, placement):
         rows = self.pool.rows
@@ -304,9 +303,8 @@ def measure(arguments, cases):
         return measured
 
 
-def fits(name, identities, free_mb):
-    needed = COPIES.get(name, 0) * identities * EMBEDDING_SIZE * 4 / 2**20
-    return needed < free_mb
+def needed_mb(name, identities):
+    return COPIES.get(name, 0) * identities * EMBEDDING_SIZE * 4 / 2**20
 
 
 def free_mb(device):
@@ -387,7 +385,7 @@ def plot(results, path):
 
 class Arguments(argparse.Namespace):
     def slots_of(self, identities):
-        return min(self.slots, identities) if self.slots else int(self.pool_rate * identities + 1e-6)
+        return min(self.slots, identities) if self.slots else F2CConfig(pool_rate=self.pool_rate).num_slots(identities)
 
 
 def main():
@@ -399,7 +397,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=128, help="of a rank")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--shard-pool", action="store_true")
-    parser.add_argument("--pool-dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--pool-dtype", default="float32", choices=POOL_DTYPES)
     parser.add_argument("--fp16", action="store_true", help="mixed precision, as config.fp16")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--network", choices=NETWORKS, help="measure the whole training step of this backbone")
@@ -412,8 +410,7 @@ def main():
     if smallest < arguments.batch_size // 2 * arguments.ranks:
         parser.error("the pool must hold the identities of half a global batch: raise --identities, --pool-rate or --slots")
     try:
-        arguments.host = patching.find_host(os.environ.get("ARCFACE_TORCH")
-                                            or cache_folder() / f"insightface-{patching.HOST_REVISION[:12]}")
+        arguments.host = patching.known_host()
     except patching.HostError:
         print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
         arguments.heads = [name for name in arguments.heads if name != "partial_fc"]
@@ -424,9 +421,9 @@ def main():
             if name not in arguments.heads or name in (WITHOUT_BACKBONE if arguments.network else WITH_BACKBONE) \
                     or (name == "plain_f2c" and arguments.ranks > 1):
                 continue
-            if fits(name, identities, available):
+            if (needed := needed_mb(name, identities)) < available:
                 cases.append((name, identities))
-                available -= COPIES.get(name, 0) * identities * EMBEDDING_SIZE * 4 / 2**20
+                available -= needed
             else:
                 print(f"without {name} at {identities:,} identities: it would not fit into memory", file=sys.stderr)
     measured = measure(arguments, cases)

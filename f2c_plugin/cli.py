@@ -79,15 +79,9 @@ def plan(arguments):
 
 def report(arguments):
     """Draw the pictures of training runs and write a page that compares them."""
-    from f2c_plugin.tools.report import Run, report
+    from f2c_plugin.tools.report import report
 
-    page = report(arguments.folders, arguments.out)
-    for folder in arguments.folders:
-        run = Run.read(folder)
-        print(run.name)
-        for what, fact in run.facts.items():
-            print(f"  {what:<34} {fact}")
-    print(page)
+    print(report(arguments.folders, arguments.out))
 
 
 def index(arguments):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from f2c_plugin.gallery import GalleryNet
 from f2c_plugin.health import Health
 from f2c_plugin.loss import HalfStep, default_hard_negatives, pool_loss
-from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool
+from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool, at_least_float32
 from f2c_plugin.ranks import gather
 from f2c_plugin.recipe import Recipe
 
@@ -93,7 +93,7 @@ class F2CHead(nn.Module):
         if self.steps > self._followed and self.steps % self.gradient_acc == 0:
             self.gallery.follow(self._probe_net[0], self.momentum)
             self._followed = self.steps
-        self._seen = len(images), _at_least_float32(self.gallery(images if self.symmetric else images.chunk(2)[0]))
+        self._seen = len(images), at_least_float32(self.gallery(images if self.symmetric else images.chunk(2)[0]))
         return None if self.symmetric else (images.chunk(2)[1], *rest)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class F2CHead(nn.Module):
         labels = local_labels.reshape(-1).long()
         self._check(num_images, local_embeddings, labels)
         margin = self.recipe.margin_at(self.steps)
-        embeddings = _at_least_float32(local_embeddings)
+        embeddings = at_least_float32(local_embeddings)
 
         label_x, label_y = labels.chunk(2)  # (B/2,)
         all_x, all_y = gather(labels).chunk(2, dim=1)  # (W, B/2)
@@ -169,7 +169,3 @@ class F2CHead(nn.Module):
     def set_extra_state(self, state: Tensor):
         self.steps = int(state)
         self._followed = max(self.steps - 1, 0)  # the step it was saved after is yet to be followed
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,6 +1,7 @@
 """What the head tells of itself while it trains: a line in the log, scalars, and warnings that name the key to turn."""
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -46,9 +47,9 @@ class Health:
         self._seen.append(statistics)
         if step % self.frequent:
             return
-        self.scalars = self._read(pool, writes)
+        told = self._read(pool, writes)
+        self.scalars = {f"f2c/{name}": value for name, value in told.items()}
         self._seen = []
-        told = {name.removeprefix("f2c/"): value for name, value in self.scalars.items()}
         logging.info("F²C step %d: pool fill %.3f  found %.3f  age %.1f steps  evictions %.1f  positive cosine %.3f  "
                      "hard-negative cosine %.3f  not finite %.0f  scale %.1f", step, told["pool_fill"], told["found"],
                      told["age"], told["evictions"], told["positive_cosine"], told["hard_negative_cosine"],
@@ -58,7 +59,7 @@ class Health:
             self._writer, self._folder = tensorboard_writer(self._folder), None
         if self._writer:
             for name, value in self.scalars.items():
-                if value == value:  # TensorBoard draws no NaN
+                if not math.isnan(value):  # TensorBoard draws none
                     self._writer.add_scalar(name, value, step)
             self._writer.flush()  # nobody tells when training ends
 
@@ -71,7 +72,7 @@ class Health:
         age = torch.where(taken, pool.clock - pool.last_used, 0).sum() / taken.sum() / writes
         averages = [column.sum() if name == "not_finite" else column.nanmean() for name, column in zip(names, columns)]
         values = torch.stack([*averages, pool.fill(), age]).tolist()  # waits for the GPU
-        return {f"f2c/{name}": value for name, value in zip([*names, "pool_fill", "age"], values)}
+        return dict(zip([*names, "pool_fill", "age"], values))
 
     def _judge(self, told, pool):
         if told["not_finite"]:
@@ -83,7 +84,7 @@ class Health:
         self._warn("age", told["age"] > max(STALE_SHARE * self.total_steps, STALE_STEPS),
                    f"the features in the pool are {told['age']:.0f} steps old on average, of {self.total_steps} in all, "
                    "and the net has moved on since: lower f2c_pool_rate")
-        if told["positive_cosine"] == told["positive_cosine"]:
+        if not math.isnan(told["positive_cosine"]):
             self._best_cosine = max(self._best_cosine, told["positive_cosine"])
             self._warn("cosine", told["positive_cosine"] < self._best_cosine - COSINE_FALL,
                        f"the positives' cosine has fallen from {self._best_cosine:.2f} to {told['positive_cosine']:.2f}: "

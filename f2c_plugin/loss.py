@@ -137,11 +137,11 @@ def pool_loss(half_steps: list[HalfStep], apart: Tensor, pool: DynamicClassPool,
         autocast: whether matrix products run in the autocast type of the device.
     """
     device = apart.device
-    dtype = torch.get_autocast_dtype(device.type) if autocast else None
     is_apart = torch.zeros(pool.num_slots + 1, dtype=torch.bool, device=device)  # the last stands for NOT_IN_POOL
     is_apart[apart] = True
     counted = (apart != NOT_IN_POOL) & (occurrences(apart)[0] == 0)  # (A,)
     embeddings, slot, rows, renewed = map(torch.stack, zip(*half_steps))  # (H, P, D), (H, P), (H, 2, A, D), (H, A)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else embeddings.dtype
     with torch.enable_grad():
         inputs = embeddings.detach().requires_grad_()
         probes = normalize(inputs, dim=2)
@@ -187,8 +187,6 @@ def _for_both_views(found, cosine):
 
 
 def _product(probes, columns, dtype):
-    if dtype is None:
-        return probes @ columns
     return (probes.to(dtype) @ columns.to(dtype)).to(probes.dtype)
 
 

@@ -208,11 +208,15 @@ class DynamicClassPool(nn.Module):
         are fixed, and writing them all changes nothing but what is own. If none is, all of them
         stand for the first slot, which must keep what it has.
         """
-        own = (slot >= self.first_slot) & (slot < self.end_slot)
+        place, own = self._local(slot)
         first = own.to(torch.uint8).argmax()
         entry = torch.where(own, torch.arange(len(slot), device=slot.device), first)
-        place = (slot[entry] - self.first_slot).clamp(0, self.end_slot - self.first_slot - 1)
-        return place, entry, own
+        return place[entry], entry, own
+
+    def _local(self, slots):
+        """Place in ``rows`` of slots (A,), and whether this rank holds it; what it does not hold has any place."""
+        own = (slots >= self.first_slot) & (slots < self.end_slot)
+        return (slots - self.first_slot).clamp(0, self.end_slot - self.first_slot - 1), own
 
     def rows_at(self, slots: Tensor, count: int = 2) -> Tensor:
         """The first ``count`` rows of slots (A,), (count, A, D), at least float32.
@@ -220,10 +224,9 @@ class DynamicClassPool(nn.Module):
         What stands for NOT_IN_POOL means nothing. If the pool is sharded, all ranks call this
         together and ask for the same slots.
         """
-        place = (slots - self.first_slot).clamp(0, self.end_slot - self.first_slot - 1)
-        rows = self.rows[:count, place].to(torch.promote_types(self.rows.dtype, torch.float32))
+        place, own = self._local(slots)
+        rows = at_least_float32(self.rows[:count, place])
         if self.shard.world_size > 1:
-            own = (slots >= self.first_slot) & (slots < self.end_slot)
             rows = self.shard.sum(torch.where(own[:, None], rows, 0))
         return rows
 
@@ -305,6 +308,11 @@ class DynamicClassPool(nn.Module):
     def fill(self) -> Tensor:
         """Share of the slots that are taken, float ()."""
         return (self.slot_identity != NOT_IN_POOL).float().mean()
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor as it is, or in float32 if it is in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def occurrences(identities: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -35,7 +35,7 @@ from f2c_plugin.health import tensorboard_writer
 from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
 from f2c_plugin.loss import Margin
 from f2c_plugin.softmax import SoftmaxHead
-from f2c_plugin.tools.export import SAME_EMBEDDING, ExportError, export_onnx, onnx_cosine
+from f2c_plugin.tools.export import ExportError, export_onnx, onnx_cosine, require_same_embedding
 from f2c_plugin.tools.verification import VerificationSet, VerificationSetError
 
 MAX_GRADIENT_NORM = 5  # the host's
@@ -318,15 +318,13 @@ def _finish(cfg, nets, results, images_seen, seconds, verification_sets):
     report = {"head": cfg.head, "network": cfg.network, "exported": "gallery" if which else "probe",
               "images_seen": images_seen, "seconds": round(seconds, 1),
               "verification": next(iter(summaries.values()), None), "verification_sets": summaries}
+    cosine = None
     for verification_set in list(verification_sets.values())[:1]:
         cosine = onnx_cosine(exported, folder / "model.onnx", normalize_faces(verification_set.faces(64)))
         report["onnx_cosine"] = cosine if cosine is None or np.isfinite(cosine) else "not a number"
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     logging.info("model.pt, model.onnx and report.json are in %s", folder)
-    cosine = report.get("onnx_cosine")
-    if cosine is not None and not (isinstance(cosine, float) and cosine >= SAME_EMBEDDING):
-        raise ExportError(f"{folder / 'model.onnx'} does not embed as model.pt does: the cosine is {cosine}, "
-                          f"less than {SAME_EMBEDDING}")
+    require_same_embedding(cosine, folder / "model.onnx")
     return report
 
 

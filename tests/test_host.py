@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from f2c_plugin.backbones import get_model
-from f2c_plugin.cache import cache_folder
 from f2c_plugin.cli import main as cli
 from f2c_plugin.host import patching
 from f2c_plugin.tools.report import Run
@@ -31,14 +30,10 @@ FEW, MORE = (8, 40), (40, 8)
 @pytest.fixture(scope="session")
 def checkout():
     """The unpatched host."""
-    folder = os.environ.get("ARCFACE_TORCH")
-    if not folder:
-        cached = cache_folder() / f"insightface-{patching.HOST_REVISION[:12]}"
-        if not cached.is_dir():
-            pytest.skip("NOT RUN IN THE REAL HOST: set ARCFACE_TORCH to an arcface_torch checkout or run "
-                        "`f2c-plugin fetch-host`")
-        folder = cached
-    return patching.find_host(folder)
+    if not os.environ.get("ARCFACE_TORCH") and not patching.clone_folder().is_dir():
+        pytest.skip("NOT RUN IN THE REAL HOST: set ARCFACE_TORCH to an arcface_torch checkout or run "
+                    "`f2c-plugin fetch-host`")
+    return patching.known_host()
 
 
 @pytest.fixture(scope="session")

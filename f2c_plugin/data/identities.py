@@ -101,8 +101,10 @@ def index_identities(records: RecordFile, keys: np.ndarray, offsets: np.ndarray)
     else:
         images = np.arange(1, first)
         position = find(images)
-        ranges = records.labels(offsets[find(np.arange(first, end))], count=2)
-        _raise_for_damage(records, np.arange(first, end), offsets[find(np.arange(first, end))], ranges)
+        people = np.arange(first, end)
+        offsets_of_people = offsets[find(people)]
+        ranges = records.labels(offsets_of_people, count=2)
+        _raise_for_damage(records, people, offsets_of_people, ranges)
         identity = _identities_by_range(ranges, first, records.path)
     return IdentityIndex.of(images, offsets[position], lengths[position], identity)
 

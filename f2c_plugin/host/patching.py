@@ -187,13 +187,27 @@ def _git_apply(folder, patch, *options) -> list[str]:
     return [line for line in lines if not line.endswith("patch does not apply")] or [done.stderr.strip()]
 
 
+def clone_folder() -> Path:
+    """Where ``fetch_host`` clones to."""
+    return cache_folder() / f"insightface-{HOST_REVISION[:12]}"
+
+
+def known_host() -> Path:
+    """The checkout that the environment variable ``ARCFACE_TORCH`` names, or else what ``fetch_host`` has cloned.
+
+    Raises:
+        HostError: there is neither.
+    """
+    return find_host(os.environ.get("ARCFACE_TORCH") or clone_folder())
+
+
 def fetch_host(source: str = HOST_URL) -> Path:
     """Clone the tested revision of the host, arcface_torch alone, into the cache; returns its folder.
 
     Raises:
         HostError: the source cannot be cloned, or does not have the revision.
     """
-    clone = cache_folder() / f"insightface-{HOST_REVISION[:12]}"
+    clone = clone_folder()
     if clone.is_dir():
         return find_host(clone)
     clone.parent.mkdir(parents=True, exist_ok=True)

@@ -96,6 +96,12 @@ def onnx_cosine(net: nn.Module, path, images: torch.Tensor) -> float | None:
     return float(((exported * original).sum(1) / norms).min())
 
 
+def require_same_embedding(cosine: float | None, path) -> None:
+    """Raise ExportError if what ``onnx_cosine`` found of the export at ``path`` is too little."""
+    if cosine is not None and not cosine >= SAME_EMBEDDING:
+        raise ExportError(f"{path} does not embed as model.pt does: the cosine is {cosine}, less than {SAME_EMBEDDING}")
+
+
 def export_checked(net: nn.Module, path) -> float | None:
     """Export a net and compare it with ONNX Runtime's on random images, before the file gets its name.
 
@@ -109,8 +115,7 @@ def export_checked(net: nn.Module, path) -> float | None:
         export_onnx(net, partial)
         faces = torch.randint(0, 256, (8, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)
         cosine = onnx_cosine(net, partial, normalize_faces(faces))
-        if cosine is not None and not cosine >= SAME_EMBEDDING:
-            raise ExportError(f"{path}: would not embed as the trained net does: the cosine is {cosine}, less than {SAME_EMBEDDING}")
+        require_same_embedding(cosine, path)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -119,9 +119,13 @@ def draw(plan: Plan, path) -> None:
 
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    plans = [replace(plan, identities=int(plan.identities * 10**exponent)) for exponent in np.linspace(-1, 1, 21)
-             if plan.slots * 10**exponent >= min(plan.batch_size // 2 * plan.gpus, plan.identities * 10**exponent)]
-    for label, size in ((f"F²C, pool rate {plan.pool_rate:g}, gallery net {plan.network}", lambda p: p.f2c() + p.gallery_net()),
+    plans, gallery_net = [], plan.gallery_net()
+    for identities in plan.identities * np.logspace(-1, 1, 21):
+        try:
+            plans.append(replace(plan, identities=int(identities)))
+        except ConfigError:  # so few that the pool would be smaller than a batch
+            continue
+    for label, size in ((f"F²C, pool rate {plan.pool_rate:g}, gallery net {plan.network}", lambda p: p.f2c() + gallery_net),
                         (f"Partial FC, sample rate {plan.pool_rate:g}", lambda p: p.partial_fc(p.pool_rate)),
                         ("full FC", lambda p: p.partial_fc(1.0))):
         axis.loglog([each.identities for each in plans], [size(each) / 2**30 for each in plans], label=label)

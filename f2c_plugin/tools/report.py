@@ -116,9 +116,9 @@ def _history_of_log(lines, images_per_step):
 
 
 def report(folders, out=None) -> Path:
-    """Draw the pictures of one run or several, and write ``report.html`` that holds them and needs no network.
+    """Print the summary of one run or several, draw their pictures, and write ``report.html`` that holds it all.
 
-    Needs matplotlib.
+    The page needs no network. Needs matplotlib.
 
     Args:
         folders: output folders of trainings.
@@ -127,6 +127,10 @@ def report(folders, out=None) -> Path:
         The page; the PNGs are beside it.
     """
     runs = [Run.read(folder) for folder in folders]
+    for run in runs:
+        print(run.name)
+        for what, fact in run.facts.items():
+            print(f"  {what:<34} {fact}")
     out = Path(out or folders[0])
     out.mkdir(parents=True, exist_ok=True)
     pictures = [draw_curves(runs, out / "curves.png")]
