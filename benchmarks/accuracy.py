@@ -5,7 +5,7 @@
 
 Every run is a training by the built-in host on the same synthetic faces, from the same initial
 weights for a seed, with as many images; it is verified on people that are in no training set. Each
-runs in a process of its own, one after the other; runs that are finished in --work are not repeated.
+runs in a process of its own, --jobs at a time; runs that are finished in --work are not repeated.
 Prints a Markdown table, means over the seeds with their standard deviations, and writes it as JSON
 with --json FILE and as plots with --plot FILE. Partial FC is the host's own file, from ARCFACE_TORCH or
 the cache that `f2c-plugin fetch-host` fills.
@@ -16,7 +16,9 @@ import json
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,10 +28,17 @@ from head_step import host_modules
 from f2c_plugin import train
 from f2c_plugin.config import HOST_DEFAULTS
 from f2c_plugin.host import patching
-from f2c_plugin.pool import DynamicClassPool
 from f2c_plugin.tools.synth import write_dataset
 
 F2C = dict(head="f2c_dcp")
+
+
+def one_row(pool, slots, placement):
+    """In place of ``renewed_at``: the second view shows what the first does."""
+    return torch.zeros_like(slots, dtype=torch.bool)
+
+
+# By its name, config keys and what else is changed: ``patch`` puts values in the place of named ones of the package.
 VARIANTS = {
     "full FC": dict(head="softmax"),
     "Partial FC 0.1": dict(head="partial_fc", sample_rate=0.1),
@@ -40,7 +49,9 @@ VARIANTS = {
     "F²C 10 %, not symmetric": F2C | dict(f2c_symmetric=False),
     "F²C 10 %, identity-based only": F2C | dict(f2c_identity_rate=1.0),
     "F²C 10 %, instance-based only": F2C | dict(f2c_identity_rate=0.0),
-    "F²C 10 %, one row": F2C | dict(one_row=True),
+    "F²C 10 %, one row": F2C | dict(patch={"pool.DynamicClassPool.renewed_at": one_row}),
+    "F²C 10 %, without hard negatives": F2C | dict(patch={"recipe.NEGATIVES_WEIGHT": 0.0}),
+    "F²C 10 %, scale in full from the start": F2C | dict(patch={"recipe.START_SCALE": 1e6}),
     "F²C 10 %, momentum 0.9": F2C | dict(f2c_momentum=0.9),
     "F²C 10 %, momentum 0.999": F2C | dict(f2c_momentum=0.999),
 }
@@ -62,15 +73,15 @@ def config(arguments, keys, seed, output):
     keys = dict(rec=str(arguments.data), num_classes=arguments.identities, num_image=arguments.identities * arguments.images,
                 network=arguments.network, embedding_size=arguments.embedding_size, batch_size=arguments.batch_size,
                 num_epoch=epochs, lr=arguments.lr, margin_list=tuple(arguments.margin_list), scale=arguments.scale, seed=seed,
-                val_targets=["synth"], verbose=max(1, steps * epochs // 4), num_workers=1, output=str(output)) | keys
+                val_targets=["synth"], verbose=max(1, steps * epochs // 3), num_workers=1, output=str(output)) | keys
     return EasyDict(HOST_DEFAULTS | keys)
 
 
 def run(arguments, variant, seed, output):
     """Train one variant in this process and write what it measured."""
     keys = dict(VARIANTS[variant])
-    if keys.pop("one_row", False):  # the second view shows what the first does
-        DynamicClassPool.renewed_at = lambda self, slots, placement: torch.zeros_like(slots, dtype=torch.bool)
+    for name, value in keys.pop("patch", {}).items():
+        mock.patch(f"f2c_plugin.{name}", value).start()
     train.BUILT_IN_HEADS["partial_fc"] = partial_fc
     output.mkdir(parents=True, exist_ok=True)
     with train.process_group():
@@ -148,6 +159,7 @@ def main():
     parser.add_argument("--scale", type=float, default=32.0)
     parser.add_argument("--margin-list", type=float, nargs=3, default=(1.0, 0.0, 0.35))
     parser.add_argument("--data", type=Path, help="a pack with synth.bin; drawn if missing")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; give each its cores by OMP_NUM_THREADS")
     parser.add_argument("--work", type=Path, default=Path("work_dirs/accuracy"))
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
@@ -173,19 +185,24 @@ def main():
     # The setting is in the folder's name, so that no run of another is taken for one of these.
     setting = {name: str(getattr(arguments, name)) for name in ("identities", "images", "steps", "batch_size", "network",
                                                                "embedding_size", "lr", "scale", "margin_list")}
+
+    def result(seed, variant):
+        name = "_".join([*setting.values(), variant, str(seed)]).translate(str.maketrans(" (),/%", "------"))
+        folder = arguments.work / name
+        if not (folder / "result.json").is_file():
+            command = [sys.executable, sys.argv[0], *sys.argv[1:], "--child", variant, str(seed), str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{variant}, seed {seed}, failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        found = json.loads((folder / "result.json").read_text())
+        print(f"{variant}, seed {seed}: accuracy {found['accuracy']:.2%}, TAR at FAR 1e-3 {found['tar_1e-3']:.2%}", file=sys.stderr)
+        return found
+
+    runs = [(seed, variant) for seed in range(arguments.seeds) for variant in variants]
     results = {variant: [] for variant in variants}
-    for seed in range(arguments.seeds):
-        for variant in variants:
-            name = "_".join([*setting.values(), variant, str(seed)]).translate(str.maketrans(" (),/%", "------"))
-            folder = arguments.work / name
-            if not (folder / "result.json").is_file():
-                command = [sys.executable, __file__, *sys.argv[1:], "--child", variant, str(seed), str(folder)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(f"{variant}, seed {seed}, failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-            results[variant].append(json.loads((folder / "result.json").read_text()))
-            print(f"{variant}, seed {seed}: accuracy {results[variant][-1]['accuracy']:.2%}, TAR at FAR 1e-3 "
-                  f"{results[variant][-1]['tar_1e-3']:.2%}", file=sys.stderr)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for (_, variant), found in zip(runs, pool.map(result, *zip(*runs))):
+            results[variant].append(found)
     print(table(results))
     if arguments.json:
         arguments.json.write_text(json.dumps(setting | {"seeds": arguments.seeds, "results": results}, indent=1) + "\n")

@@ -1,8 +1,10 @@
 """Backbones of the built-in host.
 
 The IResNets carry arcface_torch's names, shapes and parameter names, so that a ``model.pt`` loads
-in either with ``strict=True``. ``small`` is for CPUs: demo, tests and benchmarks.
+in either with ``strict=True``. ``small`` and ``tiny`` are for CPUs: demo, tests and benchmarks.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,10 @@ from torch import Tensor, nn
 from f2c_plugin.config import ConfigError
 
 _BLOCKS = {"r18": (2, 2, 2, 2), "r34": (3, 4, 6, 3), "r50": (3, 4, 14, 3), "r100": (3, 13, 30, 3), "r200": (6, 26, 60, 6)}
-NETWORKS = (*_BLOCKS, "small")
+# Of the plain nets: channels and stride of every convolution, from 112 pixels to 7, and what comes before.
+_PLAIN = {"small": (((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)), nn.Identity),
+          "tiny": (((16, 2), (32, 2), (64, 2), (128, 1)), partial(nn.AvgPool2d, 2))}
+NETWORKS = (*_BLOCKS, *_PLAIN)
 
 
 def get_model(name: str, num_features: int = 512, dropout: float = 0.0, fp16: bool = False) -> nn.Module:
@@ -22,8 +27,8 @@ def get_model(name: str, num_features: int = 512, dropout: float = 0.0, fp16: bo
     Raises:
         ConfigError: an unknown name; lists those there are.
     """
-    if name == "small":
-        return SmallNet(num_features, fp16)
+    if name in _PLAIN:
+        return PlainNet(*_PLAIN[name], num_features, fp16)
     if name not in _BLOCKS:
         raise ConfigError(f"network={name!r}: the built-in host has {', '.join(NETWORKS)}")
     return IResNet(_BLOCKS[name], num_features, dropout, fp16)
@@ -89,22 +94,27 @@ class IResNet(nn.Module):
         return self.features(self.fc(x.float()))
 
 
-class SmallNet(nn.Module):
-    """Seven convolutions, 16 to 128 channels; a step of 128 faces takes half a second on two cores."""
+class PlainNet(nn.Module):
+    """Convolutions one after the other, a few hundred faces a second on a core where an IResNet sees ten.
 
-    def __init__(self, num_features=128, fp16=False):
+    Args:
+        layers: (channels, stride) of every convolution.
+        before: makes the module that the images go through first.
+    """
+
+    def __init__(self, layers, before=nn.Identity, num_features=128, fp16=False):
         super().__init__()
         self.fp16 = fp16
-        layers, inputs = [], 3
-        for outputs, stride in ((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
-            layers += [_conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs), nn.PReLU(outputs)]
+        modules, inputs = [before()], 3
+        for outputs, stride in layers:
+            modules += [_conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs), nn.PReLU(outputs)]
             inputs = outputs
-        self.layers = nn.Sequential(*layers)
-        self.fc = nn.Linear(128 * 7 * 7, num_features)
+        self.layers = nn.Sequential(*modules)
+        self.fc = nn.Linear(inputs * 7 * 7, num_features)
         self.features = nn.BatchNorm1d(num_features)
         self.features.weight.requires_grad = False
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=self.fp16):
-            x = self.layers(x).flatten(1)  # (B, 128 · 7 · 7)
+            x = self.layers(x).flatten(1)  # (B, channels · 7 · 7)
         return self.features(self.fc(x.float()))

@@ -142,7 +142,8 @@ class F2CHead(nn.Module):
             not_finite = not_finite + write.num_skipped
             compared.append(HalfStep(probes, self.pool.lookup(probe_labels), self.pool.rows_at(apart),
                                      self.pool.renewed_at(apart, placement)))
-        result = pool_loss(compared, apart, self.pool, margin, self.num_hard_negatives, self.autocast)
+        result = pool_loss(compared, apart, self.pool, margin, self.num_hard_negatives, self.autocast,
+                           self.recipe.negatives_weight)
 
         self.steps += 1
         self.statistics = StepStatistics(*result[1:], evictions=(write.placement.evicted != NOT_IN_POOL).sum().float(),

@@ -113,7 +113,7 @@ class PoolLoss(NamedTuple):
 
 
 def pool_loss(half_steps: list[HalfStep], apart: Tensor, pool: DynamicClassPool, margin: Margin,
-              num_hard_negatives: int, autocast: bool = False) -> PoolLoss:
+              num_hard_negatives: int, autocast: bool = False, negatives_weight: float = 1.0) -> PoolLoss:
     """Loss of every half-step's probes against both views of the pool.
 
     View 1 is row 0 of every slot; view 2 has row 1 for renewed slots. In each view, probes whose
@@ -135,6 +135,7 @@ def pool_loss(half_steps: list[HalfStep], apart: Tensor, pool: DynamicClassPool,
         margin: scale and margin to train with.
         num_hard_negatives: h.
         autocast: whether matrix products run in the autocast type of the device.
+        negatives_weight: factor of the hard negatives' term.
     """
     device = apart.device
     is_apart = torch.zeros(pool.num_slots + 1, dtype=torch.bool, device=device)  # the last stands for NOT_IN_POOL
@@ -167,7 +168,7 @@ def pool_loss(half_steps: list[HalfStep], apart: Tensor, pool: DynamicClassPool,
         negative = negative.clamp_min(0).mean(3)  # (H, 2, P)
 
         found = (slot != NOT_IN_POOL)[:, None]  # (H, 1, P)
-        loss = _mean(positive, found, least=1).sum() + _mean(negative, ~found, least=1).sum()
+        loss = _mean(positive, found, least=1).sum() + negatives_weight * _mean(negative, ~found, least=1).sum()
         gradient, = torch.autograd.grad(loss, inputs)
     watched = [values.detach().nanmean() for values in (found.to(loss.dtype), _mean(own_cosine[:, :1], found),
                                                         _mean(negative[:, :1], ~found))]

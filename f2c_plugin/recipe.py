@@ -6,6 +6,7 @@ from f2c_plugin.loss import Margin
 
 START_SCALE = 8.0
 RAMP_SHARE = 0.7  # of the run; the rest trains with the configured scale and margin
+NEGATIVES_WEIGHT = 1.0  # of the hard negatives' loss beside the margin softmax
 
 
 @dataclass(frozen=True)
@@ -39,3 +40,8 @@ class Recipe:
     def loss_weight(self, terms: int) -> float:
         """Factor for each of the ``terms`` losses (views × half-steps) that make up a step's."""
         return 1.0 if self.name == "paper" else 1.0 / terms
+
+    @property
+    def negatives_weight(self) -> float:
+        """Factor of the loss of probes whose identity is not in the pool."""
+        return 1.0 if self.name == "paper" else NEGATIVES_WEIGHT
