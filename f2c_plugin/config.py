@@ -37,6 +37,10 @@ class F2CConfig:
         skip_damaged: whether an image that cannot be decoded is replaced by another of its identity,
             and counted in the log, instead of ending the training; a record so damaged that its
             identity is unknown is left out.
+        save_every: steps between two checkpoints of the built-in host; None for none but those that
+            ``save_all_states`` asks for, after every epoch.
+        max_bad_steps: so many steps in a row whose gradient is not finite end a training of the
+            built-in host.
         export: which net the built-in host leaves as model.pt and model.onnx: "probe", "gallery", or
             the one that is better at the first of ``val_targets``.
     """
@@ -51,6 +55,8 @@ class F2CConfig:
     shard_pool: bool = False
     skip_damaged: bool = False
     export: str = "probe"
+    save_every: int | None = None
+    max_bad_steps: int = 50
 
     @classmethod
     def read(cls, cfg, world_size: int = 1) -> "F2CConfig":
@@ -82,6 +88,8 @@ class F2CConfig:
                 ("symmetric", bool, lambda v: True, "True or False"),
                 ("skip_damaged", bool, lambda v: True, "True or False"),
                 ("shard_pool", bool, lambda v: True, "True or False"),
+                ("save_every", (int, type(None)), lambda v: v is None or v > 0, "a whole number of steps above 0, or None"),
+                ("max_bad_steps", int, lambda v: v > 0, "a whole number above 0"),
                 ("export", str, lambda v: v in EXPORTS, "one of " + ", ".join(map(repr, EXPORTS))),
                 ("pool_dtype", str, lambda v: v in POOL_DTYPES, "one of " + ", ".join(map(repr, POOL_DTYPES))),
                 ("identity_rate", (int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),

@@ -38,6 +38,7 @@ class GalleryNet(nn.Module):
 
     @torch.no_grad()
     def follow(self, probe_net: nn.Module, momentum: float):
-        """G ← m·G + (1 − m)·P over the parameters."""
-        update = get_ema_multi_avg_fn(momentum)
-        update(list(self.net.parameters()), list(probe_net.parameters()), None)
+        """G ← m·G + (1 − m)·P over the parameters. What is not finite in P leaves G as it is."""
+        own = list(self.net.parameters())
+        finite = [torch.where(theirs.isfinite(), theirs, mine) for mine, theirs in zip(own, probe_net.parameters())]
+        get_ema_multi_avg_fn(momentum)(own, finite, None)

@@ -168,5 +168,11 @@ class F2CHead(nn.Module):
         return torch.tensor(self.steps)
 
     def set_extra_state(self, state: Tensor):
-        self.steps = int(state)
-        self._followed = max(self.steps - 1, 0)  # the step it was saved after is yet to be followed
+        if state < 0:
+            raise ValueError(f"the head cannot have seen {int(state)} batches")
+        self.continue_at(int(state))
+
+    def continue_at(self, step: int):
+        """Count on from ``step`` batches seen, of which the last is yet to be followed by the gallery net."""
+        self.steps = step
+        self._followed = max(step - 1, 0)

@@ -97,11 +97,15 @@ class Health:
         (self._warned.add if wrong else self._warned.discard)(what)
 
 
-def tensorboard_writer(folder: Path):
-    """A SummaryWriter into ``folder``; None, with a warning, where TensorBoard is not installed."""
+def tensorboard_writer(folder: Path, step: int = 0):
+    """A SummaryWriter into ``folder``; None, with a warning, where TensorBoard is not installed.
+
+    Args:
+        step: that the training goes on from; TensorBoard drops what was written of later ones.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         logging.warning("no TensorBoard scalars: pip install f2c-plugin[tensorboard]")
         return None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

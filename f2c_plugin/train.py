@@ -5,15 +5,15 @@
 
 ``config.head`` is the name of an installed head ("f2c_dcp"), or "softmax" for the full FC layer.
 Into ``config.output`` go training.log, TensorBoard scalars, history.jsonl, model.pt, model.onnx,
-verification scores and report.json.
+verification scores and report.json, and checkpoints. SIGUSR1 saves one, SIGTERM saves one and stops.
 """
 
 import argparse
 import json
 import logging
 import os
-import pickle
 import random
+import signal
 import sys
 import time
 import warnings
@@ -27,13 +27,16 @@ from torch import distributed, nn
 from tqdm import tqdm
 
 from f2c_plugin.backbones import get_model
-from f2c_plugin.config import ConfigError, load_config
+from f2c_plugin.checkpoint import CheckpointError, Checkpoints
+from f2c_plugin.config import ConfigError, F2CConfig, load_config
 from f2c_plugin.data import RecordError
 from f2c_plugin.data.dataset import normalize_faces
+from f2c_plugin.files import written_whole
 from f2c_plugin.host.entry_points import record_loader, steps_per_epoch, training_device
 from f2c_plugin.health import tensorboard_writer
 from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
 from f2c_plugin.loss import Margin
+from f2c_plugin.signals import Request, Stopped, listening
 from f2c_plugin.softmax import SoftmaxHead
 from f2c_plugin.tools.export import ExportError, export_onnx, onnx_cosine, require_same_embedding
 from f2c_plugin.tools.verification import VerificationSet, VerificationSetError
@@ -90,15 +93,19 @@ def train(cfg) -> dict:
     backbone = _wrap(net).train()
     head = head_factory(cfg, backbone, _margin_loss(cfg)).train()
     optimizer = _optimizer(cfg, [{"params": backbone.parameters()}, {"params": head.parameters()}])
-    total_steps = steps_per_epoch(cfg, world_size) * cfg.num_epoch
+    num_steps = steps_per_epoch(cfg, world_size)
+    total_steps = num_steps * cfg.num_epoch
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate(cfg, total_steps))
     # The schedule counts batches, as the host's does, so with gradient_acc it steps before the optimizer.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.fp16, growth_interval=100)
 
-    parts = dict(backbone=net, head=head, optimizer=optimizer, schedule=schedule, scaler=scaler)
-    state = _Checkpoint(cfg, rank, world_size, parts)
-    start_epoch, step, seconds = state.load() if cfg.resume else (0, 0, 0.0)
+    parts = dict(backbone=net, head=getattr(head, "module", head), optimizer=optimizer, scaler=scaler)
+    checkpoints = Checkpoints(cfg, parts, loader.sampler)
+    step, seconds = checkpoints.begin()
+    if cfg.save_all_states or cfg.get("f2c_save_every"):
+        checkpoints.require_room()
+    _set_schedule(schedule, optimizer, step)
 
     nets = {"": net}  # what is verified, by what precedes its name in the log
     if hasattr(head, "gallery"):
@@ -106,29 +113,38 @@ def train(cfg) -> dict:
     for key, value in cfg.items():
         logging.info(": %-24s %s", key, value)  # as the host does, for who reads its log
     log = _Log(cfg, total_steps, step) if rank == 0 else None
+    bad_steps = _BadSteps(cfg.get("f2c_max_bad_steps", F2CConfig.max_bad_steps), nets.values())
     begin = time.perf_counter() - seconds
-    for epoch in range(start_epoch, cfg.num_epoch):
-        loader.sampler.set_epoch(epoch)
-        for images, labels in loader:
-            step += 1
-            loss = head(backbone(images), labels)
-            scaler.scale(loss).backward()
-            if step % cfg.gradient_acc == 0:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(backbone.parameters(), MAX_GRADIENT_NORM)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-            learning_rate = schedule.get_last_lr()[0]
-            schedule.step()
-            if log:
-                log.step(step, loss, learning_rate, head)
-                if step % cfg.verbose == 0 and step < total_steps:
-                    log.verify(step, nets, verification_sets)
-        if cfg.save_all_states:
-            state.save(epoch + 1, step, time.perf_counter() - begin)
-        if rank == 0:
-            torch.save(net.state_dict(), Path(cfg.output) / "model.pt")
+    with listening() as requests:
+        for epoch in range(step // num_steps, cfg.num_epoch):
+            loader.sampler.set_epoch(epoch, step % num_steps)
+            for images, labels in loader:
+                step += 1
+                loss = head(backbone(images), labels)
+                scaler.scale(loss).backward()
+                if step % cfg.gradient_acc == 0:
+                    scaler.unscale_(optimizer)
+                    norm = nn.utils.clip_grad_norm_(backbone.parameters(), MAX_GRADIENT_NORM)
+                    bad = bad_steps.see(step, norm)
+                    if cfg.fp16 or not bad:  # a scaler has to know of bad steps, and skips them itself
+                        scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad()
+                learning_rate = schedule.get_last_lr()[0]
+                schedule.step()
+                if log:
+                    log.step(step, loss, learning_rate, head)
+                    if step % cfg.verbose == 0 and step < total_steps:
+                        log.verify(step, nets, verification_sets)
+                request = requests.agreed()
+                whole = step % cfg.gradient_acc == 0 and not bad_steps.in_a_row  # no gradient is on its way
+                if whole and (request or _save_is_due(cfg, step, num_steps, total_steps)):
+                    checkpoints.save(step, time.perf_counter() - begin)
+                    requests.done()
+                if whole and request is Request.SAVE_AND_STOP:
+                    raise Stopped(f"stopped by a signal after step {step}, which is saved: go on with resume=True")
+            if rank == 0:
+                save_net(net, Path(cfg.output) / "model.pt")
 
     if rank != 0:
         return {}
@@ -136,6 +152,13 @@ def train(cfg) -> dict:
     results = log.verify(step, nets, verification_sets)
     log.close()
     return _finish(cfg, nets, results, step * cfg.batch_size * world_size, seconds, verification_sets)
+
+
+def _save_is_due(cfg, step, num_steps, total_steps):
+    every = cfg.get("f2c_save_every")
+    if every:
+        every += -every % cfg.gradient_acc  # between two steps of the optimizer, gradients would be lost
+    return bool(every and (step % every == 0 or step == total_steps) or cfg.save_all_states and step % num_steps == 0)
 
 
 @contextmanager
@@ -185,6 +208,15 @@ def _optimizer(cfg, groups):
     raise ConfigError(f"optimizer={cfg.optimizer!r}: must be 'sgd' or 'adamw'")
 
 
+def _set_schedule(schedule, optimizer, step):
+    """Put a schedule, which is a function of the step alone, to where ``step`` calls of its ``step()`` would."""
+    schedule.last_epoch = step
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
+    schedule._last_lr = rates
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+
+
 def _learning_rate(cfg, total_steps):
     """The host's schedule as a factor of ``lr``: linear warm-up, then linear to 0."""
     warmup = total_steps // cfg.num_epoch * cfg.warmup_epoch
@@ -194,47 +226,42 @@ def _learning_rate(cfg, total_steps):
     return factor
 
 
-class _Checkpoint:
-    """All states of a rank after an epoch, as the host's ``save_all_states`` keeps them."""
+class _BadSteps:
+    """Steps whose gradient is not finite: they change nothing, are counted, and end the training if they do not end.
 
-    # Another value of one of these is another training: the schedule, the head or the net would not fit.
-    SETTINGS = ("head", "network", "embedding_size", "num_classes", "num_image", "batch_size", "f2c_pool_rate")
+    Args:
+        limit: so many in a row are too many (``config.f2c_max_bad_steps``).
+        nets: whose BatchNorm statistics such a step would spoil.
+    """
 
-    def __init__(self, cfg, rank, world_size, parts):
-        self.path, self.parts = Path(cfg.output) / f"checkpoint_gpu_{rank}.pt", parts
-        self.settings = {key: cfg.get(key) for key in self.SETTINGS} | {"number of ranks": world_size}
+    def __init__(self, limit, nets):
+        self.limit, self.in_a_row, self.in_all = limit, 0, 0
+        self.buffers = [buffer for net in nets for buffer in net.buffers() if buffer.is_floating_point()]
+        self.good = [buffer.clone() for buffer in self.buffers]
 
-    def save(self, epoch, step, seconds):
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        partial = self.path.with_suffix(".partial")
-        torch.save({"epoch": epoch, "global_step": step, "seconds": seconds, "settings": self.settings, **states}, partial)
-        os.replace(partial, self.path)
+    def see(self, step, gradient_norm) -> bool:
+        """Whether the step is bad.
 
-    def load(self):
-        """(epoch to go on with, steps done, seconds spent)."""
-        if not self.path.is_file():
-            raise ConfigError(f"resume=True, but there is no {self.path}: train with save_all_states=True on as many "
-                              "ranks first, or set resume=False")
-        try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            lacking = {"settings", "epoch", "global_step", "seconds", *self.parts} - saved.keys()
-        except (RuntimeError, EOFError, OSError, AttributeError, pickle.UnpicklingError) as error:
-            raise ConfigError(f"resume=True, but {self.path} is damaged or no checkpoint ({str(error).splitlines()[:1]}): take "
-                              "another rank's, or set resume=False") from error
-        if lacking:
-            raise ConfigError(f"resume=True, but {self.path} is no checkpoint of f2c_plugin.train: it lacks "
-                              f"{', '.join(sorted(lacking))}; set resume=False")
-        changed = [f"{key} was {saved['settings'].get(key)} and is now {value}"
-                   for key, value in self.settings.items() if saved["settings"].get(key) != value]
-        if changed:
-            raise ConfigError(f"resume=True, but {self.path} is of another training: {', '.join(changed)}; "
-                              "set them back, or set resume=False")
-        for name, part in self.parts.items():
-            try:
-                part.load_state_dict(saved[name])
-            except (ValueError, RuntimeError) as error:
-                raise ConfigError(f"resume=True, but the {name} in {self.path} cannot be used: {error}") from error
-        return saved["epoch"], saved["global_step"], saved["seconds"]
+        Raises:
+            NotLearning: one too many.
+        """
+        if torch.isfinite(gradient_norm):
+            self.in_a_row = 0
+            torch._foreach_copy_(self.good, self.buffers)
+            return False
+        torch._foreach_copy_(self.buffers, self.good)
+        self.in_a_row += 1
+        self.in_all += 1
+        logging.info("step %d is skipped, for its gradient is not finite (%d so far)", step, self.in_all)
+        if self.in_a_row >= self.limit:
+            raise NotLearning(f"the gradient was not finite in {self.in_a_row} steps in a row, up to step {step} "
+                              f"(f2c_max_bad_steps={self.limit}): a smaller lr, or fp16=False, may help; the nets are as they "
+                              "were before, and checkpoints stay")
+        return True
+
+
+class NotLearning(ValueError):
+    """A training that has gone wrong and will not come right."""
 
 
 class _Log:
@@ -244,13 +271,23 @@ class _Log:
         self.cfg = cfg
         self.images_per_step = cfg.batch_size * distributed.get_world_size()
         self.folder = Path(cfg.output)
-        self.history = open(self.folder / "history.jsonl", "a" if cfg.resume else "w")
-        if not cfg.resume:  # a run's scalars do not mix with those of the run it replaces
+        self._keep_history(step * self.images_per_step)
+        self.history = open(self.folder / "history.jsonl", "a")
+        if not step:  # a run's scalars do not mix with those of the run it replaces
             for events in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
                 events.unlink()
-        self.writer = tensorboard_writer(self.folder / "tensorboard")
+        self.writer = tensorboard_writer(self.folder / "tensorboard", step)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, file=sys.stdout)
         self._start_interval(step)
+
+    def _keep_history(self, images):
+        """Of what was told before, keep what was told up to ``images``: the rest comes again."""
+        file = self.folder / "history.jsonl"
+        told = file.read_text().splitlines(keepends=True) if images and file.is_file() else []
+        with written_whole(file) as new:
+            for line in told:
+                if line.endswith("\n") and json.loads(line)["images"] <= images:
+                    new.write(line.encode())
 
     def _start_interval(self, step):
         self.losses = []
@@ -310,7 +347,7 @@ def _finish(cfg, nets, results, images_seen, seconds, verification_sets):
     folder = Path(cfg.output)
     which = _to_ship(cfg, results)
     net = nets[which].net if which else nets[which]
-    torch.save(net.state_dict(), folder / "model.pt")
+    save_net(net, folder / "model.pt")
     exported = get_model(cfg.network, cfg.embedding_size)  # in float32, and without what hangs on the trained one
     exported.load_state_dict(net.state_dict())
     export_onnx(exported, folder / "model.onnx")
@@ -326,6 +363,12 @@ def _finish(cfg, nets, results, images_seen, seconds, verification_sets):
     logging.info("model.pt, model.onnx and report.json are in %s", folder)
     require_same_embedding(cosine, folder / "model.onnx")
     return report
+
+
+def save_net(net, path):
+    """Write the parameters of a net, as arcface_torch has them in model.pt."""
+    with written_whole(path) as file:
+        torch.save(net.state_dict(), file)
 
 
 def _to_ship(cfg, results):
@@ -346,7 +389,9 @@ class _TqdmHandler(logging.Handler):
 
 def _init_logging(folder, resume):
     folder.mkdir(parents=True, exist_ok=True)
-    handlers = [_TqdmHandler(), logging.FileHandler(folder / "training.log", "a" if resume else "w")]
+    started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    mode = "a" if resume or started_again else "w"
+    handlers = [_TqdmHandler(), logging.FileHandler(folder / "training.log", mode)]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers, force=True)
 
 
@@ -359,11 +404,15 @@ def main(arguments=None):
             if distributed.get_rank() == 0:
                 _init_logging(Path(cfg.output), cfg.resume)
             train(cfg)
-    except (ConfigError, RecordError, VerificationSetError, UnknownPlugin, ExportError, OSError) as error:
+    except (ConfigError, RecordError, VerificationSetError, UnknownPlugin, ExportError, CheckpointError, NotLearning,
+            OSError) as error:
         sys.exit(f"f2c_plugin.train: {error}")
+    except Stopped as stopped:
+        print(f"f2c_plugin.train: {stopped}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        sys.exit("f2c_plugin.train: interrupted. With save_all_states=True the last whole epoch is kept, and resume=True "
-                 "goes on from there")
+        sys.exit("f2c_plugin.train: interrupted. Where there are checkpoints (f2c_save_every, save_all_states), resume=True "
+                 "goes on from the last")
 
 
 if __name__ == "__main__":

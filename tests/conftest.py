@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from f2c_plugin.tools.synth import write_dataset
+from runs import IDENTITIES, IMAGES
+
 FIXTURES = Path(__file__).parent / "fixtures"
 PACKS = sorted(folder.name for folder in FIXTURES.iterdir() if (folder / "train.rec").is_file())
 
@@ -32,3 +35,27 @@ def mxnet_python():
     if not Path(python).is_file():
         pytest.skip("NOT COMPARED WITH MXNET ITSELF: set MXNET_PYTHON or run `make mxnet`")
     return python
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory):
+    """A pack of 12 synthetic identities, ten faces each, with a verification set."""
+    folder = tmp_path_factory.mktemp("faces")
+    write_dataset(folder, IDENTITIES, IMAGES, num_pairs=60, processes=1)
+    return folder
+
+
+@pytest.fixture
+def config(faces, tmp_path, monkeypatch):
+    """Writes a config file for ``faces`` into an empty working folder; returns its path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**keys):
+        keys = dict(head="f2c_dcp", f2c_pool_rate=1.0, network="tiny", embedding_size=32, batch_size=12, lr=0.05,
+                    margin_list=(1.0, 0.0, 0.2), scale=16.0, rec=str(faces), num_classes=IDENTITIES,
+                    num_image=IDENTITIES * IMAGES, num_epoch=2, num_workers=0, val_targets=["synth"], frequent=2,
+                    verbose=5, output="out") | keys
+        lines = [f"config.{key} = {value!r}" for key, value in keys.items()]
+        Path("config.py").write_text("from easydict import EasyDict as edict\nconfig = edict()\n" + "\n".join(lines))
+        return "config.py"
+    return write

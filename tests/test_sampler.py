@@ -127,3 +127,26 @@ def test_every_number_comes_equally_often_at_every_place_and_after_every_other()
     np.add.at(followers, (orders[:, :-1].ravel(), orders[:, 1:].ravel()), 1)
     for counts, expected in (places, passes / size), (followers[~np.eye(size, dtype=bool)], passes / size):
         assert np.abs(counts - expected).max() < 5 * expected**0.5
+
+
+@settings(max_examples=60, deadline=None)
+@given(set_ups(), st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=4))
+def test_passes_go_on_without_gap_or_repetition_with_another_number_of_ranks_or_batch_size(set_up, changes):
+    index, batch_size, rate, world_size, seed = set_up
+    identities, images, origin = [], [], None
+    for steps, next_world_size, next_half in [*changes, (40, 1, 1)]:
+        ranks = samplers(index, batch_size, rate, world_size, seed)
+        for sampler in ranks:
+            sampler.origin = origin or sampler.origin
+        begin = ranks[0].origin.step
+        for step in range(begin, begin + steps):
+            for sampler in ranks:
+                pairs, instances = split(sampler, step)
+                identities += index.identity[pairs[0]].tolist()
+                images += instances.tolist()
+        position = ranks[0].position(begin + steps)
+        assert position[1:] == (len(identities), len(images))
+        origin, world_size, batch_size = position, next_world_size, 2 * next_half
+    for stream, everything in (identities, index.numbers.tolist()), (images, list(range(len(index)))):
+        for end in range(len(everything), len(stream) + 1, len(everything)):
+            assert sorted(stream[end - len(everything):end]) == everything

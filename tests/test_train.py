@@ -1,72 +1,26 @@
 """The built-in host, run for real on a small pack: what it leaves behind, resuming, and what it refuses."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from f2c_plugin import train
 from f2c_plugin.backbones import get_model
-from f2c_plugin.config import load_config
-from f2c_plugin.data import DualSampler, RecordWriter
+from f2c_plugin.checkpoint import load_states
+from f2c_plugin.data import RecordWriter
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.tools.export import ExportError, load_net
 from f2c_plugin.tools.report import report
-from f2c_plugin.tools.synth import write_dataset
 from f2c_plugin.tools.verification import VerificationSet
-
-IDENTITIES, IMAGES = 12, 10
-
-
-@pytest.fixture(scope="session")
-def pack(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faces")
-    write_dataset(folder, IDENTITIES, IMAGES, num_pairs=60, processes=1)
-    return folder
-
-
-@pytest.fixture
-def config(pack, tmp_path, monkeypatch):
-    """Writes a config file into an empty working folder; returns its path."""
-    monkeypatch.chdir(tmp_path)
-
-    def write(**keys):
-        keys = dict(head="f2c_dcp", f2c_pool_rate=1.0, network="small", embedding_size=32, batch_size=12, lr=0.05,
-                    margin_list=(1.0, 0.0, 0.2), scale=16.0, rec=str(pack), num_classes=IDENTITIES,
-                    num_image=IDENTITIES * IMAGES, num_epoch=2, num_workers=0, val_targets=["synth"], frequent=2,
-                    verbose=5, output="out") | keys
-        lines = [f"config.{key} = {value!r}" for key, value in keys.items()]
-        text = "from easydict import EasyDict as edict\nconfig = edict()\n" + "\n".join(lines)
-        Path("config.py").write_text(text)
-        return "config.py"
-    return write
-
-
-def history(folder="out"):
-    return [json.loads(line) for line in (Path(folder) / "history.jsonl").read_text().splitlines()]
-
-
-def run(path):
-    cfg = load_config(path)
-    Path(cfg.output).mkdir(exist_ok=True)
-    with train.process_group():
-        return train.train(cfg)
-
+from runs import IDENTITIES, history, launch, refusal, run
 
 @pytest.mark.parametrize("ranks, shard_pool", [(1, False), (2, False), (2, True)])
-def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, pack, ranks, shard_pool):
+def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, faces, ranks, shard_pool):
     path = config(head="f2c_dcp", f2c_pool_rate=1.0, batch_size=12 // ranks, num_workers=1, f2c_shard_pool=shard_pool,
                   save_all_states=True)
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run([sys.executable, *launcher, "-m", "f2c_plugin.train", path], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-
+    launch(path, ranks)
     summary = json.loads(Path("out/report.json").read_text())
     assert summary["head"] == "f2c_dcp" and summary["images_seen"] == 2 * 120
     assert 0 <= summary["verification"]["tar_at_far_1e-3"] <= summary["verification"]["accuracy"] <= 1
@@ -86,16 +40,16 @@ def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, pack, 
     assert {"loss", "f2c/found", "synth/accuracy", "synth/gallery_accuracy"} <= set(events.Tags()["scalars"])
     assert len(events.Scalars("loss")) == len(steps)
 
-    net = get_model("small", 32)
+    net = get_model("tiny", 32)
     net.load_state_dict(torch.load("out/model.pt"), strict=True)
     import onnxruntime
-    images = normalize_faces(VerificationSet(pack / "synth.bin").faces()[:5])
+    images = normalize_faces(VerificationSet(faces / "synth.bin").faces()[:5])
     exported = onnxruntime.InferenceSession("out/model.onnx").run(None, {"data": images.numpy()})[0]
     with torch.no_grad():
         np.testing.assert_allclose(exported, net.eval()(images).numpy(), atol=1e-4)
     assert summary["onnx_cosine"] > 0.9999
 
-    state = torch.load("out/checkpoint_gpu_0.pt")["head"]
+    state = load_states(max(Path("out").glob("checkpoint_*.pt")))["head"]
     assert state["pool.rows"].shape == (2, IDENTITIES, 32)  # whole, sharded or not
 
     page = report(["out"]).read_text()
@@ -120,7 +74,7 @@ def test_both_nets_are_verified_and_the_chosen_one_is_shipped(config, export):
     else:
         assert shipped == export
     assert summary["verification"]["accuracy"] == pytest.approx(accuracies[shipped])
-    net = load_net("out/checkpoint_gpu_0.pt", shipped).state_dict()
+    net = load_net(max(Path("out").glob("checkpoint_*.pt")), shipped).state_dict()
     assert all(torch.equal(value, net[name]) for name, value in torch.load("out/model.pt").items())
 
 
@@ -142,36 +96,6 @@ def test_settings_train_to_finite_losses(config, keys):
     assert all(np.isfinite(entry["loss"]) for entry in history())
 
 
-def test_a_run_resumed_after_an_epoch_ends_as_one_that_was_not_interrupted(config, monkeypatch):
-    run(config(val_targets=[], output="whole"))
-
-    def interrupted(self, epoch, set_epoch=DualSampler.set_epoch):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        set_epoch(self, epoch)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(DualSampler, "set_epoch", interrupted)
-        run(config(val_targets=[], save_all_states=True))
-    run(config(val_targets=[], resume=True))
-    whole, resumed = torch.load("whole/model.pt"), torch.load("out/model.pt")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert [entry["loss"] for entry in history("whole")] == [entry["loss"] for entry in history("out")]
-
-
-def test_resuming_another_training_is_refused_with_what_has_changed(config):
-    run(config(val_targets=[], num_epoch=1, save_all_states=True))
-    message = refusal(config(resume=True, batch_size=10, f2c_pool_rate=0.9))
-    assert "batch_size was 12 and is now 10" in message and "f2c_pool_rate was 1.0 and is now 0.9" in message
-
-
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:1000]), lambda path: path.write_bytes(b""),
-                                    lambda path: torch.save({"epoch": 1}, path)], ids=["cut short", "empty", "foreign"])
-def test_resuming_from_a_damaged_checkpoint_is_refused_with_the_file(config, damage):
-    run(config(val_targets=[], num_epoch=1, save_all_states=True))
-    damage(Path("out/checkpoint_gpu_0.pt"))
-    assert "out/checkpoint_gpu_0.pt is" in refusal(config(resume=True))
-
-
 def test_a_run_that_replaces_another_does_not_mix_with_it(config):
     for _ in range(2):
         run(config(num_epoch=1, val_targets=[]))
@@ -191,12 +115,6 @@ def test_the_baseline_takes_odd_batches(config):
     assert all(np.isfinite(entry["loss"]) for entry in history())
 
 
-def refusal(path):
-    with pytest.raises(SystemExit) as exit:
-        train.main([path])
-    return str(exit.value.code)
-
-
 @pytest.mark.parametrize("keys, message", [
     (dict(head="f2c_dpc"), "config.head='f2c_dpc' is unknown; installed: f2c_dcp"),
     (dict(head=None), "head is not set, and the built-in host has no Partial FC"),
@@ -208,7 +126,7 @@ def refusal(path):
     (dict(batch_size=122), "num_image=120 is less than one global batch"),
     (dict(network="r19"), "network='r19': the built-in host has r18"),
     (dict(optimizer="sdg"), "optimizer='sdg': must be 'sgd' or 'adamw'"),
-    (dict(resume=True), "resume=True, but there is no out/checkpoint_gpu_0.pt"),
+    (dict(resume=True), "resume=True, but there is no checkpoint in out"),
     (dict(val_targets=["lfw"]), "lfw.bin: no such file"),
     (dict(rec="nowhere"), "rec='nowhere': there is no train.rec in"),
     (dict(dali=True), "dali=True: this loader decodes by itself"),
@@ -221,14 +139,14 @@ def test_bad_input_is_refused_with_the_key_or_file_the_value_and_the_remedy(conf
     assert message in refusal(config(**keys))
 
 
-def test_damaged_packs_are_refused_with_the_file(config, pack, tmp_path):
+def test_damaged_packs_are_refused_with_the_file(config, faces, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "train.rec").write_bytes((pack / "train.rec").read_bytes())
+    (broken / "train.rec").write_bytes((faces / "train.rec").read_bytes())
     assert "broken/train.idx: no such file" in refusal(config(rec="broken"))
     with RecordWriter(broken / "train.rec"):
         pass
     assert "broken/train.rec: the file is empty" in refusal(config(rec="broken"))
-    (broken / "train.rec").write_bytes((pack / "train.rec").read_bytes()[:-5000])
-    (broken / "train.idx").write_bytes((pack / "train.idx").read_bytes())
+    (broken / "train.rec").write_bytes((faces / "train.rec").read_bytes()[:-5000])
+    (broken / "train.idx").write_bytes((faces / "train.idx").read_bytes())
     assert "broken/train.rec" in refusal(config(rec="broken"))

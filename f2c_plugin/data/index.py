@@ -19,6 +19,7 @@ import numpy as np
 from f2c_plugin.cache import cache_folder
 from f2c_plugin.data.identities import IdentityIndex, index_identities
 from f2c_plugin.data.recordio import RecordError, RecordFile, read_idx
+from f2c_plugin.files import to_disk
 
 VERSION = 2  # of what is in the folder
 _NAMES = [field.name for field in fields(IdentityIndex)]
@@ -108,17 +109,12 @@ def _save(index, place, stamp):
         for name, array in arrays.items():
             with open(partial / f"{name}.npy", "wb") as file:
                 np.save(file, array)
-                _to_disk(file)
+                to_disk(file)
         with open(partial / "meta.json", "w") as file:
             json.dump(meta, file)
-            _to_disk(file)
+            to_disk(file)
         shutil.rmtree(place, ignore_errors=True)
         os.rename(partial, place)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _to_disk(file):
-    file.flush()
-    os.fsync(file.fileno())

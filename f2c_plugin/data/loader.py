@@ -40,7 +40,8 @@ class DualLoader(DataLoader):
 
     def __init__(self, dataset: RecordDataset, sampler: DualSampler, device: torch.device, num_workers: int = 0):
         super().__init__(_Batches(dataset), sampler=sampler, batch_size=None, num_workers=num_workers,
-                         pin_memory=device.type == "cuda", persistent_workers=num_workers > 0)
+                         pin_memory=device.type == "cuda", persistent_workers=num_workers > 0,
+                         generator=torch.Generator())  # of its own: each epoch draws from it, also a resumed one
         self.device = device
         self.num_damaged = 0
 

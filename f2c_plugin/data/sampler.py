@@ -1,5 +1,7 @@
 """The dual sampler: which images make up each batch (paper, section 3.2, "dual-data loaders")."""
 
+from typing import NamedTuple
+
 import numpy as np
 from torch.utils.data import Sampler
 
@@ -55,6 +57,20 @@ class ShuffledPasses:
         return left << self.half_bits | right
 
 
+class Position(NamedTuple):
+    """How far a training has come in its data, over all ranks together.
+
+    Attributes:
+        step: batches of every rank, counted from the start of training.
+        identities: that the identity-based loader has taken.
+        images: that the instance-based loader has taken.
+    """
+
+    step: int
+    identities: int
+    images: int
+
+
 class DualSampler(Sampler):
     """Yields the batches of one rank, integers (batch_size,), positions of images.
 
@@ -66,7 +82,7 @@ class DualSampler(Sampler):
       loader every image once; the passes run on through the epochs;
     - no identity appears twice among the identity-based pairs of a step, on one rank or several;
     - the two images of a pair differ if their identity has two;
-    - batches depend on (seed, epoch, rank, world_size) only.
+    - batches depend on (seed, step, rank, world_size) and ``origin`` only.
 
     So that the first two hold at once, a pass of the identity-based loader is shared out evenly
     over a whole number of steps, and images of the instance-based loader fill the batches.
@@ -77,6 +93,9 @@ class DualSampler(Sampler):
         num_steps: steps per epoch.
         identity_rate: share of the batch that the identity-based loader fills at most, 0 to 1.
         seed: the same on all ranks.
+    Attributes:
+        origin: the Position that both passes go on from; another than the start where a training goes
+            on with another global batch than it began with.
     """
 
     def __init__(self, index: IdentityIndex, batch_size: int, num_steps: int, identity_rate: float = 2 / 3,
@@ -86,6 +105,7 @@ class DualSampler(Sampler):
         self.num_steps = num_steps
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.first_step = 0, 0
+        self.origin = Position(0, 0, 0)
         # The epsilon keeps 2/3 of 12 at 8 however 2/3 was rounded.
         self.pairs_per_step = int(identity_rate * batch_size / 2 + 1e-6) * world_size
         self.identities = ShuffledPasses(len(index.numbers), (seed, 0))
@@ -98,6 +118,12 @@ class DualSampler(Sampler):
         two numbers are all that a position in the middle of an epoch needs.
         """
         self.epoch, self.first_step = epoch, first_step
+
+    def position(self, step: int) -> Position:
+        """The position before ``step``."""
+        identities = self._identity_places(step)
+        taken = (step - self.origin.step) * self.batch_size * self.world_size
+        return Position(step, identities, self.origin.images + taken - 2 * (identities - self.origin.identities))
 
     def __len__(self):
         return self.num_steps - self.first_step
@@ -113,24 +139,32 @@ class DualSampler(Sampler):
 
     def batch(self, step: int) -> np.ndarray:
         """The batch of this rank at ``step``, counted from the start of training."""
+        _, first, start = self.position(step)
         if not self.pairs_per_step:
-            start = self.batch_size * (self.world_size * step + self.rank)
+            start += self.batch_size * self.rank
             return self.images.take(start, start + self.batch_size)
-        first, end = self._identity_places(step), self._identity_places(step + 1)
+        end = self._identity_places(step + 1)
         chosen = self.identities.take(first + self.rank, end, self.world_size)
         pairs = self._pairs(chosen, step)  # (2, p)
 
         # Each rank fills its own batch: ranks that got a pair less take two images more.
         per_rank = [self.batch_size - 2 * len(range(first + rank, end, self.world_size)) for rank in range(self.world_size)]
-        start = step * self.batch_size * self.world_size - 2 * first + sum(per_rank[:self.rank])
+        start += sum(per_rank[:self.rank])
         instances = self.images.take(start, start + per_rank[self.rank]).reshape(2, -1)
 
         return np.concatenate([pairs, instances], axis=1).reshape(-1)  # I III | II IV
 
     def _identity_places(self, step):
         """How many identities all ranks have taken before ``step``."""
+        step, taken = step - self.origin.step, self.origin.identities
+        if not self.pairs_per_step:
+            return taken
+        rest = -taken % self.identities.size  # of the pass that the origin is in the middle of
+        steps_of_rest = -(-rest // self.pairs_per_step)
+        if step < steps_of_rest:
+            return taken + step * rest // steps_of_rest
         steps_per_pass = -(-self.identities.size // self.pairs_per_step)
-        return step * self.identities.size // steps_per_pass
+        return taken + rest + (step - steps_of_rest) * self.identities.size // steps_per_pass
 
     def _pairs(self, chosen, step):
         """Positions of two images each of the chosen identities, (2, p)."""

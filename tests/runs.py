@@ -1,0 +1,51 @@
+"""Trainings by the built-in host, in this process and in others."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from f2c_plugin import train
+from f2c_plugin.config import load_config
+
+IDENTITIES, IMAGES = 12, 10
+
+
+def history(folder="out"):
+    return [json.loads(line) for line in (Path(folder) / "history.jsonl").read_text().splitlines()]
+
+
+def losses(folder="out"):
+    """{images seen: loss}, of a run with frequent=1."""
+    return {entry["images"]: entry["loss"] for entry in history(folder) if "loss" in entry}
+
+
+def run(path):
+    cfg = load_config(path)
+    Path(cfg.output).mkdir(exist_ok=True)
+    with train.process_group():
+        return train.train(cfg)
+
+
+def refusal(path):
+    with pytest.raises(SystemExit) as exit:
+        train.main([path])
+    return str(exit.value.code)
+
+
+def start(path, ranks=1, launcher=("--standalone",)):
+    """A training as a process; its output goes to pipes."""
+    launched = ["-m", "torch.distributed.run", *launcher, f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *launched, "-m", "f2c_plugin.train", path], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def launch(path, ranks=1):
+    """What a training that ends well has printed."""
+    process = start(path, ranks)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    return printed
