@@ -5,6 +5,7 @@ import math
 import runpy
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Callable, NamedTuple
 
 from easydict import EasyDict
 
@@ -68,51 +69,106 @@ class F2CConfig:
         Raises:
             ConfigError: lists everything that is wrong.
         """
-        problems = _unknown_keys(cfg)
-        names = [field.name for field in fields(cls)]
-        settings = cls(**{name: cfg[PREFIX + name] for name in names if PREFIX + name in cfg})
-        problems += settings._problems(cfg, world_size)
-        if problems:
-            raise ConfigError("\n".join(problems))
-        return settings
+        if found := problems(cfg, world_size):
+            raise ConfigError("\n".join(found))
+        return cls(**{field.name: cfg[PREFIX + field.name] for field in fields(cls) if PREFIX + field.name in cfg})
 
     def num_slots(self, num_identities: int) -> int:
         """K for a training set of ``num_identities``."""
         return int(self.pool_rate * num_identities + 1e-6)  # 0.29 of 100 is 29, whatever 0.29 is in binary
 
-    def _problems(self, cfg, world_size):
-        bad = {}
-        for name, kind, valid, range_text in (
-                ("pool_rate", (int, float), lambda v: 0 < v <= 1, "above 0, up to 1"),
-                ("momentum", (int, float), lambda v: 0 <= v < 1, "from 0 to below 1"),
-                ("symmetric", bool, lambda v: True, "True or False"),
-                ("skip_damaged", bool, lambda v: True, "True or False"),
-                ("shard_pool", bool, lambda v: True, "True or False"),
-                ("save_every", (int, type(None)), lambda v: v is None or v > 0, "a whole number of steps above 0, or None"),
-                ("max_bad_steps", int, lambda v: v > 0, "a whole number above 0"),
-                ("export", str, lambda v: v in EXPORTS, "one of " + ", ".join(map(repr, EXPORTS))),
-                ("pool_dtype", str, lambda v: v in POOL_DTYPES, "one of " + ", ".join(map(repr, POOL_DTYPES))),
-                ("identity_rate", (int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
-                ("hard_negatives", (int, type(None)), lambda v: v is None or v > 0, "a whole number above 0, or None"),
-                ("recipe", str, lambda v: v in RECIPES, "one of " + ", ".join(map(repr, RECIPES)))):
-            value = getattr(self, name)
-            if isinstance(value, bool) != (kind is bool) or not isinstance(value, kind) or not valid(value):
-                bad[name] = f"{PREFIX}{name}={value!r}: must be {range_text}"
-        batch, classes = cfg["batch_size"], cfg["num_classes"]
-        if batch < 2 or batch % 2:
-            nearest = "2" if batch < 2 else f"{batch - 1} or {batch + 1}"
-            bad["batch_size"] = (f"batch_size={batch}: F²C splits a batch into two halves, gallery and probe: "
-                                 f"make it even, {nearest}")
-        gathered = min(batch // 2 * world_size, classes)
-        if "pool_rate" not in bad and self.num_slots(classes) < gathered:
-            needed = math.ceil(gathered / classes * 1e6) / 1e6
-            bad["slots"] = (f"{PREFIX}pool_rate={self.pool_rate} gives {self.num_slots(classes)} slots for "
-                            f"num_classes={classes}, but a gathered batch holds up to {gathered} identities: "
-                            f"raise it to at least {needed:g}")
-        if self.shard_pool is True and "pool_rate" not in bad and self.num_slots(classes) < world_size:
-            bad["shard_pool"] = (f"{PREFIX}shard_pool=True: {self.num_slots(classes)} slots cannot be shared out over {world_size} "
-                                 "ranks: set it to False")
-        return list(bad.values())
+
+class _Values(NamedTuple):
+    """What a key may be: of which types, which of their values, and how that is said."""
+
+    types: tuple
+    valid: Callable[[Any], bool]
+    said: str
+
+    def problem(self, key, value):
+        """What is wrong with a value, or None. A bool is no number, though Python takes it for one."""
+        if isinstance(value, bool) and bool not in self.types or not isinstance(value, self.types) or not self.valid(value):
+            return f"{key}={value!r}: must be {self.said}"
+        return None
+
+
+def _one_of(*values):
+    return _Values((str,), lambda v: v in values, "one of " + ", ".join(map(repr, values)))
+
+
+def _margins(values):
+    return len(values) == 3 and all(_NUMBER.problem("", value) is None for value in values)
+
+
+_COUNT = _Values((int,), lambda v: v > 0, "a whole number above 0")
+_COUNT_OR_NONE = _Values((int, type(None)), lambda v: v is None or v > 0, "a whole number above 0, or None")
+_FROM_0 = _Values((int,), lambda v: v >= 0, "a whole number from 0")
+_NUMBER = _Values((int, float), math.isfinite, "a number")
+_ABOVE_0 = _Values((int, float), lambda v: 0 < v < math.inf, "a number above 0")
+_NOT_BELOW_0 = _Values((int, float), lambda v: 0 <= v < math.inf, "a number from 0")
+_TO_BELOW_1 = _Values((int, float), lambda v: 0 <= v < 1, "from 0 to below 1")
+_FLAG = _Values((bool,), lambda v: True, "True or False")
+_NAME = _Values((str,), bool, "a name")
+_NAME_OR_NONE = _Values((str, type(None)), lambda v: v != "", "a name, or None")
+
+_KEYS = {
+    "rec": _NAME, "output": _NAME_OR_NONE, "head": _NAME_OR_NONE, "sampler": _NAME_OR_NONE, "network": _NAME,
+    "num_classes": _COUNT, "num_image": _COUNT, "batch_size": _COUNT, "num_epoch": _COUNT, "gradient_acc": _COUNT,
+    "verbose": _COUNT, "frequent": _COUNT, "embedding_size": _COUNT, "num_workers": _FROM_0, "warmup_epoch": _FROM_0,
+    "seed": _Values((int,), lambda v: 0 <= v < 1 << 32, "a whole number from 0 to below 2**32"),
+    "lr": _ABOVE_0, "scale": _ABOVE_0, "weight_decay": _NOT_BELOW_0, "momentum": _TO_BELOW_1,
+    "interclass_filtering_threshold": _Values((int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "fp16": _FLAG, "save_all_states": _FLAG,
+    "resume": _Values((bool, str), lambda v: v in (True, False, "auto"), "True, False or 'auto'"),
+    "dali": _Values((bool,), lambda v: not v, "False: this package's loader decodes by itself"),
+    "margin_list": _Values((list, tuple), _margins, "three numbers, (m1, m2, m3)"),
+    "val_targets": _Values((list, tuple), lambda v: all(isinstance(name, str) and name for name in v), "a list of names"),
+    "f2c_pool_rate": _Values((int, float), lambda v: 0 < v <= 1, "above 0, up to 1"),
+    "f2c_momentum": _TO_BELOW_1,
+    "f2c_symmetric": _FLAG, "f2c_skip_damaged": _FLAG, "f2c_shard_pool": _FLAG,
+    "f2c_save_every": _COUNT_OR_NONE, "f2c_max_bad_steps": _COUNT, "f2c_hard_negatives": _COUNT_OR_NONE,
+    "f2c_identity_rate": _Values((int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "f2c_export": _one_of(*EXPORTS), "f2c_pool_dtype": _one_of(*POOL_DTYPES), "f2c_recipe": _one_of(*RECIPES),
+}
+
+
+def problems(cfg, world_size: int = 1) -> list[str]:
+    """Everything that is wrong with the keys of a config, each by itself and together.
+
+    Keys that are not there are not asked for.
+    """
+    bad = bad_keys(cfg)
+    found = _unknown_keys(cfg) + list(bad.values())
+    good = {key: value for key, value in cfg.items() if key not in bad}
+    if good.get("warmup_epoch", 0) > good.get("num_epoch", math.inf):
+        found.append(f"warmup_epoch={good['warmup_epoch']}: is more than num_epoch={good['num_epoch']}: lower it")
+    if cfg.get("head") != "softmax":  # a host calls F²C by whatever name it is installed under
+        found += _problems_together(good, PREFIX + "pool_rate" in bad, world_size)
+    return found
+
+
+def bad_keys(cfg) -> dict[str, str]:
+    """What is wrong with the value of each key that has a wrong one, {key: problem}."""
+    return {key: problem for key in _KEYS if key in cfg and (problem := _KEYS[key].problem(key, cfg[key]))}
+
+
+def _problems_together(good, no_rate, world_size):
+    """What is wrong with F²C's keys together; those that are wrong in themselves are not among ``good``."""
+    batch, classes = good.get("batch_size"), good.get("num_classes")
+    if batch and batch % 2:
+        nearest = "2" if batch < 2 else f"{batch - 1} or {batch + 1}"
+        yield f"batch_size={batch}: F²C splits a batch into two halves, gallery and probe: make it even, {nearest}"
+    if not batch or not classes or no_rate:
+        return
+    settings = F2CConfig(pool_rate=good.get(PREFIX + "pool_rate", F2CConfig.pool_rate))
+    slots = settings.num_slots(classes)
+    gathered = min(batch // 2 * world_size, classes)
+    if slots < gathered:
+        needed = math.ceil(gathered / classes * 1e6) / 1e6
+        yield (f"{PREFIX}pool_rate={settings.pool_rate} gives {slots} slots for num_classes={classes}, but a gathered batch "
+               f"holds up to {gathered} identities: raise it to at least {needed:g}")
+    if good.get(PREFIX + "shard_pool") and slots < world_size:
+        yield f"{PREFIX}shard_pool=True: {slots} slots cannot be shared out over {world_size} ranks: set it to False"
 
 
 def _unknown_keys(cfg):
@@ -148,7 +204,8 @@ def load_config(name: str) -> EasyDict:
         name: path of the file, with or without ``.py``, or the name of a config that comes with
             this package.
     Raises:
-        ConfigError: there is no such file, it does not set ``config``, or lacks what has no default.
+        ConfigError: there is no such file, it does not set ``config``, or lacks what has no default. What
+            it sets is looked at by ``train.check``.
     """
     path = _find_config(name)
     cfg = EasyDict(HOST_DEFAULTS)
@@ -158,24 +215,11 @@ def load_config(name: str) -> EasyDict:
         if not isinstance(found, dict):
             raise ConfigError(f"{file}: sets no `config`; a config file ends with one, config = EasyDict()")
         cfg.update(found)
-    problems = [f"lacks {key}" for key in REQUIRED if key not in cfg] + _unknown_keys(cfg) + list(_wrong_types(cfg))
-    if problems:
-        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+    if lacking := [key for key in REQUIRED if key not in cfg]:
+        raise ConfigError("\n".join(f"{path}: lacks {key}" for key in lacking))
     if cfg.output is None:
         cfg.output = str(Path("work_dirs") / path.stem)
     return cfg
-
-
-def _wrong_types(cfg):
-    for key in ("num_classes", "num_image", "batch_size", "num_epoch", "gradient_acc", "verbose", "frequent", "embedding_size"):
-        value = cfg.get(key, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            yield f"{key}={value!r}: must be a whole number above 0"
-    for key in "lr", "momentum", "weight_decay", "scale":
-        if isinstance(cfg[key], bool) or not isinstance(cfg[key], (int, float)):
-            yield f"{key}={cfg[key]!r}: must be a number"
-    if not isinstance(cfg.val_targets, (list, tuple)):
-        yield f"val_targets={cfg.val_targets!r}: must be a list of names"
 
 
 def _find_config(name):

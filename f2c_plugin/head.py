@@ -107,7 +107,7 @@ class F2CHead(nn.Module):
             Scalar, with gradient to the embeddings.
         Raises:
             RuntimeError: the backbone was not called in training mode since the last call.
-            ValueError: an odd batch, embeddings that are not the batch's, or labels beyond
+            ValueError: an odd batch, embeddings that are not the batch's or of another size than the pool's, or labels beyond
                 num_classes (looked at on CPU only: on a GPU it would stall the step, and the loader
                 has checked the pack).
         """
@@ -159,6 +159,9 @@ class F2CHead(nn.Module):
         if len(embeddings) != num_images // (1 if self.symmetric else 2):
             raise ValueError(f"{len(embeddings)} embeddings for {num_images} images with symmetric={self.symmetric}: "
                              "the head takes what the backbone made of the batch it saw last")
+        if embeddings.size(1) != self.pool.rows.size(2):
+            raise ValueError(f"embeddings of {embeddings.size(1)} numbers for a pool of {self.pool.rows.size(2)}: set "
+                             "embedding_size to what the backbone gives")
         num_identities = self.pool.num_identities
         if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < num_identities:
             raise ValueError(f"labels from {labels.min()} to {labels.max()}, but num_classes={num_identities}: "

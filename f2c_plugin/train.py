@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 from f2c_plugin.backbones import get_model
 from f2c_plugin.checkpoint import CheckpointError, Checkpoints
-from f2c_plugin.config import ConfigError, F2CConfig, load_config
+from f2c_plugin.config import ConfigError, F2CConfig, bad_keys, load_config, problems
 from f2c_plugin.data import RecordError
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.files import written_whole
-from f2c_plugin.host.entry_points import record_loader, steps_per_epoch, training_device
+from f2c_plugin.host.entry_points import open_pack, record_loader, steps_per_epoch, training_device
 from f2c_plugin.health import tensorboard_writer
 from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
 from f2c_plugin.loss import Margin
@@ -66,6 +66,44 @@ def images_once(cfg, local_rank):
     return record_loader(cfg, local_rank, identity_rate=0.0)
 
 
+def check(cfg, world_size: int = 1):
+    """Try everything that the training is going to need, but for the other ranks.
+
+    Args:
+        cfg: a config as ``load_config`` returns it.
+        world_size: number of ranks there will be.
+    Raises:
+        ConfigError: with a line for everything that is wrong: the key or file, the value found, the remedy.
+    """
+    found, bad = problems(cfg, world_size), bad_keys(cfg)
+    for keys, needed in ((["head"], lambda: _head_factory(cfg.head)),
+                         (["sampler"], lambda: cfg.sampler and load_plugin(SAMPLERS, cfg.sampler)),
+                         (["network", "embedding_size"], lambda: _on_meta(get_model, cfg.network, cfg.embedding_size)),
+                         (["margin_list", "scale"], lambda: Margin.of_host(_margin_loss(cfg))),
+                         (["optimizer", "lr", "momentum", "weight_decay"], lambda: _optimizer(cfg, [torch.zeros(1)])),
+                         (["num_image", "batch_size"], lambda: steps_per_epoch(cfg, world_size)),
+                         (["rec", "num_classes", "num_image"], lambda: open_pack(cfg)),
+                         (["rec", "val_targets"], lambda: _verification_sets(cfg))):
+        if bad.keys().isdisjoint(keys):
+            try:
+                needed()
+            except (ConfigError, RecordError, VerificationSetError, UnknownPlugin, OSError) as error:
+                found += str(error).splitlines()
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _on_meta(make, *arguments):
+    with torch.device("meta"):
+        return make(*arguments)
+
+
+def _verification_sets(cfg):
+    if cfg.get("f2c_export") == "best" and not cfg.val_targets:
+        raise ConfigError("f2c_export='best', but val_targets is empty: name a verification set to choose by")
+    return {name: VerificationSet(Path(cfg.rec) / f"{name}.bin") for name in cfg.val_targets}
+
+
 def train(cfg) -> dict:
     """Run one training and return the report that also goes to ``report.json``.
 
@@ -85,9 +123,7 @@ def train(cfg) -> dict:
     head_factory = _head_factory(cfg.head)
     sampler = cfg.sampler or getattr(head_factory, "sampler", None)
     loader = (load_plugin(SAMPLERS, sampler) if sampler else images_once)(cfg, local_rank)
-    if cfg.get("f2c_export") == "best" and not cfg.val_targets:
-        raise ConfigError("f2c_export='best', but val_targets is empty: name a verification set to choose by")
-    verification_sets = {name: VerificationSet(Path(cfg.rec) / f"{name}.bin") for name in cfg.val_targets}
+    verification_sets = _verification_sets(cfg)
 
     net = get_model(cfg.network, cfg.embedding_size, fp16=cfg.fp16).to(device)
     backbone = _wrap(net).train()
@@ -193,8 +229,6 @@ def _seed(seed):
 
 def _margin_loss(cfg):
     """What head factories read of the host's CombinedMarginLoss."""
-    if len(cfg.margin_list) != 3:
-        raise ConfigError(f"margin_list={cfg.margin_list}: must be three numbers, (m1, m2, m3)")
     m1, m2, m3 = cfg.margin_list
     return SimpleNamespace(s=cfg.scale, m1=m1, m2=m2, m3=m3,
                            interclass_filtering_threshold=cfg.interclass_filtering_threshold)
@@ -400,9 +434,10 @@ def main(arguments=None):
     parser.add_argument("config", help="path of a config file, or the name of one that comes with the package")
     try:
         cfg = load_config(parser.parse_args(arguments).config)
+        check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+        if int(os.environ.get("RANK", 0)) == 0:
+            _init_logging(Path(cfg.output), cfg.resume)
         with process_group():
-            if distributed.get_rank() == 0:
-                _init_logging(Path(cfg.output), cfg.resume)
             train(cfg)
     except (ConfigError, RecordError, VerificationSetError, UnknownPlugin, ExportError, CheckpointError, NotLearning,
             OSError) as error:

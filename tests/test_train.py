@@ -129,7 +129,7 @@ def test_the_baseline_takes_odd_batches(config):
     (dict(resume=True), "resume=True, but there is no checkpoint in out"),
     (dict(val_targets=["lfw"]), "lfw.bin: no such file"),
     (dict(rec="nowhere"), "rec='nowhere': there is no train.rec in"),
-    (dict(dali=True), "dali=True: this loader decodes by itself"),
+    (dict(dali=True), "dali=True: must be False: this package's loader decodes by itself"),
     (dict(head="softmax", f2c_pol_rate=0.1), "f2c_pol_rate: unknown key; did you mean f2c_pool_rate?"),
     (dict(output="config.py"), "config.py"),
     (dict(margin_list=(1.0, 0.5, 0.2, 0.1)), "margin_list"),
@@ -137,6 +137,18 @@ def test_the_baseline_takes_odd_batches(config):
 ], ids=str)
 def test_bad_input_is_refused_with_the_key_or_file_the_value_and_the_remedy(config, keys, message):
     assert message in refusal(config(**keys))
+
+
+def test_all_that_is_wrong_is_said_at_once_before_the_ranks_meet(config):
+    path = config(network="r19", optimizer="sdg", batch_size=122, num_classes=11, val_targets=["lfw"], head="f2c_dpc", lr="0.1",
+                  f2c_pol_rate=0.1, f2c_export="both", scale=0, warmup_epoch=9, margin_list=None, seed=-1, f2c_save_every=0)
+    message = refusal(path)
+    for part in ("network='r19'", "num_image=120 is less than", "num_classes=11, but", "lfw.bin: no such file",
+                 "head='f2c_dpc' is unknown", "lr='0.1': must be a number above 0", "f2c_pol_rate: unknown key", "scale=0: must be",
+                 "warmup_epoch=9: is more than num_epoch=2", "margin_list=None: must be three numbers", "seed=-1: must be",
+                 "f2c_save_every=0: must be"):
+        assert part in message
+    assert not Path("out").exists()
 
 
 def test_damaged_packs_are_refused_with_the_file(config, faces, tmp_path):

@@ -67,16 +67,25 @@ def f2c_dual(cfg, local_rank: int) -> DualLoader:
 def record_loader(cfg, local_rank: int, identity_rate: float) -> DualLoader:
     """Loader over the pack in ``cfg.rec`` with ``identity_rate`` of each batch in pairs."""
     rank, world_size = this_rank()
-    if cfg.get("dali"):
-        raise ConfigError("dali=True: this loader decodes by itself: set dali=False")
+    dataset = open_pack(cfg)
+    sampler = DualSampler(dataset.index, cfg["batch_size"], steps_per_epoch(cfg, world_size), identity_rate,
+                          cfg.get("seed") or 0, rank, world_size)
+    return DualLoader(dataset, sampler, training_device(local_rank), cfg.get("num_workers", 0))
+
+
+def open_pack(cfg) -> RecordDataset:
+    """The pack in ``cfg.rec``.
+
+    Raises:
+        ConfigError: there is none, or it is not what the config says.
+        RecordError: it cannot be read.
+    """
     if not (Path(cfg["rec"]) / "train.rec").is_file():
         raise ConfigError(f"rec={cfg['rec']!r}: there is no train.rec in {Path(cfg['rec']).absolute()}; give the folder of "
                           "a pack, or draw one with `f2c-plugin synth`")
     dataset = RecordDataset(cfg["rec"], skip_damaged=bool(cfg.get("f2c_skip_damaged")))
     _check_pack(cfg, dataset)
-    sampler = DualSampler(dataset.index, cfg["batch_size"], steps_per_epoch(cfg, world_size), identity_rate,
-                          cfg.get("seed") or 0, rank, world_size)
-    return DualLoader(dataset, sampler, training_device(local_rank), cfg.get("num_workers", 0))
+    return dataset
 
 
 def training_device(local_rank: int) -> torch.device:
