@@ -24,6 +24,10 @@ def pool_after(steps, batch=2, num_slots=8):
     return pool
 
 
+def warnings(caplog):
+    return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_every_so_many_steps_it_logs_averages_and_keeps_them_as_scalars(caplog, tmp_path):
     health = Health(4, 100, tmp_path)
     pool = pool_after(3)
@@ -65,7 +69,7 @@ def test_a_pool_of_stale_features_is_noticed(caplog):
     for _ in range(250):
         pool.write(pool.place(torch.arange(2)), torch.randn(2, 4))
     Health(1, 10_000).see(1, statistics(), pool, 2)
-    assert not caplog.records
+    assert not warnings(caplog)
     Health(1, 1000).see(1, statistics(), pool, 2)
     assert "are 189 steps old on average, of 1000 in all, and the net has moved on since: lower f2c_pool_rate" in caplog.text
 
@@ -83,4 +87,4 @@ def test_a_healthy_run_is_not_warned(caplog):
     health = Health(1, 1000)
     for step in range(1, 6):
         health.see(step, statistics(evictions=0.5), pool_after(20), 2)
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not warnings(caplog)

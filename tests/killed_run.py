@@ -1,0 +1,38 @@
+"""A training that dies by SIGKILL in the middle of some of its saves; for test_kills.py.
+
+    torchrun … killed_run.py CONFIG FOLDER
+
+As many files ``save_*`` as there are in FOLDER, so many more times it dies.
+"""
+
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from f2c_plugin import train
+
+CONFIG, FOLDER = sys.argv[1:]
+
+
+def save_and_maybe_die(states, file, save=torch.save):
+    if not file.name.endswith(".pt.partial") or "checkpoint" not in file.name:
+        return save(states, file)
+    tokens = list(Path(FOLDER).glob("save_*"))
+    if tokens and random.SystemRandom().random() < 0.5:
+        tokens[0].unlink()
+        when = random.SystemRandom().choice(["before", "within", "after"])
+        if when != "before":
+            save(states, file)
+        if when == "within":
+            file.flush()
+            file.truncate(file.tell() // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(states, file)
+
+
+torch.save = save_and_maybe_die
+train.main([CONFIG])

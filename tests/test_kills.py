@@ -1,0 +1,88 @@
+"""Trainings whose processes are killed, again and again, under torchrun."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from f2c_plugin.checkpoint import load_states
+from runs import launch, losses
+from test_checkpoint import checkpoints, equal
+
+EVERY = 5  # steps between two checkpoints
+
+
+def children(pid):
+    return [int(each) for each in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
+
+
+def kill_at_random(torchrun, kills, log, rng):
+    """SIGKILL to one or all ranks at random moments, of the start or of the training, until it was done ``kills`` times."""
+    done = {"one": 0, "all": 0}
+    while sum(done.values()) < kills:
+        restarts = log.read_text().count("resume: going on") if log.is_file() else 0
+        deadline = time.monotonic() + 60
+        if rng.random() < 0.8:  # otherwise while it starts
+            while log.read_text().count("resume: going on") == restarts and time.monotonic() < deadline:
+                time.sleep(0.05)
+                if torchrun.poll() is not None:
+                    return done
+        time.sleep(rng.uniform(0, 1.5))
+        ranks = children(torchrun.pid)
+        if not ranks:
+            continue
+        which = "one" if rng.random() < 0.7 else "all"
+        for rank in [rng.choice(ranks)] if which == "one" else ranks:
+            try:
+                os.kill(rank, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        done[which] += 1
+        while set(ranks) & set(children(torchrun.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert time.monotonic() < deadline, "a rank hangs after another was killed"
+    return done
+
+
+@pytest.mark.parametrize("external, in_saves, shard_pool", [
+    (3, 2, False), pytest.param(24, 12, True, marks=pytest.mark.long)])
+def test_a_training_whose_ranks_are_killed_ends_as_one_that_is_left_alone(config, tmp_path, external, in_saves, shard_pool):
+    keys = dict(batch_size=6, num_epoch=100, frequent=1, val_targets=[], f2c_save_every=EVERY, lr=0.01, f2c_shard_pool=shard_pool)
+    launch(config(output="whole", **keys), ranks=2)
+    path = config(**keys)
+    for i in range(in_saves):
+        (tmp_path / f"save_{i}").touch()
+    log = Path("out/training.log")
+    torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                                 "--max-restarts=1000", "--monitor-interval=0.1", str(Path(__file__).with_name("killed_run.py")), path, str(tmp_path)],
+                                stdout=open("printed", "w"), stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not log.is_file() or "step 6:" not in log.read_text():
+        assert torchrun.poll() is None, Path("printed").read_text()
+        time.sleep(0.1)
+    done = kill_at_random(torchrun, external, log, random.Random(1))
+    assert torchrun.wait(timeout=600) == 0, Path("printed").read_text()[-3000:]
+    killed_in_saves = in_saves - len(list(tmp_path.glob("save_*")))
+    print(f"kills: {done['one']} of one rank, {done['all']} of all, {killed_in_saves} in a save; "
+          f"{log.read_text().count('resume: going on')} restarts went on from a checkpoint")
+    assert sum(done.values()) == external and killed_in_saves == in_saves
+
+    # It ends as if nothing had happened, bit for bit, and never had to do more again than since the last checkpoint.
+    assert losses() == losses("whole")
+    assert equal(torch.load("out/model.pt"), torch.load("whole/model.pt"))
+    a, b = (load_states(checkpoints(folder)[-1]) for folder in ("out", "whole"))
+    assert a["step"] == 1000 and all(equal(a[part], b[part]) for part in ("backbone", "head", "optimizer", "random"))
+    reached = 0
+    for step, resumed in re.findall(r" step (\d+): loss|images seen, step (\d+)", log.read_text()):
+        if resumed:
+            assert reached - int(resumed) < 2 * EVERY  # two, where the kill came before the checkpoint had its name
+        reached = int(step or resumed)
+    assert not list(Path("out").glob("*.partial"))
+    time.sleep(1)
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
