@@ -1,17 +1,19 @@
 """What heads learn from the same images: F²C in its variants, the full FC layer and Partial FC.
 
     python benchmarks/accuracy.py                                   # about five minutes on two cores
-    python benchmarks/accuracy.py --identities 10000 --steps 1500 --seeds 3 --variants all
+    python benchmarks/accuracy.py --network tiny --identities 10000 --steps 3125 --seeds 3 --lr 0.05 0.1 0.2 --variants all
 
 Every run is a training by the built-in host on the same synthetic faces, from the same initial
 weights for a seed, with as many images; it is verified on people that are in no training set. Each
 runs in a process of its own, --jobs at a time; runs that are finished in --work are not repeated.
+Of several learning rates, each variant has its own: the one with which it is best on the first seed.
 Prints a Markdown table, means over the seeds with their standard deviations, and writes it as JSON
 with --json FILE and as plots with --plot FILE. Partial FC is the host's own file, from ARCFACE_TORCH or
 the cache that `f2c-plugin fetch-host` fills.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
@@ -28,6 +30,8 @@ from head_step import host_modules
 from f2c_plugin import train
 from f2c_plugin.config import HOST_DEFAULTS
 from f2c_plugin.host import patching
+from f2c_plugin.host.entry_points import steps_per_epoch
+from f2c_plugin.recipe import Recipe
 from f2c_plugin.tools.synth import write_dataset
 
 F2C = dict(head="f2c_dcp")
@@ -41,6 +45,7 @@ def one_row(pool, slots, placement):
 # By its name, config keys and what else is changed: ``patch`` puts values in the place of named ones of the package.
 VARIANTS = {
     "full FC": dict(head="softmax"),
+    "full FC, with the ramp": dict(head="softmax_ramp"),
     "Partial FC 0.1": dict(head="partial_fc", sample_rate=0.1),
     "F²C 100 %": F2C | dict(f2c_pool_rate=1.0),
     "F²C 10 %": F2C,
@@ -56,7 +61,7 @@ VARIANTS = {
     "F²C 10 %, momentum 0.999": F2C | dict(f2c_momentum=0.999),
 }
 FEW = ["full FC", "F²C 100 %", "F²C 10 %"]
-COLUMNS = {"accuracy": "accuracy", "tar_1e-3": "TAR at FAR 1e-3", "tar_1e-4": "TAR at FAR 1e-4", "auc": "AUC",
+COLUMNS = {"lr": "learning rate", "accuracy": "accuracy", "tar_1e-3": "TAR at FAR 1e-3", "tar_1e-4": "TAR at FAR 1e-4", "auc": "AUC",
            "gallery_accuracy": "accuracy of the gallery net", "images_per_s": "images/s", "peak_mb": "peak MB"}
 
 
@@ -67,25 +72,34 @@ def partial_fc(cfg, backbone, margin_loss):
     return partial_fc_v2.PartialFC_V2(margin, cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16)
 
 
-def config(arguments, keys, seed, output):
+def softmax_ramp(cfg, backbone, margin_loss):
+    """Head factory of the full FC layer with the scale and margin of F²C's recipe."""
+    head = train.softmax(cfg, backbone, margin_loss)
+    recipe = Recipe("ramp", head.margin, cfg.num_epoch * steps_per_epoch(cfg, 1))
+    steps = itertools.count()
+    head.register_forward_pre_hook(lambda head, _: setattr(head, "margin", recipe.margin_at(next(steps))))
+    return head
+
+
+def config(arguments, keys, seed, lr, output):
     steps = arguments.identities * arguments.images // arguments.batch_size  # of an epoch
     epochs = max(1, round(arguments.steps / steps))
     keys = dict(rec=str(arguments.data), num_classes=arguments.identities, num_image=arguments.identities * arguments.images,
                 network=arguments.network, embedding_size=arguments.embedding_size, batch_size=arguments.batch_size,
-                num_epoch=epochs, lr=arguments.lr, margin_list=tuple(arguments.margin_list), scale=arguments.scale, seed=seed,
+                num_epoch=epochs, lr=lr, margin_list=tuple(arguments.margin_list), scale=arguments.scale, seed=seed,
                 val_targets=["synth"], verbose=max(1, steps * epochs // 3), num_workers=1, output=str(output)) | keys
     return EasyDict(HOST_DEFAULTS | keys)
 
 
-def run(arguments, variant, seed, output):
+def run(arguments, variant, seed, lr, output):
     """Train one variant in this process and write what it measured."""
     keys = dict(VARIANTS[variant])
     for name, value in keys.pop("patch", {}).items():
         mock.patch(f"f2c_plugin.{name}", value).start()
-    train.BUILT_IN_HEADS["partial_fc"] = partial_fc
+    train.BUILT_IN_HEADS |= dict(partial_fc=partial_fc, softmax_ramp=softmax_ramp)
     output.mkdir(parents=True, exist_ok=True)
     with train.process_group():
-        report = train.train(config(arguments, keys, seed, output))
+        report = train.train(config(arguments, keys, seed, lr, output))
     history = [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
     verified = [entry for entry in history if "synth/accuracy" in entry]
     with np.load(output / "synth_scores.npz") as saved:
@@ -117,6 +131,8 @@ def table(results):
             values = [each[name] for each in runs if name in each]
             if not values:
                 cells.append("")
+            elif name == "lr":
+                cells.append(f"{values[0]:g}")
             elif name in ("images_per_s", "peak_mb"):
                 cells.append(f"{np.median(values):,.0f}")
             else:
@@ -155,7 +171,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--network", default="small")
     parser.add_argument("--embedding-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--lr", type=float, nargs="+", default=[0.1])
     parser.add_argument("--scale", type=float, default=32.0)
     parser.add_argument("--margin-list", type=float, nargs=3, default=(1.0, 0.0, 0.35))
     parser.add_argument("--data", type=Path, help="a pack with synth.bin; drawn if missing")
@@ -163,12 +179,12 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("work_dirs/accuracy"))
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE")
-    parser.add_argument("--child", nargs=3, metavar=("VARIANT", "SEED", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, metavar=("VARIANT", "SEED", "LR", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.data = arguments.data or Path("data") / f"accuracy_{arguments.identities}"
     if arguments.child:
-        variant, seed, folder = arguments.child
-        return run(arguments, variant, int(seed), Path(folder))
+        variant, seed, lr, folder = arguments.child
+        return run(arguments, variant, int(seed), float(lr), Path(folder))
     variants = list(VARIANTS) if arguments.variants == ["all"] else arguments.variants
     for variant in variants:
         if variant not in VARIANTS:
@@ -184,25 +200,29 @@ def main():
 
     # The setting is in the folder's name, so that no run of another is taken for one of these.
     setting = {name: str(getattr(arguments, name)) for name in ("identities", "images", "steps", "batch_size", "network",
-                                                               "embedding_size", "lr", "scale", "margin_list")}
+                                                               "embedding_size", "scale", "margin_list")}
 
-    def result(seed, variant):
-        name = "_".join([*setting.values(), variant, str(seed)]).translate(str.maketrans(" (),/%", "------"))
+    def result(variant, seed, lr):
+        name = "_".join([*setting.values(), variant, str(lr), str(seed)]).translate(str.maketrans(" (),/%", "------"))
         folder = arguments.work / name
         if not (folder / "result.json").is_file():
-            command = [sys.executable, sys.argv[0], *sys.argv[1:], "--child", variant, str(seed), str(folder)]
+            command = [sys.executable, sys.argv[0], *sys.argv[1:], "--child", variant, str(seed), str(lr), str(folder)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{variant}, seed {seed}, failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-        found = json.loads((folder / "result.json").read_text())
-        print(f"{variant}, seed {seed}: accuracy {found['accuracy']:.2%}, TAR at FAR 1e-3 {found['tar_1e-3']:.2%}", file=sys.stderr)
+        found = json.loads((folder / "result.json").read_text()) | {"lr": lr}
+        print(f"{variant}, lr {lr}, seed {seed}: accuracy {found['accuracy']:.2%}, TAR at FAR 1e-3 {found['tar_1e-3']:.2%}",
+              file=sys.stderr)
         return found
 
-    runs = [(seed, variant) for seed in range(arguments.seeds) for variant in variants]
-    results = {variant: [] for variant in variants}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for (_, variant), found in zip(runs, pool.map(result, *zip(*runs))):
-            results[variant].append(found)
+        tried = list(itertools.product(variants, arguments.lr))
+        first = list(zip(tried, pool.map(lambda run: result(run[0], 0, run[1]), tried)))
+        best = {variant: max((found for (which, _), found in first if which == variant), key=lambda found: found["accuracy"])
+                for variant in variants}
+        seeds = range(1, arguments.seeds)
+        rest = pool.map(lambda run: result(run[0], run[1], best[run[0]]["lr"]), itertools.product(variants, seeds))
+        results = {variant: [best[variant], *itertools.islice(rest, len(seeds))] for variant in variants}
     print(table(results))
     if arguments.json:
         arguments.json.write_text(json.dumps(setting | {"seeds": arguments.seeds, "results": results}, indent=1) + "\n")

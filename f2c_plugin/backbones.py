@@ -107,7 +107,7 @@ class PlainNet(nn.Module):
         self.fp16 = fp16
         modules, inputs = [before()], 3
         for outputs, stride in layers:
-            modules += [_conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs), nn.PReLU(outputs)]
+            modules += [_conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
             inputs = outputs
         self.layers = nn.Sequential(*modules)
         self.fc = nn.Linear(inputs * 7 * 7, num_features)

@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +35,7 @@ from f2c_plugin.host.entry_points import open_pack, record_loader, steps_per_epo
 from f2c_plugin.health import tensorboard_writer
 from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
 from f2c_plugin.loss import Margin
+from f2c_plugin.meeting import process_group
 from f2c_plugin.signals import Request, Stopped, listening
 from f2c_plugin.softmax import SoftmaxHead
 from f2c_plugin.tools.export import ExportError, export_onnx, onnx_cosine, require_same_embedding
@@ -195,22 +195,6 @@ def _save_is_due(cfg, step, num_steps, total_steps):
     if every:
         every += -every % cfg.gradient_acc  # between two steps of the optimizer, gradients would be lost
     return bool(every and (step % every == 0 or step == total_steps) or cfg.save_all_states and step % num_steps == 0)
-
-
-@contextmanager
-def process_group():
-    """Joins the ranks that torchrun started, or makes a group of this process alone."""
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:
-        distributed.init_process_group(backend)
-    else:
-        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
 
 
 def _wrap(module):

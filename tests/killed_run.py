@@ -18,9 +18,10 @@ from f2c_plugin import train
 CONFIG, FOLDER = sys.argv[1:]
 
 
-def save_and_maybe_die(states, file, save=torch.save):
-    if not file.name.endswith(".pt.partial") or "checkpoint" not in file.name:
-        return save(states, file)
+def save_and_maybe_die(states, file, *, save=torch.save, **options):
+    name = Path(getattr(file, "name", "")).name
+    if not (name.startswith("checkpoint") and name.endswith(".partial")):
+        return save(states, file, **options)  # a model.pt, or what torch saves to send it to other ranks
     tokens = list(Path(FOLDER).glob("save_*"))
     if tokens and random.SystemRandom().random() < 0.5:
         tokens[0].unlink()

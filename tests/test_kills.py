@@ -60,9 +60,10 @@ def test_a_training_whose_ranks_are_killed_ends_as_one_that_is_left_alone(config
     for i in range(in_saves):
         (tmp_path / f"save_{i}").touch()
     log = Path("out/training.log")
-    torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                                 "--max-restarts=1000", "--monitor-interval=0.1", str(Path(__file__).with_name("killed_run.py")), path, str(tmp_path)],
-                                stdout=open("printed", "w"), stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--monitor-interval=0.1",
+               f"--max-restarts={2 * (external + in_saves)}", str(Path(__file__).with_name("killed_run.py")), path, str(tmp_path)]
+    torchrun = subprocess.Popen(command, stdout=open("printed", "w"), stderr=subprocess.STDOUT,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not log.is_file() or "step 6:" not in log.read_text():
         assert torchrun.poll() is None, Path("printed").read_text()
         time.sleep(0.1)
