@@ -29,6 +29,11 @@ SAME_TRAINING = ("head", "network", "embedding_size", "num_classes", "num_image"
 _UNTOLD = ("resume", "output", "rec", "val_targets", "frequent", "verbose", "num_workers", "save_all_states", "f2c_save_every")
 
 
+def checkpoints_in(folder) -> list[Path]:
+    """Checkpoints of the built-in host, the newest first."""
+    return sorted(Path(folder).glob(_ANY_NAME), reverse=True)
+
+
 class CheckpointError(ValueError):
     """A file that is no whole checkpoint, or cannot be written."""
 
@@ -95,9 +100,11 @@ class Checkpoints:
                 new training would overwrite the checkpoints of one before.
         """
         found, refusal = None, None
+        # Of two nodes, one that has come back does not know that the training had begun.
+        started_again = any(_of_all_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0))
         if self.rank == 0:  # one rank decides for all
             try:
-                found = self._find()
+                found = self._find(started_again)
             except ConfigError as error:
                 refusal = str(error)
         found, refusal = _from_rank_0((found, refusal))
@@ -110,11 +117,10 @@ class Checkpoints:
                               "where all nodes see it")
         return self._load(found)
 
-    def _find(self):
+    def _find(self, started_again):
         for partial in self.folder.glob("*" + PARTIAL):
             partial.unlink()  # of a process that was killed while it wrote
-        files = sorted(self.folder.glob(_ANY_NAME), reverse=True)
-        started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        files = checkpoints_in(self.folder)
         if not self.cfg.resume and not started_again:
             if files:
                 raise ConfigError(f"resume=False, but {self.folder} holds checkpoints of an earlier training, which this one "
@@ -185,11 +191,11 @@ class Checkpoints:
             with written_whole(path) as file:
                 torch.save(states, file)
         except (OSError, RuntimeError) as error:  # torch's writer has errors of its own for a full disk
-            kept = sorted(self.folder.glob(_ANY_NAME))
+            kept = checkpoints_in(self.folder)
             raise CheckpointError(f"{path}: cannot be written: {str(error).splitlines()[0]} ({_free(self.folder)} free). "
-                                  + (f"{kept[-1].name} is whole: make room and go on with resume=True" if kept else
+                                  + (f"{kept[0].name} is whole: make room and go on with resume=True" if kept else
                                      "Make room and begin again")) from error
-        for old in sorted(self.folder.glob(_ANY_NAME))[:-KEPT]:
+        for old in checkpoints_in(self.folder)[KEPT:]:
             old.unlink()
 
     def require_room(self):

@@ -64,6 +64,19 @@ def export(arguments):
           + ("" if cosine is None else f"; smallest cosine to PyTorch's {cosine:.6f}"))
 
 
+def checkpoint(arguments):
+    """Show what checkpoints hold, or turn arcface_torch's into those of another number of ranks."""
+    from f2c_plugin.tools import checkpoints
+
+    if arguments.action == "merge":
+        for path in checkpoints.merge(arguments.folder, arguments.out, arguments.ranks):
+            print(path)
+        return
+    for path in arguments.files:
+        for what, finding in checkpoints.describe(path):
+            print(f"{what:<20} {finding}")
+
+
 def plan(arguments):
     """Say what F²C, Partial FC and the full FC layer need of each GPU's memory."""
     from f2c_plugin.tools import plan as planning
@@ -126,11 +139,11 @@ def _parser():
     parser = argparse.ArgumentParser("f2c-plugin", description="F²C for arcface_torch.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(function):
+    def command(function, subcommands=None):
         name = function.__name__.replace("_", "-")
         sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         sub.set_defaults(function=function)
-        return sub.add_argument
+        return sub.add_subparsers(dest=subcommands, required=True) if subcommands else sub.add_argument
 
     add = command(install)
     add("checkout", help="arcface_torch, or the insightface checkout around it")
@@ -163,6 +176,14 @@ def _parser():
     add("model", help="a model.pt, or a checkpoint_gpu_0.pt")
     add("out", help="the .onnx file to write")
     add("--net", default="probe", choices=["probe", "gallery"], help="the gallery net is in checkpoints only")
+
+    actions = command(checkpoint, subcommands="action")
+    inspecting = actions.add_parser("inspect", help="show what checkpoints hold")
+    inspecting.add_argument("files", nargs="+", metavar="FILE", help="of arcface_torch or of f2c_plugin.train")
+    merging = actions.add_parser("merge", help="turn the checkpoints of all ranks into those of another number of ranks")
+    merging.add_argument("folder", help="of checkpoint_gpu_0.pt, checkpoint_gpu_1.pt, …, by arcface_torch")
+    merging.add_argument("out", help="where the new ones go")
+    merging.add_argument("--ranks", type=int, required=True, metavar="W")
 
     add = command(plan)
     add("--identities", type=int, required=True, metavar="N")

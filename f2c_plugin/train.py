@@ -26,7 +26,7 @@ from torch import distributed, nn
 from tqdm import tqdm
 
 from f2c_plugin.backbones import get_model
-from f2c_plugin.checkpoint import CheckpointError, Checkpoints
+from f2c_plugin.checkpoint import CheckpointError, Checkpoints, checkpoints_in
 from f2c_plugin.config import ConfigError, F2CConfig, bad_keys, load_config, problems
 from f2c_plugin.data import RecordError
 from f2c_plugin.data.dataset import normalize_faces
@@ -407,8 +407,7 @@ class _TqdmHandler(logging.Handler):
 
 def _init_logging(folder, resume):
     folder.mkdir(parents=True, exist_ok=True)
-    started_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    mode = "a" if resume or started_again else "w"
+    mode = "a" if resume or checkpoints_in(folder) else "w"
     handlers = [_TqdmHandler(), logging.FileHandler(folder / "training.log", mode)]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers, force=True)
 

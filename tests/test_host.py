@@ -66,9 +66,9 @@ def write_config(host, name, packs, size, **keys):
     (host / "configs" / f"{name}.py").write_text("\n".join(lines) + "\n")
 
 
-def run(host, name):
+def run(host, name, ranks=2):
     """The host's own command; returns what it logged."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_v2.py",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_v2.py",
                f"configs/{name}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, timeout=900)
@@ -124,6 +124,21 @@ def test_configs_without_a_head_train_partial_fc_as_before(patched, packs, sampl
     rank_0, rank_1 = assert_trained(run(patched, name), patched, name)
     assert rank_0["state_dict_softmax_fc"]["weight"].shape == (MORE[0] // 2, 64)
     assert not torch.equal(rank_0["state_dict_softmax_fc"]["weight"], rank_1["state_dict_softmax_fc"]["weight"])
+
+
+@pytest.mark.parametrize("keys", [dict(), dict(head="f2c_dcp", f2c_pool_rate=1.0)], ids=["Partial FC", "F²C"])
+def test_merged_checkpoints_resume_in_the_host_on_another_number_of_ranks(patched, packs, keys):
+    name = f"merged_{len(keys)}"
+    write_config(patched, name, packs, MORE, **keys, num_epoch=1, val_targets=[])
+    run(patched, name)
+    output = patched / "work_dirs" / name
+    output.rename(output.with_suffix(".of_2"))
+    cli(["checkpoint", "merge", str(output.with_suffix(".of_2")), str(output), "--ranks", "1"])
+    write_config(patched, name, packs, MORE, **keys, num_epoch=2, val_targets=[], resume=True)
+    log = run(patched, name, ranks=1)
+    saved = torch.load(output / "checkpoint_gpu_0.pt")
+    assert saved["epoch"] == 2 and saved["global_step"] == 2 * 40  # 20 an epoch with two ranks
+    assert all(map(math.isfinite, losses(log)))
 
 
 def test_model_pt_loads_into_the_hosts_own_backbone_and_ours_into_the_hosts(patched, packs, tmp_path):
