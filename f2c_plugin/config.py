@@ -114,7 +114,8 @@ _NAME_OR_NONE = _Values((str, type(None)), lambda v: v != "", "a name, or None")
 _KEYS = {
     "rec": _NAME, "output": _NAME_OR_NONE, "head": _NAME_OR_NONE, "sampler": _NAME_OR_NONE, "network": _NAME,
     "num_classes": _COUNT, "num_image": _COUNT, "batch_size": _COUNT, "num_epoch": _COUNT, "gradient_acc": _COUNT,
-    "verbose": _COUNT, "frequent": _COUNT, "embedding_size": _COUNT, "num_workers": _FROM_0, "warmup_epoch": _FROM_0,
+    "verbose": _COUNT, "frequent": _COUNT, "embedding_size": _Values((int,), lambda v: 0 < v <= 1 << 16, "a whole number from 1 to 65536"),
+    "num_workers": _FROM_0, "warmup_epoch": _FROM_0,
     "seed": _Values((int,), lambda v: 0 <= v < 1 << 32, "a whole number from 0 to below 2**32"),
     "lr": _ABOVE_0, "scale": _ABOVE_0, "weight_decay": _NOT_BELOW_0, "momentum": _TO_BELOW_1,
     "interclass_filtering_threshold": _Values((int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),

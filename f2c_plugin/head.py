@@ -122,6 +122,7 @@ class F2CHead(nn.Module):
 
         label_x, label_y = labels.chunk(2)  # (B/2,)
         all_x, all_y = gather(labels).chunk(2, dim=1)  # (W, B/2)
+        of_probes = gallery.chunk(2) if self.symmetric else [None, None]
         gallery = gather(gallery)  # (W, B, D), or of x alone (W, B/2, D)
         if self.symmetric:
             gallery_x, gallery_y = gallery.chunk(2, dim=1)  # (W, B/2, D)
@@ -135,13 +136,13 @@ class F2CHead(nn.Module):
         own = self.pool.lookup(self.pool.shard.gather(labels).flatten())
         apart = torch.cat([own, *(placement.slot for placement in placements)])  # (A,)
         compared, write, not_finite = [], None, 0
-        for placement, (_, gallery, probe_labels, probes) in zip(placements, half_steps):
+        for placement, (_, gallery, probe_labels, probes), mine in zip(placements, half_steps, of_probes):
             if write:
                 self.pool.undo(write)
             write = self.pool.write(placement, gallery.flatten(0, 1))
             not_finite = not_finite + write.num_skipped
             compared.append(HalfStep(probes, self.pool.lookup(probe_labels), self.pool.rows_at(apart),
-                                     self.pool.renewed_at(apart, placement)))
+                                     self.pool.renewed_at(apart, placement), torch.zeros_like(probes) if mine is None else mine))
         result = pool_loss(compared, apart, self.pool, margin, self.num_hard_negatives, self.autocast,
                            self.recipe.negatives_weight)
 

@@ -93,6 +93,7 @@ class HalfStep(NamedTuple):
     slot: Tensor
     rows: Tensor
     renewed: Tensor
+    gallery: Tensor
 
 
 class PoolLoss(NamedTuple):
@@ -141,7 +142,7 @@ def pool_loss(half_steps: list[HalfStep], apart: Tensor, pool: DynamicClassPool,
     is_apart = torch.zeros(pool.num_slots + 1, dtype=torch.bool, device=device)  # the last stands for NOT_IN_POOL
     is_apart[apart] = True
     counted = (apart != NOT_IN_POOL) & (occurrences(apart)[0] == 0)  # (A,)
-    embeddings, slot, rows, renewed = map(torch.stack, zip(*half_steps))  # (H, P, D), (H, P), (H, 2, A, D), (H, A)
+    embeddings, slot, rows, renewed, twins = map(torch.stack, zip(*half_steps))  # (H, P, D), (H, P), (H, 2, A, D), (H, A)
     dtype = torch.get_autocast_dtype(device.type) if autocast else embeddings.dtype
     with torch.enable_grad():
         inputs = embeddings.detach().requires_grad_()
@@ -167,6 +168,11 @@ def pool_loss(half_steps: list[HalfStep], apart: Tensor, pool: DynamicClassPool,
         negative = torch.cat([_for_both_views(hardest, cosine), others], 3).topk(hardest.size(1), dim=3).values
         negative = negative.clamp_min(0).mean(3)  # (H, 2, P)
 
+        import f2c_plugin.recipe as recipe
+        if recipe.SELF_POSITIVE:
+            self_target = (margin.scale * (probes * normalize(twins, dim=2)).sum(2))[:, None, :, None].expand(-1, 2, -1, -1)
+            outside = torch.cat([_for_both_views(common.log_sum_exp, cosine), margin.scale * others, self_target], 3).logsumexp(3) - self_target[..., 0]
+            negative = recipe.SELF_POSITIVE * outside + (negative if recipe.BOTH else 0)
         found = (slot != NOT_IN_POOL)[:, None]  # (H, 1, P)
         loss = _mean(positive, found, least=1).sum() + negatives_weight * _mean(negative, ~found, least=1).sum()
         gradient, = torch.autograd.grad(loss, inputs)

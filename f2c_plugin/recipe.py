@@ -6,6 +6,7 @@ from f2c_plugin.loss import Margin
 
 START_SCALE = 8.0
 RAMP_SHARE = 0.7  # of the run; the rest trains with the configured scale and margin
+SELF_POSITIVE, BOTH = 0, 0
 NEGATIVES_WEIGHT = 1.0  # of the hard negatives' loss beside the margin softmax
 
 

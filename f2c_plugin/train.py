@@ -87,7 +87,7 @@ def check(cfg, world_size: int = 1):
         if bad.keys().isdisjoint(keys):
             try:
                 needed()
-            except (ConfigError, RecordError, VerificationSetError, UnknownPlugin, OSError) as error:
+            except (ConfigError, RecordError, UnknownPlugin, OSError) as error:
                 found += str(error).splitlines()
     if found:
         raise ConfigError("\n".join(found))
@@ -101,7 +101,15 @@ def _on_meta(make, *arguments):
 def _verification_sets(cfg):
     if cfg.get("f2c_export") == "best" and not cfg.val_targets:
         raise ConfigError("f2c_export='best', but val_targets is empty: name a verification set to choose by")
-    return {name: VerificationSet(Path(cfg.rec) / f"{name}.bin") for name in cfg.val_targets}
+    sets, wrong = {}, []
+    for name in cfg.val_targets:
+        try:
+            sets[name] = VerificationSet(Path(cfg.rec) / f"{name}.bin")
+        except VerificationSetError as error:
+            wrong.append(f"val_targets names {name!r}: {error}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return sets
 
 
 def train(cfg) -> dict:
@@ -112,7 +120,7 @@ def train(cfg) -> dict:
     Args:
         cfg: a config as ``load_config`` returns it.
     Raises:
-        ConfigError, RecordError, VerificationSetError: the config or the data are wrong.
+        ConfigError, RecordError: the config or the data are wrong.
         UnknownPlugin: an unknown head or sampler.
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()

@@ -1,7 +1,9 @@
 """Configs: what is refused, and what is said then; what comes with the package."""
 
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 
+from f2c_plugin import train
 from f2c_plugin.config import ConfigError, F2CConfig, load_config
 from f2c_plugin.host.patching import host_configs
 
@@ -89,3 +91,61 @@ def test_configs_that_are_none_are_refused_with_the_reason(tmp_path):
     (tmp_path / "none.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="none.py: sets no `config`"):
         load_config(str(tmp_path / "none.py"))
+
+
+# Values that a key may have, and values that it may not. What is not in either is left at what the fixture has.
+RIGHT = dict(
+    head=["f2c_dcp", "softmax"], sampler=[None, "f2c_dual"], network=["tiny", "r18"], embedding_size=[32, 1], batch_size=[12, 2],
+    num_epoch=[1, 10**6], gradient_acc=[1, 3], num_workers=[0, 2], warmup_epoch=[0, 1], seed=[0, 2**32 - 1], lr=[0.1, 1, 1e-9],
+    scale=[64.0, 1], weight_decay=[0, 5e-4], momentum=[0, 0.9], interclass_filtering_threshold=[0, 0.4], fp16=[True, False],
+    save_all_states=[True, False], resume=[True, False, "auto"], dali=[False], optimizer=["sgd", "adamw"],
+    margin_list=[(1.0, 0.5, 0.0), [1, 0, 0.4]], val_targets=[[], ["synth"]], f2c_pool_rate=[1.0, 1], f2c_momentum=[0.0, 0.999],
+    f2c_symmetric=[True, False], f2c_skip_damaged=[True], f2c_shard_pool=[True, False], f2c_save_every=[None, 1],
+    f2c_max_bad_steps=[1], f2c_hard_negatives=[None, 5], f2c_identity_rate=[0, 0.5, 1.0], f2c_export=["probe", "gallery", "best"],
+    f2c_pool_dtype=["float32", "bfloat16"], f2c_recipe=["ramp", "paper"])
+NONSENSE = [None, -1, -0.5, float("nan"), float("inf"), "", "x", "1", b"1", [], {}, (1,), object, 10**30]
+WRONG = dict(
+    head=["f2c_dpc", 3], sampler=["f2c_daul", 1.5], network=["r51", None], embedding_size=[0, 1 << 40, True], batch_size=[0, 3, 1.5, 10**9],
+    num_classes=[5, 13, 10**15, "12"], num_image=[1, 121, 10**12, None], num_epoch=[0, "2"], gradient_acc=[0], num_workers=[-1, None],
+    warmup_epoch=[-1, 10**7], seed=[-1, 2**32, "a"], lr=[0, "0.1", float("nan")], scale=[0, float("inf")], weight_decay=[-1, None],
+    momentum=[1.0, "0.9"], interclass_filtering_threshold=[2], fp16=["True", 1], save_all_states=[1], resume=["yes", 1], dali=[True, 0],
+    optimizer=["adam", None], margin_list=[(1.0, 0.5), (0.9, 0.5, 0.0), (1, 0, "0.4"), 0.5], val_targets=["synth", ["lfw"], [1], None],
+    rec=["nowhere", 7], f2c_pool_rate=[0, 1.1, 0.01, "1"], f2c_momentum=[1, -0.1], f2c_symmetric=[1, "no"], f2c_skip_damaged=[0],
+    f2c_shard_pool=[None], f2c_save_every=[0, 1.5], f2c_max_bad_steps=[0, None], f2c_hard_negatives=[0, 2.5],
+    f2c_identity_rate=[1.5, None], f2c_export=["both"], f2c_pool_dtype=["half", None], f2c_recipe=["fast", None],
+    f2c_pool_rat=[0.1], f2c_momentun=[0.9], f2c_=[1])
+# Keys that are wrong only beside others, or only where F²C is trained.
+DEPENDS = {"f2c_pool_rate": 0.01, "batch_size": 3, "warmup_epoch": 10**7}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_a_config_says_each_wrong_key_is_named_with_its_value_and_nothing_else_happens(config, data):
+    cfg = load_config(config(num_epoch=2))
+    right = data.draw(st.lists(st.sampled_from(sorted(RIGHT)), unique=True, max_size=8))
+    wrong = data.draw(st.lists(st.sampled_from(sorted(WRONG)), unique=True, max_size=4))
+    given = {key: data.draw(st.sampled_from(WRONG[key]), label=key) for key in wrong}
+    cfg.update({key: data.draw(st.sampled_from(RIGHT[key]), label=key) for key in right} | given)
+    try:
+        train.check(cfg, world_size=data.draw(st.sampled_from([1, 2])))
+        said = ""
+    except ConfigError as error:
+        said = str(error)
+    for key, value in given.items():
+        if DEPENDS.get(key) == value or {"rec", "num_classes", "num_image", "val_targets"} & given.keys() - {key}:
+            continue  # nothing is told of a pack that is not there
+        told = [line for line in said.splitlines() if key in line]
+        assert told and (key.startswith("f2c_") and "unknown" in told[0] or repr(value).strip("[]'") in " ".join(told)), (key, value, said)
+    if not wrong and "resume" not in right and "f2c_export" not in right:
+        assert not said or "batch_size" in said or "f2c_shard_pool" in said
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(sorted({*RIGHT, *WRONG})), value=st.sampled_from(NONSENSE) | st.integers() | st.text() | st.floats())
+def test_nonsense_in_any_key_ends_in_a_config_error_or_in_a_config_that_is_right(config, key, value):
+    cfg = load_config(config(num_epoch=2))
+    cfg[key] = value
+    try:
+        train.check(cfg)
+    except ConfigError as error:
+        assert key in str(error)

@@ -253,6 +253,17 @@ def test_an_installation_that_is_interrupted_leaves_the_checkout_as_it_was(copy,
     assert len(replaced) == 4 and tree(copy) == before
 
 
+@pytest.mark.parametrize("link", ["dataset.py", "configs"])
+def test_a_link_out_of_the_checkout_is_not_followed(copy, tmp_path, link):
+    outside = tmp_path / "outside"
+    (copy / link).rename(outside)
+    (copy / link).symlink_to(outside)
+    before, behind = tree(copy), tree(outside) if outside.is_dir() else outside.read_bytes()
+    with pytest.raises(SystemExit, match="is, or lies behind, a link to .*outside.*, outside the checkout. Nothing was changed"):
+        cli(["install", str(copy)])
+    assert tree(copy) == before and (tree(outside) if outside.is_dir() else outside.read_bytes()) == behind
+
+
 def test_line_ends_stay_as_they_are_whatever_the_users_git_does_with_them(copy, checkout, monkeypatch):
     for name, value in ("COUNT", "1"), ("KEY_0", "core.autocrlf"), ("VALUE_0", "true"):
         monkeypatch.setenv(f"GIT_CONFIG_{name}", value)

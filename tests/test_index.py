@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -58,7 +59,7 @@ def test_a_pack_that_has_changed_is_indexed_again(tmp_path, builds):
 
 
 @pytest.mark.parametrize("damage", ["array cut short", "array empty", "array missing", "meta cut short", "meta of another kind",
-                                    "other version", "array of other length"])
+                                    "meta without end", "other version", "array of other length", "arrays that do not fit"])
 def test_a_torn_index_is_not_trusted_but_built_again(pack, builds, damage):
     folder = pack("insightface")
     expected = as_lists(open_index(folder))
@@ -75,8 +76,13 @@ def test_a_torn_index_is_not_trusted_but_built_again(pack, builds, damage):
         meta.write_text("[1, 2]")
     elif damage == "other version":
         meta.write_text(meta.read_text().replace('"version": 2', '"version": 1'))
+    elif damage == "meta without end":
+        meta.write_text(meta.read_text() + " " * (1 << 20))
+    elif damage == "array of other length":
+        np.save(identity, np.zeros(3, np.int32))
     else:
         np.save(identity, np.zeros(3, np.int32))
+        meta.write_text(re.sub(r'"identity": \[\d+,', '"identity": [3,', meta.read_text()))
     assert as_lists(open_index(folder)) == expected and len(builds) == 2
     assert as_lists(open_index(folder)) == expected and len(builds) == 2
 

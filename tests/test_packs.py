@@ -12,7 +12,7 @@ from PIL import Image
 from conftest import FIXTURES
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data import DualLoader, DualSampler, RecordDataset, RecordError, RecordWriter, pack_image_record
-from f2c_plugin.tools.packs import verify
+from f2c_plugin.tools.packs import pack_folder, verify
 
 
 def picture(seed, size=112, mode="RGB"):
@@ -214,6 +214,24 @@ def test_packing_refuses_to_overwrite_and_what_is_no_image_folder(tmp_path):
         with pytest.raises(SystemExit, match=source):
             cli(["pack", str(tmp_path / source), str(tmp_path / "new")])
     assert not (tmp_path / "new").exists() and (tmp_path / "pack" / "train.rec").read_bytes() == b"years of work"
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_packing_refuses_links_that_lead_out_of_the_folder_and_follows_those_that_do_not(tmp_path, what):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key.jpg").write_bytes(encoded(1))
+    person = tmp_path / "faces" / "a"
+    person.mkdir(parents=True)
+    (person / "1.jpg").write_bytes(encoded(2))
+    (person / "2.jpg").symlink_to("1.jpg")
+    assert pack_folder(tmp_path / "faces", tmp_path / "good") == (1, 2)
+    if what == "file":
+        (person / "3.jpg").symlink_to(tmp_path / "secret" / "key.jpg")
+    else:
+        (tmp_path / "faces" / "b").symlink_to("../secret")
+    with pytest.raises(RecordError, match="is, or lies behind, a link to .*secret/key.jpg, outside"):
+        pack_folder(tmp_path / "faces", tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
 
 
 def test_packing_that_is_interrupted_leaves_no_pack(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from f2c_plugin.data.recordio import RecordError, RecordFile, read_idx
 from f2c_plugin.files import to_disk
 
 VERSION = 2  # of what is in the folder
+_META_LIMIT = 1 << 16  # bytes; ours has a few hundred
 _NAMES = [field.name for field in fields(IdentityIndex)]
 
 
@@ -86,6 +87,8 @@ def _lock(place):
 def _load(place, stamp) -> IdentityIndex | None:
     """The index at ``place``; None if there is none, or it is torn or of another state of the pack."""
     try:
+        if (place / "meta.json").stat().st_size > _META_LIMIT:
+            return None
         meta = json.loads((place / "meta.json").read_text())
         if meta["version"] != VERSION or meta["stamp"] != stamp:
             return None
@@ -93,9 +96,18 @@ def _load(place, stamp) -> IdentityIndex | None:
         arrays = {name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r")) for name in _NAMES}
         if {name: [*array.shape, array.dtype.str] for name, array in arrays.items()} != meta["arrays"]:
             return None
-        return IdentityIndex(**arrays)
+        index = IdentityIndex(**arrays)
+        return index if _fits_together(index) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
+
+
+def _fits_together(index):
+    """Whether the arrays are of the kinds and lengths that an index has. What is in them is not looked at, for it may be gigabytes."""
+    lengths = {len(array) for array in (index.keys, index.offsets, index.lengths, index.identity, index.grouped)}
+    return (lengths == {len(index)} and len(index.starts) == len(index.numbers) + 1 and index.unreadable.ndim == 2
+            and index.starts[0] == 0 and index.starts[-1] == len(index)
+            and all(getattr(index, name).dtype.kind == "i" for name in _NAMES))
 
 
 def _save(index, place, stamp):

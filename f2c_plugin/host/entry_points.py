@@ -105,9 +105,9 @@ def steps_per_epoch(cfg, world_size: int) -> int:
 def _check_pack(cfg, dataset):
     largest = int(dataset.index.numbers[-1])
     problems = []
-    if largest >= cfg["num_classes"]:
-        problems.append(f"num_classes={cfg['num_classes']}, but {dataset.records.path} has identities up to {largest}: "
-                        f"set num_classes={largest + 1}")
+    if largest + 1 != cfg["num_classes"]:
+        problems.append(f"num_classes={cfg['num_classes']}, but the last identity with an image in {dataset.records.path} is "
+                        f"{largest}: set num_classes={largest + 1}")
     left_out = len(dataset.index.unreadable)
     if cfg["num_image"] != len(dataset) + left_out:
         problems.append(f"num_image={cfg['num_image']}, but {dataset.records.path} holds {len(dataset) + left_out} images: "
@@ -117,6 +117,3 @@ def _check_pack(cfg, dataset):
     if left_out:
         logging.warning("%s: %d records cannot be read and are left out: f2c-plugin index --verify lists them",
                         dataset.records.path, left_out)
-    if largest + 1 < cfg["num_classes"]:
-        logging.warning("num_classes=%d, but the pack's identities end at %d: the pool is larger than it needs to be",
-                        cfg["num_classes"], largest)

@@ -93,8 +93,16 @@ def plan_reverse(host: Path) -> list[Change]:
 
 
 def apply(host: Path, changes: list[Change]) -> None:
-    """Make the changes, all or none: new content is first written beside its place, old content kept until the end."""
+    """Make the changes, all or none: new content is first written beside its place, old content kept until the end.
+
+    Raises:
+        HostError: a link in the checkout leads out of it; nothing was changed.
+    """
     places = [(change, (host / change.path).resolve()) for change in changes]
+    for change, place in places:
+        if not place.is_relative_to(host.resolve()):
+            raise HostError(f"{host / change.path} is, or lies behind, a link to {place}, outside the checkout. Nothing was "
+                            "changed; put a copy in the place of the link")
     old = {place: place.read_bytes() if place.is_file() else None for _, place in places}
     partials = {place: place.with_name(place.name + ".f2c-partial") for _, place in places}
     try:

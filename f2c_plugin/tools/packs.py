@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ def pack_folder(source, out) -> tuple[int, int]:
     Returns:
         numbers of identities and images.
     Raises:
-        RecordError: there is nothing to pack.
+        RecordError: there is nothing to pack, or a link leads out of ``source``.
         FileExistsError: there is a pack in ``out`` already.
     """
     source, out = Path(source), Path(out)
@@ -165,8 +166,12 @@ def pack_folder(source, out) -> tuple[int, int]:
     people = [images for images in people if images]
     if not people:
         raise RecordError(f"{source}: found no folders with {', '.join(_SUFFIXES)} files; it takes one folder an identity")
+    for path in chain.from_iterable(people):  # a folder from elsewhere must not pack this machine's other files
+        if not path.resolve().is_relative_to(source.resolve()):
+            raise RecordError(f"{path}: is, or lies behind, a link to {path.resolve()}, outside {source}: put a copy in the "
+                              "place of the link")
     out.mkdir(parents=True, exist_ok=True)
-    files = (path.read_bytes() for path in tqdm([path for images in people for path in images], "packing", unit=" images",
+    files = (path.read_bytes() for path in tqdm(list(chain.from_iterable(people)), "packing", unit=" images",
                                                 disable=None))
     write_insightface_pack(out / "train.rec", files, [len(images) for images in people])
     (out / "property").write_text(f"{len(people)},{IMAGE_SIZE},{IMAGE_SIZE}\n")

@@ -1,0 +1,106 @@
+"""Coverage-guided fuzzing, with atheris, of all that is read from files of others.
+
+    python tests/fuzz.py TARGET -max_total_time=1800 -max_len=20000 CORPUS_FOLDER
+
+TARGET is "pack", "verification" or "checkpoint". Starts from real files. Whatever an input is, reading it
+ends in what it says or in the error for such files, soon, and without doing anything else. test_fuzz.py runs
+each for a minute.
+"""
+
+import pickle
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["f2c_plugin"]):
+    from f2c_plugin.data import RecordError
+    from f2c_plugin.data.dataset import decode_face
+    from f2c_plugin.data.identities import index_identities
+    from f2c_plugin.data.recordio import RecordFile, read_idx, unpack_image_record
+    from f2c_plugin.tools.verification import VerificationSet, VerificationSetError
+    from f2c_plugin.checkpoint import CheckpointError, _check, load_states
+
+import torch
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SEPARATOR = b"\n--rec--\n"
+
+
+def pack(folder, data):
+    """A .idx and a .rec, one after the other."""
+    idx, _, rec = data.partition(SEPARATOR)
+    (folder / "train.idx").write_bytes(idx)
+    (folder / "train.rec").write_bytes(rec)
+    try:
+        records = RecordFile(folder / "train.rec")
+        index = index_identities(records, *read_idx(folder / "train.idx"))
+    except RecordError:
+        return
+    for offset in index.offsets.tolist():
+        try:
+            decode_face(unpack_image_record(records.read(offset)).image)
+        except ValueError:
+            continue
+
+
+def packs():
+    for path in FIXTURES.glob("*/train.rec"):
+        yield path.with_suffix(".idx").read_bytes() + SEPARATOR + path.read_bytes()
+
+
+def verification(folder, data):
+    (folder / "set.bin").write_bytes(data)
+    try:
+        VerificationSet(folder / "set.bin").faces()
+    except VerificationSetError:
+        pass
+
+
+def verification_sets():
+    records = RecordFile(FIXTURES / "im2rec" / "train.rec")
+    _, offsets = read_idx(FIXTURES / "im2rec" / "train.idx")
+    image = bytes(unpack_image_record(records.read(int(offsets[0]))).image)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        yield pickle.dumps(([image, image], [True]), protocol)
+        yield pickle.dumps(([b"", b""] * 2, torch.tensor([True, False]).numpy()), protocol)
+
+
+def checkpoint(folder, data):
+    (folder / "checkpoint.pt").write_bytes(data)
+    try:
+        _check(load_states(folder / "checkpoint.pt"), "checkpoint.pt")
+    except CheckpointError:
+        pass
+
+
+def checkpoints():
+    with tempfile.TemporaryDirectory() as folder:
+        for states in ({"format": "f2c-plugin checkpoint 1", "settings": {}, "images": 1, "step": 1, "seconds": 1.0, "layout": [1],
+                        "origin": [0, 0, 0], "position": [0, 0, 0], "random": [], "backbone": {"a": torch.ones(3)},
+                        "head": {"b": torch.zeros(2, dtype=torch.int64)}, "optimizer": {}}, {"epoch": 1}):
+            torch.save(states, Path(folder) / "checkpoint.pt")
+            yield (Path(folder) / "checkpoint.pt").read_bytes()
+
+
+TARGETS = {"pack": (pack, packs), "verification": (verification, verification_sets), "checkpoint": (checkpoint, checkpoints)}
+
+
+def main():
+    read, seeds = TARGETS[sys.argv.pop(1)]
+    folder = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    for corpus in [Path(argument) for argument in sys.argv[1:] if not argument.startswith("-")][:1]:
+        corpus.mkdir(exist_ok=True)
+        for number, seed in enumerate(seeds()):
+            (corpus / f"seed_{number}").write_bytes(seed)
+    try:
+        atheris.Setup(sys.argv, lambda data: read(folder, data))
+        atheris.Fuzz()
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
