@@ -98,7 +98,10 @@ def doubled_lists(depth):
     + b"cnumpy\ndtype\nX\x02\x00\x00\x00u1\x85R\x89U\x00tb.",
     b"\x80\x02Nr\xff\xff\xff\x7f.",
     b"\x80\x02cnumpy.core.multiarray\nscalar\nN}U\x0c__defaults__K\x01\x85s\x86b.",
-], ids=["type", "encoding", "shape", "memo index", "state of a function"])
+    b"\x80\x05\x96" + (1 << 32).to_bytes(8, "little") + b"a.",
+    b"\x80\x05\x8e" + (1 << 40).to_bytes(8, "little") + b"a.",
+    b"\x80\x05\x95" + (1 << 40).to_bytes(8, "little") + b"N.",
+], ids=["type", "encoding", "shape", "memo index", "state of a function", "bytearray", "bytes", "frame"])
 def test_a_small_file_cannot_take_much_time_or_memory(tmp_path, bomb):
     (tmp_path / "set.bin").write_bytes(bomb)
     script = ("import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (20, 20));"
