@@ -15,7 +15,6 @@ the cache that `f2c-plugin fetch-host` fills.
 import argparse
 import itertools
 import json
-import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +86,7 @@ def config(arguments, keys, seed, lr, output):
     keys = dict(rec=str(arguments.data), num_classes=arguments.identities, num_image=arguments.identities * arguments.images,
                 network=arguments.network, embedding_size=arguments.embedding_size, batch_size=arguments.batch_size,
                 num_epoch=epochs, lr=lr, margin_list=tuple(arguments.margin_list), scale=arguments.scale, seed=seed,
-                val_targets=["synth"], verbose=max(1, steps * epochs // 3), num_workers=1, output=str(output)) | keys
+                val_targets=["synth"], verbose=-(-steps * epochs // 3), num_workers=1, output=str(output)) | keys
     return EasyDict(HOST_DEFAULTS | keys)
 
 
@@ -108,7 +107,7 @@ def run(arguments, variant, seed, lr, output):
     result = {"accuracy": final["accuracy"], "tar_1e-3": final["tar_at_far_1e-3"], "tar_1e-4": final["tar_at_far_1e-4"],
               "auc": auc(scores, same),
               "images_per_s": report["images_seen"] / report["seconds"],
-              "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+              "peak_mb": report["peak_mb"],
               "curve": [(entry["images"], entry["synth/accuracy"]) for entry in verified]}
     if "synth/gallery_accuracy" in verified[-1]:
         result["gallery_accuracy"] = verified[-1]["synth/gallery_accuracy"]

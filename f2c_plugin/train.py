@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -379,7 +380,7 @@ def _finish(cfg, nets, results, images_seen, seconds, verification_sets):
     export_onnx(exported, folder / "model.onnx")
     summaries = {name: result.summary() for name, result in results[which].items()}
     report = {"head": cfg.head, "network": cfg.network, "exported": "gallery" if which else "probe",
-              "images_seen": images_seen, "seconds": round(seconds, 1),
+              "images_seen": images_seen, "seconds": round(seconds, 1), "peak_mb": round(_peak_memory() / 2**20),
               "verification": next(iter(summaries.values()), None), "verification_sets": summaries}
     cosine = None
     for verification_set in list(verification_sets.values())[:1]:
@@ -389,6 +390,14 @@ def _finish(cfg, nets, results, images_seen, seconds, verification_sets):
     logging.info("model.pt, model.onnx and report.json are in %s", folder)
     require_same_embedding(cosine, folder / "model.onnx")
     return report
+
+
+def _peak_memory():
+    """Bytes that this rank has held at most: on its GPU, or, without one, of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def save_net(net, path):

@@ -33,7 +33,7 @@ def runs(tmp_path):
     history = [{"step": step, "images": 8 * step, "loss": 5 - step / 10, "images_per_second": 99.0} for step in range(1, 9)]
     history.append({"step": 8, "images": 64, "synth/accuracy": 0.75})
     (ours / "history.jsonl").write_text("\n".join(map(json.dumps, history)))
-    (ours / "report.json").write_text(json.dumps({"exported": "probe", "seconds": 90, "onnx_cosine": 0.9999999}))
+    (ours / "report.json").write_text(json.dumps({"exported": "probe", "seconds": 90, "peak_mb": 1234, "onnx_cosine": 0.9999999}))
     rng = np.random.default_rng(0)
     same = np.arange(400) % 2 == 0
     np.savez(ours / "synth_scores.npz", scores=rng.normal(same * 0.5, 0.2), same=same)
@@ -61,7 +61,7 @@ def test_the_page_compares_runs_and_holds_its_pictures(runs, tmp_path):
     page = report(runs, tmp_path / "out")
     text = page.read_text()
     assert len(re.findall('src="data:image/png;base64,', text)) == 3 and "http" not in text
-    assert "<h1>hosts, &lt;ours&gt;</h1>" in text and "75.00%" in text and "softmax" in text
+    assert "<h1>hosts, &lt;ours&gt;</h1>" in text and "75.00%" in text and "softmax" in text and "1,234" in text
     assert sorted(path.name for path in page.parent.iterdir()) == ["curves.png", "report.html", "roc.png", "scores.png"]
 
 

@@ -92,6 +92,8 @@ class Run:
         if (folder / "report.json").is_file():
             summary = json.loads((folder / "report.json").read_text())
             facts |= {"shipped": f"the {summary['exported']} net", "minutes": f"{summary['seconds'] / 60:.1f}"}
+            if "peak_mb" in summary:
+                facts["peak memory of rank 0, MB"] = f"{summary['peak_mb']:,}"
             if summary.get("onnx_cosine"):
                 facts["ONNX to PyTorch, smallest cosine"] = f"{summary['onnx_cosine']:.6f}"
         return facts
