@@ -30,6 +30,7 @@ from f2c_plugin import train
 from f2c_plugin.config import HOST_DEFAULTS
 from f2c_plugin.host import patching
 from f2c_plugin.host.entry_points import steps_per_epoch
+from f2c_plugin.loss import Margin
 from f2c_plugin.recipe import Recipe
 from f2c_plugin.tools.synth import write_dataset
 
@@ -46,6 +47,7 @@ VARIANTS = {
     "full FC": dict(head="softmax"),
     "full FC, with the ramp": dict(head="softmax_ramp"),
     "Partial FC 0.1": dict(head="partial_fc", sample_rate=0.1),
+    "Partial FC 0.1, with the ramp": dict(head="partial_fc_ramp", sample_rate=0.1),
     "F²C 100 %": F2C | dict(f2c_pool_rate=1.0),
     "F²C 10 %": F2C,
     "F²C 1 %": F2C | dict(f2c_pool_rate=0.01),
@@ -74,10 +76,25 @@ def partial_fc(cfg, backbone, margin_loss):
 def softmax_ramp(cfg, backbone, margin_loss):
     """Head factory of the full FC layer with the scale and margin of F²C's recipe."""
     head = train.softmax(cfg, backbone, margin_loss)
-    recipe = Recipe("ramp", head.margin, cfg.num_epoch * steps_per_epoch(cfg, 1))
-    steps = itertools.count()
-    head.register_forward_pre_hook(lambda head, _: setattr(head, "margin", recipe.margin_at(next(steps))))
+    at_every_step(head, cfg, head.margin, lambda margin: setattr(head, "margin", margin))
     return head
+
+
+def partial_fc_ramp(cfg, backbone, margin_loss):
+    """Head factory of Partial FC with the scale and margin of F²C's recipe."""
+    head = partial_fc(cfg, backbone, margin_loss)  # which holds the host's margin as ``margin_softmax``
+
+    def set_margin(margin):
+        head.margin_softmax.s, head.margin_softmax.m2, head.margin_softmax.m3 = margin.scale, margin.angular, margin.additive
+    at_every_step(head, cfg, Margin.of_host(margin_loss), set_margin)
+    return head
+
+
+def at_every_step(head, cfg, margin, set_margin):
+    """Before every step, hand ``set_margin`` the Margin that the ramp has for it."""
+    recipe = Recipe("ramp", margin, cfg.num_epoch * steps_per_epoch(cfg, 1))
+    steps = itertools.count()
+    head.register_forward_pre_hook(lambda *_: set_margin(recipe.margin_at(next(steps))))
 
 
 def config(arguments, keys, seed, lr, output):
@@ -86,7 +103,7 @@ def config(arguments, keys, seed, lr, output):
     keys = dict(rec=str(arguments.data), num_classes=arguments.identities, num_image=arguments.identities * arguments.images,
                 network=arguments.network, embedding_size=arguments.embedding_size, batch_size=arguments.batch_size,
                 num_epoch=epochs, lr=lr, margin_list=tuple(arguments.margin_list), scale=arguments.scale, seed=seed,
-                val_targets=["synth"], verbose=-(-steps * epochs // 3), num_workers=1, output=str(output)) | keys
+                val_targets=["synth"], verbose=-(-steps * epochs // 2), num_workers=1, output=str(output)) | keys
     return EasyDict(HOST_DEFAULTS | keys)
 
 
@@ -95,7 +112,7 @@ def run(arguments, variant, seed, lr, output):
     keys = dict(VARIANTS[variant])
     for name, value in keys.pop("patch", {}).items():
         mock.patch(f"f2c_plugin.{name}", value).start()
-    train.BUILT_IN_HEADS |= dict(partial_fc=partial_fc, softmax_ramp=softmax_ramp)
+    train.BUILT_IN_HEADS |= dict(partial_fc=partial_fc, partial_fc_ramp=partial_fc_ramp, softmax_ramp=softmax_ramp)
     output.mkdir(parents=True, exist_ok=True)
     with train.process_group():
         report = train.train(config(arguments, keys, seed, lr, output))
@@ -166,7 +183,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=3000, help="of unseen identities, to verify with")
     parser.add_argument("--steps", type=int, default=300, help="rounded to whole epochs")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--variants", nargs="+", default=FEW, help=f"of {', '.join(VARIANTS)}; or all")
+    parser.add_argument("--variants", nargs="+", default=FEW, help=f"of {', '.join(VARIANTS)}; or all".replace("%", "%%"))
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--network", default="small")
     parser.add_argument("--embedding-size", type=int, default=128)
@@ -188,12 +205,12 @@ def main():
     for variant in variants:
         if variant not in VARIANTS:
             parser.error(f"--variants {variant}: must be of {', '.join(VARIANTS)}")
-    if "Partial FC 0.1" in variants:
+    if needing := [variant for variant in variants if variant.startswith("Partial FC")]:
         try:
             patching.known_host()
         except patching.HostError:
             print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
-            variants.remove("Partial FC 0.1")
+            variants = [variant for variant in variants if variant not in needing]
     if not (arguments.data / "train.rec").is_file():
         write_dataset(arguments.data, arguments.identities, arguments.images, arguments.pairs)
 

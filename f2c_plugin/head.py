@@ -47,7 +47,7 @@ class F2CHead(nn.Module):
         backbone: the probe net as the training loop calls it, in DDP or not.
         pool: the Dynamic Class Pool.
         recipe: margin and loss weight of each step.
-        momentum: m of the gallery net.
+        momentum: m of the gallery net, which the recipe may start lower.
         symmetric: whether to do both half-steps.
         num_hard_negatives: h; None takes it from the pool's size.
         gradient_acc: batches per optimizer step; the gallery net follows once for all of them.
@@ -91,7 +91,7 @@ class F2CHead(nn.Module):
         if len(images) < 2:
             raise ValueError(f"a batch of {len(images)} images: F²C needs an even batch, gallery and probe")
         if self.steps > self._followed and self.steps % self.gradient_acc == 0:
-            self.gallery.follow(self._probe_net[0], self.momentum)
+            self.gallery.follow(self._probe_net[0], self.recipe.momentum_at(self.steps, self.momentum))
             self._followed = self.steps
         self._seen = len(images), at_least_float32(self.gallery(images if self.symmetric else images.chunk(2)[0]))
         return None if self.symmetric else (images.chunk(2)[1], *rest)
@@ -122,7 +122,8 @@ class F2CHead(nn.Module):
 
         label_x, label_y = labels.chunk(2)  # (B/2,)
         all_x, all_y = gather(labels).chunk(2, dim=1)  # (W, B/2)
-        of_probes = gallery.chunk(2) if self.symmetric else [None, None]
+        # The gallery features of the probes' own images: there are none of y if not symmetric.
+        twins = gallery.chunk(2) if self.symmetric and self.recipe.twins else (None, None)  # (B/2, D) each
         gallery = gather(gallery)  # (W, B, D), or of x alone (W, B/2, D)
         if self.symmetric:
             gallery_x, gallery_y = gallery.chunk(2, dim=1)  # (W, B/2, D)
@@ -136,15 +137,15 @@ class F2CHead(nn.Module):
         own = self.pool.lookup(self.pool.shard.gather(labels).flatten())
         apart = torch.cat([own, *(placement.slot for placement in placements)])  # (A,)
         compared, write, not_finite = [], None, 0
-        for placement, (_, gallery, probe_labels, probes), mine in zip(placements, half_steps, of_probes):
+        for placement, (_, gallery, probe_labels, probes), twin in zip(placements, half_steps, twins):
             if write:
                 self.pool.undo(write)
             write = self.pool.write(placement, gallery.flatten(0, 1))
             not_finite = not_finite + write.num_skipped
             compared.append(HalfStep(probes, self.pool.lookup(probe_labels), self.pool.rows_at(apart),
-                                     self.pool.renewed_at(apart, placement), torch.zeros_like(probes) if mine is None else mine))
+                                     self.pool.renewed_at(apart, placement), twin))
         result = pool_loss(compared, apart, self.pool, margin, self.num_hard_negatives, self.autocast,
-                           self.recipe.negatives_weight)
+                           self.recipe.outside_weight)
 
         self.steps += 1
         self.statistics = StepStatistics(*result[1:], evictions=(write.placement.evicted != NOT_IN_POOL).sum().float(),

@@ -87,13 +87,14 @@ class HalfStep(NamedTuple):
         slot: int64 (P,) slot of each probe's identity in this half-step, or NOT_IN_POOL.
         rows: (2, A, D) both rows of the slots apart, as this half-step has written them.
         renewed: bool (A,) which of these it has renewed.
+        twins: (P, D) the gallery features of the probes' own images, or None to do without.
     """
 
     probes: Tensor
     slot: Tensor
     rows: Tensor
     renewed: Tensor
-    gallery: Tensor
+    twins: Tensor | None = None
 
 
 class PoolLoss(NamedTuple):
@@ -114,12 +115,14 @@ class PoolLoss(NamedTuple):
 
 
 def pool_loss(half_steps: list[HalfStep], apart: Tensor, pool: DynamicClassPool, margin: Margin,
-              num_hard_negatives: int, autocast: bool = False, negatives_weight: float = 1.0) -> PoolLoss:
+              num_hard_negatives: int, autocast: bool = False, outside_weight: float = 1.0) -> PoolLoss:
     """Loss of every half-step's probes against both views of the pool.
 
     View 1 is row 0 of every slot; view 2 has row 1 for renewed slots. In each view, probes whose
-    identity is in the pool take the margin softmax over the K slots, mean over them; the others
-    are pushed off their h hardest negatives, mean over all of these. A term without probes is 0.
+    identity is in the pool take the margin softmax over the K slots, mean over them. The others
+    are pushed off their h hardest negatives, mean over all of these; or, with twins, tell their own
+    image from the K slots by a softmax without margin, mean over them (as MoCo, arXiv 1911.05722,
+    equation 1). A term without probes is 0.
 
     All views of all half-steps agree on every slot but the few ``apart``: those that are written.
     So the probes of all half-steps go over the other slots together, once, and then over the slots
@@ -136,13 +139,14 @@ def pool_loss(half_steps: list[HalfStep], apart: Tensor, pool: DynamicClassPool,
         margin: scale and margin to train with.
         num_hard_negatives: h.
         autocast: whether matrix products run in the autocast type of the device.
-        negatives_weight: factor of the hard negatives' term.
+        outside_weight: factor of the term of probes whose identity is not in the pool.
     """
     device = apart.device
     is_apart = torch.zeros(pool.num_slots + 1, dtype=torch.bool, device=device)  # the last stands for NOT_IN_POOL
     is_apart[apart] = True
     counted = (apart != NOT_IN_POOL) & (occurrences(apart)[0] == 0)  # (A,)
-    embeddings, slot, rows, renewed, twins = map(torch.stack, zip(*half_steps))  # (H, P, D), (H, P), (H, 2, A, D), (H, A)
+    *known, twins = zip(*half_steps)
+    embeddings, slot, rows, renewed = map(torch.stack, known)  # (H, P, D), (H, P), (H, 2, A, D), (H, A)
     dtype = torch.get_autocast_dtype(device.type) if autocast else embeddings.dtype
     with torch.enable_grad():
         inputs = embeddings.detach().requires_grad_()
@@ -162,19 +166,22 @@ def pool_loss(half_steps: list[HalfStep], apart: Tensor, pool: DynamicClassPool,
         own_cosine = torch.where(own, cosine, 0).sum(3)  # (H, 2, P)
         others = margin.filtered(cosine).masked_fill(own | ~counted, -torch.inf)
 
-        target = margin.scale * margin.target(own_cosine)
-        positive = torch.cat([_for_both_views(common.log_sum_exp, cosine), margin.scale * others, target[..., None]], 3)
-        positive = positive.logsumexp(3) - target  # (H, 2, P)
+        def softmax_loss(target):  # (H, n, P) logits, against the slots of both views -> (H, 2, P)
+            target = target.expand(-1, 2, -1)
+            logits = [_for_both_views(common.log_sum_exp, cosine), margin.scale * others, target[..., None]]
+            return torch.cat(logits, 3).logsumexp(3) - target
+
+        positive = softmax_loss(margin.scale * margin.target(own_cosine))
         negative = torch.cat([_for_both_views(hardest, cosine), others], 3).topk(hardest.size(1), dim=3).values
         negative = negative.clamp_min(0).mean(3)  # (H, 2, P)
 
-        import f2c_plugin.recipe as recipe
-        if recipe.SELF_POSITIVE:
-            self_target = (margin.scale * (probes * normalize(twins, dim=2)).sum(2))[:, None, :, None].expand(-1, 2, -1, -1)
-            outside = torch.cat([_for_both_views(common.log_sum_exp, cosine), margin.scale * others, self_target], 3).logsumexp(3) - self_target[..., 0]
-            negative = recipe.SELF_POSITIVE * outside + (negative if recipe.BOTH else 0)
+        outside = negative
+        if twins[0] is not None:
+            twin_cosine = (probes * normalize(torch.stack(twins).nan_to_num(0, 0, 0), dim=2)).sum(2)  # (H, P)
+            outside = softmax_loss(margin.scale * twin_cosine[:, None])
+
         found = (slot != NOT_IN_POOL)[:, None]  # (H, 1, P)
-        loss = _mean(positive, found, least=1).sum() + negatives_weight * _mean(negative, ~found, least=1).sum()
+        loss = _mean(positive, found, least=1).sum() + outside_weight * _mean(outside, ~found, least=1).sum()
         gradient, = torch.autograd.grad(loss, inputs)
     watched = [values.detach().nanmean() for values in (found.to(loss.dtype), _mean(own_cosine[:, :1], found),
                                                         _mean(negative[:, :1], ~found))]

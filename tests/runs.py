@@ -46,6 +46,10 @@ def start(path, ranks=1, launcher=("--standalone",)):
 def launch(path, ranks=1):
     """What a training that ends well has printed."""
     process = start(path, ranks)
-    printed, _ = process.communicate(timeout=300)
+    try:
+        printed, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks
+        raise
     assert process.returncode == 0, printed
     return printed

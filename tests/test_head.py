@@ -45,20 +45,29 @@ class SlowHead:
     """Algorithm 1 step by step, with the slow pool and the slow loss, and undo by copying."""
 
     def __init__(self, head):
+        self.recipe = head.recipe
+        self.steps = 0
         self.pool = SlowPool(head.pool)
         self.gallery = make_net().train()
         self.gallery[4].p = 0.0
 
-    def half_step(self, gallery, gallery_labels, probe, probe_labels):
+    def half_step(self, gallery, gallery_labels, probe, probe_labels, twins=None):
         renewed, evicted = self.pool.write(gallery_labels.tolist(), gallery)
         slots = torch.tensor([self.pool.slots.get(identity, -1) for identity in probe_labels.tolist()])
-        return slow_loss(probe, slots, self.pool.rows.clone(), torch.tensor(sorted(renewed)), MARGIN, 3)
+        return slow_loss(probe, slots, self.pool.rows.clone(), torch.tensor(sorted(renewed)), self.recipe.margin_at(self.steps), 3, twins)
 
     def step(self, net, images, embeddings, labels, symmetric, follow):
+        loss = self.loss(net, images, embeddings, labels, symmetric, follow)
+        self.steps += 1
+        return loss
+
+    def loss(self, net, images, embeddings, labels, symmetric, follow):
+        paper = self.recipe.name == "paper"
         with torch.no_grad():
             if follow:
+                m = 0.9 if paper else min(0.9, (1 + self.steps) / (10 + self.steps))
                 for mine, theirs in zip(self.gallery.parameters(), net.parameters()):
-                    mine.copy_(0.9 * mine + 0.1 * theirs)
+                    mine.copy_(m * mine + (1 - m) * theirs)
         label_x, label_y = labels.chunk(2)
         with torch.no_grad():
             if symmetric:
@@ -66,19 +75,20 @@ class SlowHead:
             else:
                 gallery_x = self.gallery(images.chunk(2)[0])
         if not symmetric:
-            return self.half_step(gallery_x, label_x, embeddings, label_y)
+            return self.half_step(gallery_x, label_x, embeddings, label_y) / (1 if paper else 2)
         probe_x, probe_y = embeddings.chunk(2)
         before = deepcopy(self.pool)
-        first = self.half_step(gallery_y, label_y, probe_x, label_x)
+        first = self.half_step(gallery_y, label_y, probe_x, label_x, None if paper else gallery_x)
         self.pool = before
-        return first + self.half_step(gallery_x, label_x, probe_y, label_y)
+        return (first + self.half_step(gallery_x, label_x, probe_y, label_y, None if paper else gallery_y)) / (1 if paper else 4)
 
 
+@pytest.mark.parametrize("recipe", ["paper", "ramp"])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("gradient_acc", [1, 3])
-def test_twenty_steps_equal_the_slow_reference(symmetric, gradient_acc):
+def test_twenty_steps_equal_the_slow_reference(symmetric, gradient_acc, recipe):
     net = make_net()
-    head = make_head(net, symmetric, gradient_acc)
+    head = make_head(net, symmetric, gradient_acc, recipe)
     slow = SlowHead(head)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, 0.9)
     for step, (images, labels) in enumerate(batches()):

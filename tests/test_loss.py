@@ -15,15 +15,15 @@ COSFACE = Margin(scale=64.0, additive=0.4)
 MARGINS = {"arcface": ARCFACE, "cosface": COSFACE, "cosface filtered": Margin(32.0, additive=0.35, filter_threshold=0.2)}
 
 
-def slow_loss(embeddings, labels, rows, renewed, margin, num_hard_negatives):
-    """Probe by probe and slot by slot, as the design says it."""
+def slow_loss(embeddings, labels, rows, renewed, margin, num_hard_negatives, twins=None):
+    """Probe by probe and slot by slot, as the design says it; probes outside the pool tell their twins from it, if there are any."""
     second_view = rows[0].clone()
     for slot in renewed.tolist():
         second_view[slot] = rows[1, slot]
     total = embeddings.sum() * 0
     for view in rows[0], second_view:
         positives, negatives = [], []
-        for embedding, label in zip(embeddings, labels.tolist()):
+        for number, (embedding, label) in enumerate(zip(embeddings, labels.tolist())):
             cosines = []
             for slot, feature in enumerate(view):
                 cosine = embedding @ feature / embedding.norm()
@@ -37,6 +37,9 @@ def slow_loss(embeddings, labels, rows, renewed, margin, num_hard_negatives):
                 cosines[label] = own - margin.additive
                 logits = margin.scale * torch.stack(cosines)
                 positives.append(torch.logsumexp(logits, 0) - logits[label])
+            elif twins is not None:
+                twin = embedding @ twins[number] / embedding.norm() / twins[number].norm()
+                negatives.append(torch.logsumexp(margin.scale * torch.stack([*cosines, twin]), 0) - margin.scale * twin)
             else:
                 hardest = sorted(cosines, key=lambda cosine: cosine.item(), reverse=True)[:num_hard_negatives]
                 negatives += [cosine.clamp_min(0) for cosine in hardest]
@@ -47,12 +50,12 @@ def slow_loss(embeddings, labels, rows, renewed, margin, num_hard_negatives):
     return total
 
 
-def loss_of(embeddings, labels, rows, renewed, margin, num_hard_negatives, autocast=False, more_apart=()):
+def loss_of(embeddings, labels, rows, renewed, margin, num_hard_negatives, autocast=False, more_apart=(), twins=None):
     """pool_loss of a single half-step whose pool has ``rows``."""
     pool = DynamicClassPool(rows.size(1), rows.size(1), rows.size(2)).to(rows.dtype)
     pool.rows.copy_(rows)
     apart = torch.cat([renewed, labels, torch.tensor(more_apart, dtype=torch.int64)])
-    half_step = HalfStep(embeddings, labels, pool.rows_at(apart), torch.isin(apart, renewed))
+    half_step = HalfStep(embeddings, labels, pool.rows_at(apart), torch.isin(apart, renewed), twins)
     return pool_loss([half_step], apart, pool, margin, num_hard_negatives, autocast)
 
 
@@ -63,10 +66,10 @@ def problem(labels, renewed, num_slots=9, seed=0):
     return embeddings, torch.tensor(labels), rows, torch.tensor(renewed, dtype=torch.int64)
 
 
-def assert_exact(embeddings, labels, rows, renewed, margin, num_hard_negatives, more_apart=()):
-    result = loss_of(embeddings, labels, rows, renewed, margin, num_hard_negatives, more_apart=more_apart)
+def assert_exact(embeddings, labels, rows, renewed, margin, num_hard_negatives, more_apart=(), twins=None):
+    result = loss_of(embeddings, labels, rows, renewed, margin, num_hard_negatives, more_apart=more_apart, twins=twins)
     gradient, = torch.autograd.grad(result.loss, embeddings)
-    expected = slow_loss(embeddings, labels, rows, renewed, margin, num_hard_negatives)
+    expected = slow_loss(embeddings, labels, rows, renewed, margin, num_hard_negatives, twins)
     expected_gradient, = torch.autograd.grad(expected, embeddings)
     assert math.isclose(result.loss.item(), expected.item(), rel_tol=0, abs_tol=1e-9)
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-9)
@@ -83,10 +86,19 @@ def test_loss_and_gradient_equal_plain_autograd(margin, labels, renewed):
 @settings(max_examples=60, deadline=None)
 @given(labels=st.lists(st.integers(-1, 8), min_size=1, max_size=8), renewed=st.lists(st.integers(0, 8), max_size=9),
        hard=st.integers(1, 12), seed=st.integers(0, 1000), name=st.sampled_from(sorted(MARGINS)),
-       more_apart=st.lists(st.integers(-1, 8), max_size=5))
-def test_loss_and_gradient_equal_plain_autograd_for_any_batch(labels, renewed, hard, seed, name,
-                                                                       more_apart):
-    assert_exact(*problem(labels, renewed, seed=seed), MARGINS[name], hard, more_apart)
+       more_apart=st.lists(st.integers(-1, 8), max_size=5), with_twins=st.booleans())
+def test_loss_and_gradient_equal_plain_autograd_for_any_batch(labels, renewed, hard, seed, name, more_apart, with_twins):
+    twins = 3 * torch.randn(len(labels), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) if with_twins else None
+    assert_exact(*problem(labels, renewed, seed=seed), MARGINS[name], hard, more_apart, twins)
+
+
+def test_a_twin_that_is_not_finite_counts_as_far_from_everything():
+    embeddings, labels, rows, renewed = problem([0, -1, -1], [3])
+    twins = torch.randn(3, 6, dtype=torch.float64)
+    twins[1] = torch.nan
+    loss = loss_of(embeddings, labels, rows, renewed, COSFACE, 3, twins=twins).loss
+    loss.backward()
+    assert loss.isfinite() and embeddings.grad.isfinite().all()
 
 
 def test_the_pool_may_change_between_loss_and_backward():
