@@ -31,7 +31,8 @@ class F2CConfig:
         symmetric: whether a step does both half-steps, or only the second with half the images
             of a batch as probes.
         identity_rate: share of a batch that the identity-based loader fills.
-        hard_negatives: h, per probe that is not in the pool; None takes it from the pool's size.
+        hard_negatives: h, per probe that is not in the pool, where these are pushed off hard negatives:
+            with the recipe "paper", or not symmetric. None takes it from the pool's size.
         recipe: "ramp" or "paper", see ``Recipe``.
         pool_dtype: "float32", "bfloat16" or "float16", in which the pool keeps its rows.
         shard_pool: whether the ranks share out the slots' rows, instead of each holding all.
