@@ -173,7 +173,7 @@ def _parser():
     add("out", help="where train.rec, train.idx and property go")
 
     add = command(export)
-    add("model", help="a model.pt, or a checkpoint_gpu_0.pt")
+    add("model", help="a model.pt, or a checkpoint of either host")
     add("out", help="the .onnx file to write")
     add("--net", default="probe", choices=["probe", "gallery"], help="the gallery net is in checkpoints only")
 

@@ -46,7 +46,7 @@ def test_nets_are_found_in_every_kind_of_file(files, name):
 
 def test_what_holds_no_net_is_refused_and_nothing_is_written(files):
     folder, *_ = files
-    with pytest.raises(ExportError, match="holds no gallery net; a checkpoint_gpu_0.pt"):
+    with pytest.raises(ExportError, match="holds no gallery net; a checkpoint of"):
         load_net(folder / "model.pt", "gallery")
     (folder / "text.pt").write_text("not a checkpoint")
     with pytest.raises(ExportError, match="no file that holds a net"):

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 import warnings
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from f2c_plugin.backbones import NETWORKS, get_model
+from f2c_plugin.checkpoint import CheckpointError, load_states
 from f2c_plugin.data.dataset import IMAGE_SIZE, normalize_faces
 
 SAME_EMBEDDING = 0.9999  # cosine between PyTorch's and ONNX Runtime's
@@ -25,18 +25,18 @@ def load_net(path, which: str = "probe") -> nn.Module:
     """A trained net, in eval mode on the CPU.
 
     Args:
-        path: a ``model.pt``, or a ``checkpoint_gpu_*.pt`` of the host or of the built-in host.
+        path: a ``model.pt``, or a checkpoint of the host (``checkpoint_gpu_*.pt``) or of the built-in host.
         which: "probe" or "gallery"; only checkpoints hold the gallery net.
     Raises:
         ExportError: the file holds no such net, or none of those that are known here.
     """
     path = Path(path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        raise ExportError(f"{path}: no file that holds a net ({str(error).splitlines()[0]})") from error
+        saved = load_states(path)
+    except CheckpointError as error:
+        raise ExportError(f"{path}: no file that holds a net ({error})") from error
     net_keys, head_keys = ("backbone", "state_dict_backbone"), ("head", "state_dict_softmax_fc")
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(key, {}), dict) for key in net_keys + head_keys):
+    if not all(isinstance(saved.get(key, {}), dict) for key in net_keys + head_keys):
         raise ExportError(f"{path}: holds no net")
     if which == "probe":
         state = next((saved[key] for key in net_keys if key in saved), saved)
@@ -44,7 +44,7 @@ def load_net(path, which: str = "probe") -> nn.Module:
         head = next((saved[key] for key in head_keys if key in saved), {})
         state = {name.removeprefix("gallery.net."): value for name, value in head.items() if name.startswith("gallery.net.")}
         if not state:
-            raise ExportError(f"{path}: holds no gallery net; a checkpoint_gpu_0.pt of a training with head='f2c_dcp' and "
+            raise ExportError(f"{path}: holds no gallery net; a checkpoint of a training with head='f2c_dcp' and "
                               "save_all_states=True does")
     for name in NETWORKS:
         with torch.device("meta"):
