@@ -167,8 +167,11 @@ def plot(results, path):
     plt = pyplot()
     figure, (curves, cost) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for variant, runs in results.items():
-        points = np.array([each["curve"] for each in runs]).mean(0)
-        line, = curves.plot(points[:, 0] / 1000, points[:, 1], "o-", label=variant)
+        seen = {}
+        for images, accuracy in itertools.chain.from_iterable(each["curve"] for each in runs):
+            seen.setdefault(images, []).append(accuracy)
+        points = np.array([(images / 1000, np.mean(values)) for images, values in sorted(seen.items()) if len(values) == len(runs)])
+        line, = curves.plot(*points.T, "o-", label=variant)
         cost.plot(np.median([each["peak_mb"] for each in runs]), points[-1, 1], "o", color=line.get_color(), label=variant)
     curves.set(xlabel="thousand images seen", ylabel="accuracy on unseen identities")
     cost.set(xlabel="peak memory of the training, MB", ylabel="accuracy on unseen identities")
