@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from f2c_plugin.backbones import get_model
 from f2c_plugin.checkpoint import CheckpointError, Checkpoints, checkpoints_in
-from f2c_plugin.config import ConfigError, F2CConfig, bad_keys, load_config, problems
+from f2c_plugin.config import HOST_DEFAULTS, ConfigError, F2CConfig, bad_keys, load_config, problems
 from f2c_plugin.data import RecordError
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.files import written_whole
@@ -77,11 +77,12 @@ def check(cfg, world_size: int = 1):
         ConfigError: with a line for everything that is wrong: the key or file, the value found, the remedy.
     """
     found, bad = problems(cfg, world_size), bad_keys(cfg)
+    rest = type(cfg)(cfg | {key: HOST_DEFAULTS[key] for key in bad.keys() & HOST_DEFAULTS.keys()})  # to judge a key by itself
     for keys, needed in ((["head"], lambda: _head_factory(cfg.head)),
                          (["sampler"], lambda: cfg.sampler and load_plugin(SAMPLERS, cfg.sampler)),
-                         (["network", "embedding_size"], lambda: _on_meta(get_model, cfg.network, cfg.embedding_size)),
-                         (["margin_list", "scale"], lambda: Margin.of_host(_margin_loss(cfg))),
-                         (["optimizer", "lr", "momentum", "weight_decay"], lambda: _optimizer(cfg, [torch.zeros(1)])),
+                         (["network"], lambda: _on_meta(get_model, rest.network, rest.embedding_size)),
+                         (["margin_list"], lambda: Margin.of_host(_margin_loss(rest))),
+                         (["optimizer"], lambda: _optimizer(rest, [torch.zeros(1)])),
                          (["num_image", "batch_size"], lambda: steps_per_epoch(cfg, world_size)),
                          (["rec", "num_classes", "num_image"], lambda: open_pack(cfg)),
                          (["rec", "val_targets"], lambda: _verification_sets(cfg))):
