@@ -161,18 +161,17 @@ def table(results):
 
 
 def plot(results, path):
-    """Accuracy against images seen, and against memory."""
+    """Accuracy against images seen, and against memory; every seed by itself."""
     from f2c_plugin.tools.report import pyplot
 
     plt = pyplot()
     figure, (curves, cost) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for variant, runs in results.items():
-        seen = {}
-        for images, accuracy in itertools.chain.from_iterable(each["curve"] for each in runs):
-            seen.setdefault(images, []).append(accuracy)
-        points = np.array([(images / 1000, np.mean(values)) for images, values in sorted(seen.items()) if len(values) == len(runs)])
-        line, = curves.plot(*points.T, "o-", label=variant)
-        cost.plot(np.median([each["peak_mb"] for each in runs]), points[-1, 1], "o", color=line.get_color(), label=variant)
+    for number, (variant, runs) in enumerate(results.items()):
+        for seed, each in enumerate(runs):
+            images, accuracy = np.array(each["curve"]).T
+            style = dict(color=f"C{number}", label=None if seed else variant, alpha=0.8)
+            curves.plot(images / 1000, accuracy, "o-", markersize=4, **style)
+            cost.plot(each["peak_mb"], accuracy[-1], "o", **style)
     curves.set(xlabel="thousand images seen", ylabel="accuracy on unseen identities")
     cost.set(xlabel="peak memory of the training, MB", ylabel="accuracy on unseen identities")
     for axis in curves, cost:
