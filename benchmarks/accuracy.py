@@ -61,6 +61,7 @@ VARIANTS = {
     "F²C 10 %, scale in full from the start": F2C | dict(patch={"recipe.START_SCALE": 1e6}),
     "F²C 10 %, ramp over 40 %": F2C | dict(patch={"recipe.RAMP_SHARE": 0.4}),
     "F²C 10 %, momentum in full from the start": F2C | dict(patch={"recipe.MOMENTUM_START": 1}),
+    "F²C 10 %, hard negatives, momentum in full": F2C | dict(patch={"recipe.TWINS": False, "recipe.MOMENTUM_START": 1}),
     "F²C 10 %, momentum 0.9": F2C | dict(f2c_momentum=0.9),
     "F²C 10 %, momentum 0.999": F2C | dict(f2c_momentum=0.999),
 }
