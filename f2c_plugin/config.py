@@ -103,6 +103,7 @@ def _margins(values):
 
 _COUNT = _Values((int,), lambda v: v > 0, "a whole number above 0")
 _COUNT_OR_NONE = _Values((int, type(None)), lambda v: v is None or v > 0, "a whole number above 0, or None")
+_SIZE = _Values((int,), lambda v: 0 < v <= 1 << 16, "a whole number from 1 to 65536")
 _FROM_0 = _Values((int,), lambda v: v >= 0, "a whole number from 0")
 _NUMBER = _Values((int, float), math.isfinite, "a number")
 _ABOVE_0 = _Values((int, float), lambda v: 0 < v < math.inf, "a number above 0")
@@ -115,7 +116,7 @@ _NAME_OR_NONE = _Values((str, type(None)), lambda v: v != "", "a name, or None")
 _KEYS = {
     "rec": _NAME, "output": _NAME_OR_NONE, "head": _NAME_OR_NONE, "sampler": _NAME_OR_NONE, "network": _NAME,
     "num_classes": _COUNT, "num_image": _COUNT, "batch_size": _COUNT, "num_epoch": _COUNT, "gradient_acc": _COUNT,
-    "verbose": _COUNT, "frequent": _COUNT, "embedding_size": _Values((int,), lambda v: 0 < v <= 1 << 16, "a whole number from 1 to 65536"),
+    "verbose": _COUNT, "frequent": _COUNT, "embedding_size": _SIZE,
     "num_workers": _FROM_0, "warmup_epoch": _FROM_0,
     "seed": _Values((int,), lambda v: 0 <= v < 1 << 32, "a whole number from 0 to below 2**32"),
     "lr": _ABOVE_0, "scale": _ABOVE_0, "weight_decay": _NOT_BELOW_0, "momentum": _TO_BELOW_1,

@@ -9,7 +9,7 @@ from torch import nn
 from f2c_plugin.checkpoint import CheckpointError, load_states
 from f2c_plugin.cli import main as cli
 from f2c_plugin.pool import DynamicClassPool
-from f2c_plugin.tools.checkpoints import describe, merge
+from f2c_plugin.tools.checkpoints import merge
 from runs import run
 from test_checkpoint import checkpoints
 

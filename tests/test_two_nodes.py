@@ -82,7 +82,7 @@ def kill(process):
     process.wait()
 
 
-def assert_same_training(path):
+def assert_same_training():
     assert losses() == losses("whole") and equal(torch.load("out/model.pt"), torch.load("whole/model.pt"))
     a, b = (load_states(checkpoints(folder)[-1]) for folder in ("out", "whole"))
     assert all(equal(a[part], b[part]) for part in ("backbone", "head", "optimizer", "step"))
@@ -104,5 +104,5 @@ def test_two_nodes_train_as_one_and_one_that_goes_away_and_comes_back_resumes(co
     for process, node in zip(running, nodes):
         ends_well(process, node)
     assert "resume: going on from" in Path("out/training.log").read_text()
-    assert_same_training(path)
+    assert_same_training()
     assert not list(Path("out").glob("*.partial"))
