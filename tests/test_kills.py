@@ -23,21 +23,18 @@ def children(pid):
     return [int(each) for each in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()]
 
 
-def kill_at_random(torchrun, kills, log, rng):
-    """SIGKILL to one or all ranks at random moments, of the start or of the training, until it was done ``kills`` times."""
+def kill_at_random(torchrun, folder, log, rng):
+    """SIGKILL to one or all ranks at random moments, of the start or of the training, once for each file ``kill_*``."""
     done = {"one": 0, "all": 0}
-    while sum(done.values()) < kills:
-        restarts = log.read_text().count("resume: going on") if log.is_file() else 0
+    for token in folder.glob("kill_*"):
         deadline = time.monotonic() + 60
+        written = log.stat().st_size
         if rng.random() < 0.8:  # otherwise while it starts
-            while log.read_text().count("resume: going on") == restarts and time.monotonic() < deadline:
+            while log.stat().st_size == written and time.monotonic() < deadline:
                 time.sleep(0.05)
-                if torchrun.poll() is not None:
-                    return done
         time.sleep(rng.uniform(0, 1.5))
-        ranks = children(torchrun.pid)
-        if not ranks:
-            continue
+        while not (ranks := children(torchrun.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
         which = "one" if rng.random() < 0.7 else "all"
         for rank in [rng.choice(ranks)] if which == "one" else ranks:
             try:
@@ -45,29 +42,33 @@ def kill_at_random(torchrun, kills, log, rng):
             except ProcessLookupError:
                 pass
         done[which] += 1
+        token.unlink()
         while set(ranks) & set(children(torchrun.pid)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert time.monotonic() < deadline, "a rank hangs after another was killed"
     return done
 
 
-@pytest.mark.parametrize("external, in_saves, shard_pool", [
-    (3, 2, False), pytest.param(24, 12, True, marks=pytest.mark.long)])
-def test_a_training_whose_ranks_are_killed_ends_as_one_that_is_left_alone(config, tmp_path, external, in_saves, shard_pool):
-    keys = dict(batch_size=6, num_epoch=100, frequent=1, val_targets=[], f2c_save_every=EVERY, lr=0.01, f2c_shard_pool=shard_pool)
+@pytest.mark.parametrize("external, in_saves, shard_pool, epochs", [
+    (3, 2, False, 40), pytest.param(24, 12, True, 100, marks=pytest.mark.long)])
+def test_a_training_whose_ranks_are_killed_ends_as_one_that_is_left_alone(config, tmp_path, external, in_saves, shard_pool, epochs):
+    keys = dict(batch_size=6, num_epoch=epochs, frequent=1, val_targets=[], f2c_save_every=EVERY, lr=0.01, f2c_shard_pool=shard_pool)
     launch(config(output="whole", **keys), ranks=2)
     path = config(**keys)
     for i in range(in_saves):
         (tmp_path / f"save_{i}").touch()
+    for i in range(external):
+        (tmp_path / f"kill_{i}").touch()
     log = Path("out/training.log")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--monitor-interval=0.1",
-               f"--max-restarts={2 * (external + in_saves)}", str(Path(__file__).with_name("killed_run.py")), path, str(tmp_path)]
+               f"--max-restarts={2 * (external + in_saves)}", str(Path(__file__).with_name("killed_run.py")), path,
+               str(tmp_path), str(10 * epochs)]
     torchrun = subprocess.Popen(command, stdout=open("printed", "w"), stderr=subprocess.STDOUT,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not log.is_file() or "step 6:" not in log.read_text():
         assert torchrun.poll() is None, Path("printed").read_text()
         time.sleep(0.1)
-    done = kill_at_random(torchrun, external, log, random.Random(1))
+    done = kill_at_random(torchrun, tmp_path, log, random.Random(1))
     assert torchrun.wait(timeout=600) == 0, Path("printed").read_text()[-3000:]
     killed_in_saves = in_saves - len(list(tmp_path.glob("save_*")))
     print(f"kills: {done['one']} of one rank, {done['all']} of all, {killed_in_saves} in a save; "
@@ -78,7 +79,7 @@ def test_a_training_whose_ranks_are_killed_ends_as_one_that_is_left_alone(config
     assert losses() == losses("whole")
     assert equal(torch.load("out/model.pt"), torch.load("whole/model.pt"))
     a, b = (load_states(checkpoints(folder)[-1]) for folder in ("out", "whole"))
-    assert a["step"] == 1000 and all(equal(a[part], b[part]) for part in ("backbone", "head", "optimizer", "random"))
+    assert a["step"] == 10 * epochs and all(equal(a[part], b[part]) for part in ("backbone", "head", "optimizer", "random"))
     reached = 0
     for step, resumed in re.findall(r" step (\d+): loss|images seen, step (\d+)", log.read_text()):
         if resumed:
