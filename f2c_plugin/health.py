@@ -55,10 +55,14 @@ class Health:
                      told["age"], told["evictions"], told["positive_cosine"], told["hard_negative_cosine"],
                      told["not_finite"], told["scale"])
         self._judge(told, pool)
+        self.record(step, self.scalars)
+
+    def record(self, step: int, scalars: dict[str, float]):
+        """Hand scalars to TensorBoard."""
         if self._folder:
             self._writer, self._folder = tensorboard_writer(self._folder), None
         if self._writer:
-            for name, value in self.scalars.items():
+            for name, value in scalars.items():
                 if not math.isnan(value):  # TensorBoard draws none
                     self._writer.add_scalar(name, value, step)
             self._writer.flush()  # nobody tells when training ends

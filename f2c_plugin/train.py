@@ -32,9 +32,10 @@ from f2c_plugin.config import HOST_DEFAULTS, ConfigError, F2CConfig, bad_keys, l
 from f2c_plugin.data import RecordError
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.files import written_whole
-from f2c_plugin.host.entry_points import open_pack, record_loader, steps_per_epoch, training_device
 from f2c_plugin.health import tensorboard_writer
+from f2c_plugin.host.entry_points import open_pack, record_loader, steps_per_epoch, training_device
 from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
+from f2c_plugin.host.shipping import to_ship
 from f2c_plugin.loss import Margin
 from f2c_plugin.meeting import process_group
 from f2c_plugin.signals import Request, Stopped, listening
@@ -153,9 +154,9 @@ def train(cfg) -> dict:
         checkpoints.require_room()
     _set_schedule(schedule, optimizer, step)
 
-    nets = {"": net}  # what is verified, by what precedes its name in the log
+    nets = {"probe": net}  # what is verified
     if hasattr(head, "gallery"):
-        nets["gallery_"] = head.gallery
+        nets["gallery"] = head.gallery
     for key, value in cfg.items():
         logging.info(": %-24s %s", key, value)  # as the host does, for who reads its log
     log = _Log(cfg, total_steps, step) if rank == 0 else None
@@ -345,10 +346,11 @@ class _Log:
             scalars = {}
             for which, net in nets.items():
                 results[which][name] = result = verification_set.evaluate(net)
-                np.savez(self.folder / f"{which}{name}_scores.npz", scores=result.scores, same=result.same)
-                scalars |= {f"{name}/{which}accuracy": result.accuracy,
-                            f"{name}/{which}tar_at_far_1e-3": result.tar_at_far(1e-3)}
-                logging.info("[%s%s][%d] Accuracy-Flip: %.5f+-%.5f  TAR at FAR 1e-3: %.4f  XNorm: %.3f", which, name, step,
+                prefix = "" if which == "probe" else f"{which}_"
+                np.savez(self.folder / f"{prefix}{name}_scores.npz", scores=result.scores, same=result.same)
+                scalars |= {f"{name}/{prefix}accuracy": result.accuracy,
+                            f"{name}/{prefix}tar_at_far_1e-3": result.tar_at_far(1e-3)}
+                logging.info("[%s%s][%d] Accuracy-Flip: %.5f+-%.5f  TAR at FAR 1e-3: %.4f  XNorm: %.3f", prefix, name, step,
                              result.accuracy, result.accuracy_std, result.tar_at_far(1e-3), result.embedding_norm)
             self._record(step, scalars)
         self.start += time.perf_counter() - begin  # verification is not training
@@ -373,14 +375,14 @@ class _Log:
 def _finish(cfg, nets, results, images_seen, seconds, verification_sets):
     """Write model.pt and model.onnx of the net that is to be shipped, and report.json."""
     folder = Path(cfg.output)
-    which = _to_ship(cfg, results)
-    net = nets[which].net if which else nets[which]
+    which = to_ship(cfg.get("f2c_export", "probe"), results) if "gallery" in nets else "probe"
+    net = nets["gallery"].net if which == "gallery" else nets["probe"]
     save_net(net, folder / "model.pt")
     exported = get_model(cfg.network, cfg.embedding_size)  # in float32, and without what hangs on the trained one
     exported.load_state_dict(net.state_dict())
     export_onnx(exported, folder / "model.onnx")
     summaries = {name: result.summary() for name, result in results[which].items()}
-    report = {"head": cfg.head, "network": cfg.network, "exported": "gallery" if which else "probe",
+    report = {"head": cfg.head, "network": cfg.network, "exported": which,
               "images_seen": images_seen, "seconds": round(seconds, 1), "peak_mb": round(_peak_memory() / 2**20),
               "verification": next(iter(summaries.values()), None), "verification_sets": summaries}
     cosine = None
@@ -405,15 +407,6 @@ def save_net(net, path):
     """Write the parameters of a net, as arcface_torch has them in model.pt."""
     with written_whole(path) as file:
         torch.save(net.state_dict(), file)
-
-
-def _to_ship(cfg, results):
-    """Which of the nets ``config.f2c_export`` chooses."""
-    wanted = cfg.get("f2c_export", "probe") if len(results) > 1 else "probe"
-    if wanted != "best":
-        return "gallery_" if wanted == "gallery" else ""
-    first = {which: next(iter(of_net.values())) for which, of_net in results.items()}
-    return max(first, key=lambda which: (first[which].accuracy, first[which].tar_at_far(1e-3)))
 
 
 class _TqdmHandler(logging.Handler):

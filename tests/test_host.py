@@ -20,6 +20,7 @@ from f2c_plugin.cli import main as cli
 from f2c_plugin.host import patching
 from f2c_plugin.tools.report import Run
 from f2c_plugin.tools.synth import write_dataset
+from test_checkpoint import equal
 
 pytestmark = pytest.mark.host
 
@@ -94,22 +95,29 @@ def assert_trained(log, host, name, ranks=2):
 def test_f2c_trains_verifies_saves_and_resumes_with_the_pool_as_it_was(patched, packs):
     # As published: under the ramp the loss grows because its scale does.
     keys = dict(head="f2c_dcp", f2c_pool_rate=1.0, f2c_recipe="paper", f2c_momentum=0.9)
-    write_config(patched, "f2c", packs, FEW, **keys)
+    write_config(patched, "f2c", packs, FEW, **keys, f2c_export="best")
     log = run(patched, "f2c")
+    assert re.search(r"model.pt is the (probe|gallery) net", log)
     assert len(re.findall(r"F²C step \d+: pool fill \d\.\d+  found", log)) == 20  # of rank 0, every config.frequent steps
     rank_0, rank_1 = assert_trained(log, patched, "f2c")
     of_host = Run.read(patched / "work_dirs" / "f2c")
     assert len(of_host.series("loss")) >= 10 and len(of_host.series("f2c/positive_cosine")) == 20
-    assert of_host.series("synth/accuracy") and of_host.config["f2c_recipe"] == "paper"
+    assert [len(of_host.series(f"synth/{which}accuracy")) for which in ("", "gallery_")] == [2, 2]  # at steps 15 and 30
+    assert of_host.config["f2c_recipe"] == "paper"
     assert of_host.history[-1]["images"] == 40 * 8 * 2
     for name, value in rank_0["state_dict_softmax_fc"].items():
         if name.startswith("pool."):
             assert torch.equal(value, rank_1["state_dict_softmax_fc"][name]), name
     assert rank_0["state_dict_softmax_fc"]["pool.slot_identity"].min() >= 0
 
-    write_config(patched, "f2c", packs, FEW, **keys, resume=True, num_epoch=3)
+    write_config(patched, "f2c", packs, FEW, **keys, resume=True, num_epoch=3, f2c_export="gallery")
     run(patched, "f2c")
-    resumed = torch.load(patched / "work_dirs" / "f2c" / "checkpoint_gpu_0.pt")
+    output = patched / "work_dirs" / "f2c"
+    resumed = torch.load(output / "checkpoint_gpu_0.pt")
+    gallery = {name.removeprefix("gallery.net."): value for name, value in resumed["state_dict_softmax_fc"].items()
+               if name.startswith("gallery.net.")}
+    assert equal(dict(torch.load(output / "model.pt")), gallery)
+    assert not equal(gallery, dict(resumed["state_dict_backbone"]))
     assert rank_0["global_step"] == 40 and resumed["global_step"] == 60
     # The clock counts the writes of all ranks in the half-steps that stay: it went on from where it was.
     before, after = (state["state_dict_softmax_fc"]["pool.clock"].item() for state in (rank_0, resumed))

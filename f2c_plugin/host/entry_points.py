@@ -13,6 +13,7 @@ from f2c_plugin.config import ConfigError, F2CConfig
 from f2c_plugin.data import DualLoader, DualSampler, RecordDataset
 from f2c_plugin.head import F2CHead
 from f2c_plugin.health import Health
+from f2c_plugin.host.shipping import Shipping
 from f2c_plugin.loss import Margin
 from f2c_plugin.pool import DynamicClassPool
 from f2c_plugin.ranks import WHOLE, Shard, this_rank
@@ -43,6 +44,8 @@ def f2c_dcp(cfg, backbone: nn.Module, margin_loss) -> F2CHead:
     if rank == 0:
         folder = Path(cfg["output"]) / "tensorboard" if cfg.get("output") else None
         head.health = Health(cfg.get("frequent", 10), total_steps, folder)  # beside the host's own log
+    shipping = Shipping(cfg, getattr(backbone, "module", backbone), head.gallery, head.health)
+    head.verify, head.to_ship = shipping.verify, shipping.net  # which patch 0001 calls where a head has them
     return head.to(next(backbone.parameters()).device)
 
 

@@ -109,7 +109,8 @@ def _history_of_log(lines, images_per_step):
         if found := _LOSS.search(line):
             entry(found[4]).update(loss=float(found[2]), learning_rate=float(found[3]), images_per_second=float(found[1]))
         elif found := _ACCURACY.search(line):
-            entry(found[2])[f"{found[1]}/accuracy"] = float(found[3])
+            of_gallery, name = re.fullmatch(r"(gallery_)?(.*)", found[1]).groups("")
+            entry(found[2])[f"{name}/{of_gallery}accuracy"] = float(found[3])
         elif found := _HEALTH.search(line):
             for name, value in re.findall(r"([a-zA-Z -]+?) (nan|-?[\d.]+)(?: steps)?(?:  |$)", found[2]):
                 if value != "nan":
