@@ -20,6 +20,7 @@ Training: 2026-11-22 12:25:40,779-F²C step 10: pool fill 1.000  found 0.900  ag
 Training: 2026-11-22 12:25:41,000-Speed 20.50 samples/sec   Loss 140.2500   LearningRate 0.040000   Epoch: 0   \
 Global Step: 10   Fp16 Grad Scale:  1   Required: 0 hours
 Training: 2026-11-22 12:25:44,000-[lfw][20]Accuracy-Flip: 0.61250+-0.02000
+Training: 2026-11-22 12:25:44,000-[gallery_lfw][20]Accuracy-Flip: 0.63250+-0.02000
 """
 
 
@@ -45,6 +46,7 @@ def test_a_run_of_arcface_torch_is_read_from_its_log(runs):
     assert run.config == {"margin_list": "(1.0, 0.0, 0.4)", "interclass_filtering_threshold": "0", "head": "f2c_dcp",
                           "total_batch_size": "16"}
     assert run.series("loss") == [(160, 140.25)] and run.series("lfw/accuracy") == [(320, 0.6125)]
+    assert run.series("lfw/gallery_accuracy") == [(320, 0.6325)]
     assert run.series("f2c/positive_cosine") == [(160, -0.031)] and run.series("f2c/age") == [(160, 0.8)]
     assert not run.series("f2c/hard_negative_cosine")
 
