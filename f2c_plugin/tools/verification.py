@@ -77,26 +77,31 @@ class VerificationSet:
                 raise VerificationSetError(f"{self.path}: image {i} cannot be decoded: {error}") from error
         return torch.from_numpy(faces)
 
-    @torch.no_grad()
-    def evaluate(self, net: nn.Module, batch_size: int = 256) -> VerificationResult:
+    def evaluate(self, net: nn.Module) -> VerificationResult:
         """Verify with a net that embeds images (B, 3, 112, 112); it is left in the mode it was in.
 
         As in the host, the embedding of a face is the sum of those of the image and its mirror image.
         """
-        device = next(net.parameters()).device
-        was_training = net.training
-        net.eval()
-        embeddings = []
-        for faces in self.faces().split(batch_size):
-            images = normalize_faces(faces.to(device))
-            embeddings.append(torch.stack([net(images), net(images.flip(3))], dim=1).double().cpu())
-        net.train(was_training)
-        embeddings = torch.cat(embeddings)  # (2n, 2, D)
+        embeddings = embed(net, self.faces())  # (2n, 2, D)
         first, second = normalize(embeddings.sum(dim=1)).view(-1, 2, embeddings.size(2)).unbind(1)  # (n, D) each
         scores = (first * second).sum(1).numpy()
         accuracy = fold_accuracies(scores, self.same)
         return VerificationResult(float(accuracy.mean()), float(accuracy.std()), scores, self.same,
                                   float(embeddings.norm(dim=2).mean()))
+
+
+@torch.no_grad()
+def embed(net: nn.Module, faces: Tensor, batch_size: int = 256) -> Tensor:
+    """Embeddings, float64 (n, 2, D), of faces uint8 (n, 112, 112, 3) RGB and of their mirror images, by a net in eval mode."""
+    device = next(net.parameters()).device
+    was_training = net.training
+    net.eval()
+    embeddings = []
+    for part in faces.split(batch_size):
+        images = normalize_faces(part.to(device))
+        embeddings.append(torch.stack([net(images), net(images.flip(3))], dim=1).double().cpu())
+    net.train(was_training)
+    return torch.cat(embeddings)
 
 
 def tar_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float:
