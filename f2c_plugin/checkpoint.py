@@ -1,9 +1,12 @@
 """Checkpoints of the built-in host: one file for all ranks, whole or not there, good for any number of ranks."""
 
 import logging
+import math
 import os
 import pickle
+import pickletools
 import random
+import re
 import shutil
 import zipfile
 from copy import deepcopy
@@ -21,6 +24,8 @@ from f2c_plugin.ranks import this_rank
 FORMAT = "f2c-plugin checkpoint 1"
 KEPT = 2
 _NAME = "checkpoint_{:012d}.pt"  # of the images seen: they only grow, where steps shrink with more ranks
+# The names of which a file of torch.save is made that holds tensors in dictionaries, lists and tuples.
+_IN_STATES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (\w+Storage|Size)")
 _ANY_NAME = "checkpoint_" + 12 * "[0-9]" + ".pt"
 
 # With another value of one of these, what was saved does not fit.
@@ -56,15 +61,45 @@ def load_states(path) -> dict:
                 raise CheckpointError(f"{path}: unpacks to more than it holds, which no file of torch.save does")
             if (changed := archive.testzip()) is not None:
                 raise CheckpointError(f"{path}: damaged: {changed} is not as it was written")
+            for name in archive.namelist():
+                if name.endswith("/data.pkl"):
+                    _check_names(archive.read(name), path)
         states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, EOFError, RuntimeError, AttributeError, TypeError, ValueError, KeyError, IndexError,
-            NotImplementedError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        _check_sizes(states, path)
+    except (OSError, EOFError, RuntimeError, AttributeError, TypeError, ValueError, KeyError, IndexError, AssertionError,
+            OverflowError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: no whole checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     if not isinstance(states, dict):
         raise CheckpointError(f"{path}: holds a {type(states).__name__}, not the states of a training")
     return states
+
+
+def _check_names(pickled, path):
+    """Refuse what states are not made of: torch.load(weights_only=True) knows more, some of which takes any memory it is told."""
+    for opcode, what, _ in pickletools.genops(pickled):
+        if opcode.name == "STACK_GLOBAL" or opcode.name in ("GLOBAL", "INST") and not _IN_STATES.fullmatch(what):
+            raise CheckpointError(f"{path}: holds {what or 'a name that is made up as it is read'}, which states of a training "
+                                  "do not")
+
+
+def _check_sizes(states, path):
+    """Refuse tensors that stand for more numbers than the file holds."""
+    seen, stack = set(), [states]
+    while stack:
+        each = stack.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, dict):
+            stack += [*each.keys(), *each.values()]
+        elif isinstance(each, (list, tuple)):
+            stack += each
+        elif isinstance(each, torch.Tensor):
+            if each.layout != torch.strided or each.device.type != "cpu" or (
+                    math.prod(each.shape) * each.element_size() > each.untyped_storage().nbytes()):
+                raise CheckpointError(f"{path}: a tensor of shape {tuple(each.shape)} stands for more than the file holds")
 
 
 class Checkpoints:
@@ -199,11 +234,13 @@ class Checkpoints:
             old.unlink()
 
     def require_room(self):
-        """Raise ConfigError if the folder's disk has no room for the checkpoints to come."""
-        parameters = sum(each.nbytes for group in self.parts["optimizer"].param_groups for each in group["params"])
+        """Raise ConfigError if the folder's disk has no room for the checkpoints to come, beside those that are there."""
+        parameters = sum(each.nbytes for group in self.parts["optimizer"].param_groups for each in group["params"]
+                         if each.requires_grad)
         moments = 2 if self.cfg.optimizer == "adamw" else 1
         nets = sum(each.nbytes for name in ("backbone", "head") for each in self.parts[name].state_dict().values())
-        needed = (KEPT + 1) * (nets + moments * parameters)
+        there = len(checkpoints_in(self.folder)[:KEPT])  # one more is written before the older is removed
+        needed = (KEPT + 1 - there) * (nets + moments * parameters)
         free = shutil.disk_usage(self.folder).free
         if self.rank == 0 and free < needed:
             raise ConfigError(f"output={self.cfg.output!r}: checkpoints need about {needed / 2**20:,.0f} MB, and "
@@ -217,8 +254,8 @@ def _check(saved, path):
     kinds = dict(settings=dict, images=int, step=int, seconds=float, layout=list, origin=list, position=list, random=list,
                  backbone=dict, head=dict, optimizer=dict)
     wrong = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
-    if wrong or saved["images"] < 0 or len(saved["origin"]) != 3 or len(saved["position"]) != 3 or not all(
-            isinstance(each, int) and each >= 0 for each in saved["origin"] + saved["position"]):
+    if wrong or saved["images"] < 0 or len(saved["layout"]) != 4 or len(saved["origin"]) != 3 or len(saved["position"]) != 3 or not all(
+            isinstance(each, int) and each >= 0 for each in saved["layout"] + saved["origin"] + saved["position"]):
         raise CheckpointError(f"{path}: no whole checkpoint: {', '.join(wrong) or 'its position'} is not what it should be")
     for name in "backbone", "head":
         for key, value in saved[name].items():

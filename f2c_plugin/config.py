@@ -42,9 +42,9 @@ class F2CConfig:
         save_every: steps between two checkpoints of the built-in host; None for none but those that
             ``save_all_states`` asks for, after every epoch.
         max_bad_steps: so many steps in a row whose gradient is not finite end a training of the
-            built-in host.
-        export: which net the built-in host leaves as model.pt and model.onnx: "probe", "gallery", or
-            the one that is better at the first of ``val_targets``.
+            built-in host; in arcface_torch, as many whose loss is not finite.
+        export: which net ends as model.pt: "probe", "gallery", or, with "best", the one that is more
+            accurate on the first of ``val_targets``.
     """
 
     pool_rate: float = 0.1

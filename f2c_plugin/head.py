@@ -21,6 +21,7 @@ class StepStatistics:
         found, positive_cosine, hard_negative_cosine: as in PoolLoss.
         evictions: identities that lost their slots to the write that stays, over all ranks.
         not_finite: gallery features, over all ranks, that were not finite and so not written.
+        finite: whether the loss is, 0 or 1.
         scale: s of this step, a number.
     """
 
@@ -29,6 +30,7 @@ class StepStatistics:
     hard_negative_cosine: Tensor
     evictions: Tensor
     not_finite: Tensor
+    finite: Tensor
     scale: float
 
 
@@ -149,7 +151,8 @@ class F2CHead(nn.Module):
 
         self.steps += 1
         self.statistics = StepStatistics(*result[1:], evictions=(write.placement.evicted != NOT_IN_POOL).sum().float(),
-                                         not_finite=not_finite.float(), scale=margin.scale)
+                                         not_finite=not_finite.float(),
+                                         finite=result.loss.detach().isfinite().float(), scale=margin.scale)
         if self.health:
             self.health.see(self.steps, self.statistics, self.pool, len(write.placement.slot))
         return result.loss * self.recipe.loss_weight(2 * len(half_steps))

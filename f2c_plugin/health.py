@@ -13,6 +13,10 @@ STALE_SHARE, STALE_STEPS = 0.1, 100  # of the run, and steps; features in the po
 COSINE_FALL = 0.1  # what the positives' cosine may lose against its best before it is worth a word
 
 
+class NotLearning(ValueError):
+    """A training that has gone wrong and will not come right."""
+
+
 class Health:
     """Averages what steps see; every ``frequent`` steps logs it, hands it to TensorBoard and judges it.
 
@@ -22,13 +26,16 @@ class Health:
         frequent: steps between two lines (``config.frequent``).
         total_steps: length of the run in steps.
         folder: where the TensorBoard scalars go; None for nowhere.
+        max_bad_steps: more steps in a row than this, whose loss is not finite, end the training
+            (``config.f2c_max_bad_steps``; the built-in host, which looks at gradients, is sooner).
 
     Attributes:
         scalars: {name: value} of the last line; empty before the first.
     """
 
-    def __init__(self, frequent: int, total_steps: int, folder: Path | None = None):
-        self.frequent, self.total_steps = frequent, total_steps
+    def __init__(self, frequent: int, total_steps: int, folder: Path | None = None, max_bad_steps: int = 50):
+        self.frequent, self.total_steps, self.max_bad_steps = frequent, total_steps, max_bad_steps
+        self._bad_in_a_row = 0
         self.scalars: dict[str, float] = {}
         self._folder, self._writer = folder, None
         self._seen = []
@@ -43,10 +50,13 @@ class Health:
             statistics: the StepStatistics.
             pool: after the step.
             writes: gallery features that the step has written, over all ranks.
+        Raises:
+            NotLearning: one bad step too many.
         """
         self._seen.append(statistics)
         if step % self.frequent:
             return
+        self._count_bad_steps(step)
         told = self._read(pool, writes)
         self.scalars = {f"f2c/{name}": value for name, value in told.items()}
         self._seen = []
@@ -67,8 +77,16 @@ class Health:
                     self._writer.add_scalar(name, value, step)
             self._writer.flush()  # nobody tells when training ends
 
+    def _count_bad_steps(self, step):
+        for finite in torch.stack([each.finite for each in self._seen]).tolist():
+            self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
+        if self._bad_in_a_row > self.max_bad_steps:
+            raise NotLearning(f"the loss was not finite in {self._bad_in_a_row} steps in a row, up to step {step} "
+                              f"(f2c_max_bad_steps={self.max_bad_steps}): go on from a checkpoint that was written before, with "
+                              "a smaller lr, or fp16=False")
+
     def _read(self, pool, writes):
-        names = list(vars(self._seen[0]))
+        names = [name for name in vars(self._seen[0]) if name != "finite"]
         device = pool.rows.device
         columns = [torch.stack([torch.as_tensor(getattr(each, name), dtype=torch.float32, device=device)
                                 for each in self._seen]) for name in names]

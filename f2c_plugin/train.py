@@ -32,10 +32,10 @@ from f2c_plugin.config import HOST_DEFAULTS, ConfigError, F2CConfig, bad_keys, l
 from f2c_plugin.data import RecordError
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.files import written_whole
-from f2c_plugin.health import tensorboard_writer
+from f2c_plugin.health import NotLearning, tensorboard_writer
 from f2c_plugin.host.entry_points import open_pack, record_loader, steps_per_epoch, training_device
 from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
-from f2c_plugin.host.shipping import to_ship
+from f2c_plugin.host.shipping import PREFIX, verify, which_to_ship
 from f2c_plugin.loss import Margin
 from f2c_plugin.meeting import process_group
 from f2c_plugin.signals import Request, Stopped, listening
@@ -161,6 +161,7 @@ def train(cfg) -> dict:
         logging.info(": %-24s %s", key, value)  # as the host does, for who reads its log
     log = _Log(cfg, total_steps, step) if rank == 0 else None
     bad_steps = _BadSteps(cfg.get("f2c_max_bad_steps", F2CConfig.max_bad_steps), nets.values())
+    save_is_due = False
     begin = time.perf_counter() - seconds
     with listening() as requests:
         for epoch in range(step // num_steps, cfg.num_epoch):
@@ -184,9 +185,12 @@ def train(cfg) -> dict:
                     if step % cfg.verbose == 0 and step < total_steps:
                         log.verify(step, nets, verification_sets)
                 request = requests.agreed()
-                whole = step % cfg.gradient_acc == 0 and not bad_steps.in_a_row  # no gradient is on its way
-                if whole and (request or _save_is_due(cfg, step, num_steps, total_steps)):
+                save_is_due |= _save_is_due(cfg, step, num_steps, total_steps)
+                # Between two steps of the optimizer gradients would be lost: what is due waits.
+                whole = (step % cfg.gradient_acc == 0 or step == total_steps) and not bad_steps.in_a_row
+                if whole and (request or save_is_due):
                     checkpoints.save(step, time.perf_counter() - begin)
+                    save_is_due = False
                     requests.done()
                 if whole and request is Request.SAVE_AND_STOP:
                     raise Stopped(f"stopped by a signal after step {step}, which is saved: go on with resume=True")
@@ -203,8 +207,6 @@ def train(cfg) -> dict:
 
 def _save_is_due(cfg, step, num_steps, total_steps):
     every = cfg.get("f2c_save_every")
-    if every:
-        every += -every % cfg.gradient_acc  # between two steps of the optimizer, gradients would be lost
     return bool(every and (step % every == 0 or step == total_steps) or cfg.save_all_states and step % num_steps == 0)
 
 
@@ -289,10 +291,6 @@ class _BadSteps:
         return True
 
 
-class NotLearning(ValueError):
-    """A training that has gone wrong and will not come right."""
-
-
 class _Log:
     """What rank 0 tells: progress bar, training.log, TensorBoard and history.jsonl."""
 
@@ -340,18 +338,13 @@ class _Log:
 
     def verify(self, step, nets, verification_sets):
         """Results of every net of ``nets`` on every set, {which net: {set: result}}."""
-        results = {which: {} for which in nets}
         begin = time.perf_counter()
-        for name, verification_set in verification_sets.items():
+        results = verify(nets, verification_sets, step, self.folder)
+        for name in verification_sets:
             scalars = {}
-            for which, net in nets.items():
-                results[which][name] = result = verification_set.evaluate(net)
-                prefix = "" if which == "probe" else f"{which}_"
-                np.savez(self.folder / f"{prefix}{name}_scores.npz", scores=result.scores, same=result.same)
-                scalars |= {f"{name}/{prefix}accuracy": result.accuracy,
-                            f"{name}/{prefix}tar_at_far_1e-3": result.tar_at_far(1e-3)}
-                logging.info("[%s%s][%d] Accuracy-Flip: %.5f+-%.5f  TAR at FAR 1e-3: %.4f  XNorm: %.3f", prefix, name, step,
-                             result.accuracy, result.accuracy_std, result.tar_at_far(1e-3), result.embedding_norm)
+            for which, prefix in ((which, PREFIX[which]) for which in nets):
+                scalars |= {f"{name}/{prefix}accuracy": results[which][name].accuracy,
+                            f"{name}/{prefix}tar_at_far_1e-3": results[which][name].tar_at_far(1e-3)}
             self._record(step, scalars)
         self.start += time.perf_counter() - begin  # verification is not training
         return results
@@ -375,7 +368,7 @@ class _Log:
 def _finish(cfg, nets, results, images_seen, seconds, verification_sets):
     """Write model.pt and model.onnx of the net that is to be shipped, and report.json."""
     folder = Path(cfg.output)
-    which = to_ship(cfg.get("f2c_export", "probe"), results) if "gallery" in nets else "probe"
+    which = which_to_ship(cfg.get("f2c_export", "probe"), results) if "gallery" in nets else "probe"
     net = nets["gallery"].net if which == "gallery" else nets["probe"]
     save_net(net, folder / "model.pt")
     exported = get_model(cfg.network, cfg.embedding_size)  # in float32, and without what hangs on the trained one

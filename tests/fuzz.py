@@ -2,7 +2,7 @@
 
     python tests/fuzz.py TARGET -max_total_time=1800 -max_len=20000 CORPUS_FOLDER
 
-TARGET is "pack", "verification" or "checkpoint". Starts from real files. Whatever an input is, reading it
+TARGET is "pack", "verification", "checkpoint", or "states", the pickle in a checkpoint that is whole otherwise. Starts from real files. Whatever an input is, reading it
 ends in what it says or in the error for such files, soon, and without doing anything else. test_fuzz.py runs
 each for a minute.
 """
@@ -11,6 +11,8 @@ import pickle
 import shutil
 import sys
 import tempfile
+import zipfile
+from io import BytesIO
 from pathlib import Path
 
 import atheris
@@ -78,14 +80,30 @@ def checkpoint(folder, data):
 
 def checkpoints():
     with tempfile.TemporaryDirectory() as folder:
-        for states in ({"format": "f2c-plugin checkpoint 1", "settings": {}, "images": 1, "step": 1, "seconds": 1.0, "layout": [1],
+        for states in ({"format": "f2c-plugin checkpoint 1", "settings": {}, "images": 1, "step": 1, "seconds": 1.0, "layout": [1] * 4,
                         "origin": [0, 0, 0], "position": [0, 0, 0], "random": [], "backbone": {"a": torch.ones(3)},
                         "head": {"b": torch.zeros(2, dtype=torch.int64)}, "optimizer": {}}, {"epoch": 1}):
             torch.save(states, Path(folder) / "checkpoint.pt")
             yield (Path(folder) / "checkpoint.pt").read_bytes()
 
 
-TARGETS = {"pack": (pack, packs), "verification": (verification, verification_sets), "checkpoint": (checkpoint, checkpoints)}
+def states(folder, data):
+    with zipfile.ZipFile(folder / "whole.pt", "w") as archive:
+        for name, content in {**REST, "archive/data.pkl": data}.items():
+            archive.writestr(name, content)
+    checkpoint(folder, (folder / "whole.pt").read_bytes())
+
+
+def pickles():
+    for content in checkpoints():
+        with zipfile.ZipFile(BytesIO(content)) as archive:
+            yield archive.read("checkpoint/data.pkl")
+
+
+# The other entries of a file of torch.save: two storages, and how they are written.
+REST = {"archive/data/0": bytes(12), "archive/data/1": bytes(16), "archive/version": b"3\n", "archive/byteorder": b"little"}
+TARGETS = {"pack": (pack, packs), "verification": (verification, verification_sets), "checkpoint": (checkpoint, checkpoints),
+           "states": (states, pickles)}
 
 
 def main():

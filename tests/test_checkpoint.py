@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +54,12 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_goes_on_bit_for_bit(config, ran
     assert differ <= {"seconds", "settings"}
 
 
+@pytest.mark.parametrize("keys, steps", [(dict(save_all_states=True), [12, 20]), (dict(f2c_save_every=7), [15, 20])])
+def test_what_is_due_within_a_step_of_the_optimizer_is_saved_after_it(config, keys, steps):
+    run(config(num_epoch=2, gradient_acc=3, val_targets=[], **keys))
+    assert [load_states(file)["step"] for file in checkpoints()] == steps
+
+
 def run_on(ranks, path):
     run(path) if ranks == 1 else launch(path, ranks)
 
@@ -90,6 +98,27 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(config):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode and printed.count("stopped by a signal after step") == 2
     assert load_states(checkpoints()[-1])["step"] == max(losses()) // 12
+
+
+class Sized:
+    """Pickles as a call that makes as much as it is told."""
+
+    def __reduce__(self):
+        return bytearray, (1 << 40,)
+
+
+@pytest.mark.parametrize("states, message", [
+    ({"a": [torch.zeros(1).expand(1 << 31)]}, "a tensor of shape (2147483648,) stands for more than the file holds"),
+    ({"a": ({0: torch.zeros(1).expand(1 << 25, 1 << 25)},)}, "stands for more than the file holds"),
+    ({"a": torch.zeros(1 << 30, device="meta")}, "holds torch._utils _rebuild_meta_tensor_no_storage, which states"),
+    ({"a": torch.sparse_coo_tensor([[5]], [1.0], (1 << 40,), check_invariants=True)},
+     "holds torch._utils _rebuild_sparse_tensor, which states"),
+    ({"a": Sized()}, "holds __builtin__ bytearray, which states of a training do not")], ids=str)
+def test_a_small_file_that_stands_for_much_is_refused_before_it_takes_memory(tmp_path, states, message):
+    torch.save(states, tmp_path / "checkpoint.pt")
+    assert (tmp_path / "checkpoint.pt").stat().st_size < 5000
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_states(tmp_path / "checkpoint.pt")
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3)])
@@ -264,6 +293,12 @@ def test_a_disk_too_small_is_refused_before_training_and_one_that_fills_up_keeps
     (small_disk / "rest").unlink()
     run(config(embedding_size=4, resume=True, **keys))
     assert load_states(checkpoints(small_disk / "out")[-1])["step"] == 10
+
+    # There is room for less than three checkpoints, but two are there already.
+    size = checkpoints(small_disk / "out")[-1].stat().st_size
+    (small_disk / "rest").write_bytes(bytes(shutil.disk_usage(small_disk).free - int(2.5 * size)))
+    run(config(embedding_size=4, resume=True, **keys | dict(num_epoch=2)))
+    assert load_states(checkpoints(small_disk / "out")[-1])["step"] == 20
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_training(config, tmp_path):

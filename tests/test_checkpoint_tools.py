@@ -8,6 +8,7 @@ from torch import nn
 
 from f2c_plugin.checkpoint import CheckpointError, load_states
 from f2c_plugin.cli import main as cli
+from f2c_plugin.head import F2CHead
 from f2c_plugin.pool import DynamicClassPool
 from f2c_plugin.tools.checkpoints import merge
 from runs import run
@@ -72,6 +73,10 @@ class PoolHead(nn.Module):
     def __init__(self, seed=0):
         super().__init__()
         self.pool = DynamicClassPool(8, 20, 4, seed)
+        self.steps = 120
+
+    get_extra_state, set_extra_state = F2CHead.get_extra_state, F2CHead.set_extra_state
+    continue_at = F2CHead.continue_at
 
 
 def test_a_pool_is_the_same_on_any_number_of_ranks_and_pools_that_differ_are_refused(tmp_path):
@@ -80,6 +85,7 @@ def test_a_pool_is_the_same_on_any_number_of_ranks_and_pools_that_differ_are_ref
         head = PoolHead(seed=1)
         head.load_state_dict(load_states(path)["state_dict_softmax_fc"])
         assert torch.equal(head.pool.rows, PoolHead().pool.rows)
+        assert head.steps == load_states(path)["global_step"] == 3 * (40 * 2 // 3)  # where the recipe goes on
     write_host_checkpoints(tmp_path, [PoolHead(), PoolHead(seed=1)])
     with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: its pool.rows is not that of checkpoint_gpu_0.pt"):
         merge(tmp_path, tmp_path / "newer", 3)

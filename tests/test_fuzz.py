@@ -16,7 +16,7 @@ def test_a_minute_of_fuzzing_finds_no_crash_no_hang_and_nothing_read_or_done_tha
     running = {target: subprocess.Popen([sys.executable, str(script), target, *limits, str(tmp_path / target)], cwd=tmp_path,
                                         stdout=subprocess.DEVNULL, stderr=open(tmp_path / f"{target}.log", "w"),
                                         env={**os.environ, "OMP_NUM_THREADS": "1"})
-               for target in ("pack", "verification", "checkpoint")}
+               for target in ("pack", "verification", "checkpoint", "states")}
     for target, process in running.items():
         code = process.wait(timeout=300)
         log = (tmp_path / f"{target}.log").read_text(errors="replace")

@@ -7,12 +7,13 @@ import torch
 from torch.nn.functional import normalize
 
 from f2c_plugin.head import StepStatistics
-from f2c_plugin.health import Health
+from f2c_plugin.health import Health, NotLearning
 from f2c_plugin.pool import DynamicClassPool
 
 
 def statistics(**given):
-    values = dict(found=0.7, positive_cosine=0.4, hard_negative_cosine=0.2, evictions=0.0, not_finite=0.0) | given
+    values = dict(found=0.7, positive_cosine=0.4, hard_negative_cosine=0.2, evictions=0.0, not_finite=0.0,
+                  finite=1.0) | given
     return StepStatistics(**{name: torch.tensor(value) for name, value in values.items()}, scale=16.0)
 
 
@@ -88,3 +89,13 @@ def test_a_healthy_run_is_not_warned(caplog):
     for step in range(1, 6):
         health.see(step, statistics(evictions=0.5), pool_after(20), 2)
     assert not warnings(caplog)
+
+
+def test_too_many_steps_in_a_row_whose_loss_is_not_finite_end_the_training(caplog):
+    health = Health(2, 1000, max_bad_steps=5)
+    pool = pool_after(3)
+    for step in range(1, 8):  # one good step in between
+        health.see(step, statistics(finite=float(step == 4)), pool, 2)
+    with pytest.raises(NotLearning, match=r"not finite in 6 steps in a row, up to step 10 \(f2c_max_bad_steps=5\)"):
+        for step in range(8, 20):
+            health.see(step, statistics(finite=0.0), pool, 2)

@@ -102,7 +102,8 @@ def test_f2c_trains_verifies_saves_and_resumes_with_the_pool_as_it_was(patched, 
     rank_0, rank_1 = assert_trained(log, patched, "f2c")
     of_host = Run.read(patched / "work_dirs" / "f2c")
     assert len(of_host.series("loss")) >= 10 and len(of_host.series("f2c/positive_cosine")) == 20
-    assert [len(of_host.series(f"synth/{which}accuracy")) for which in ("", "gallery_")] == [2, 2]  # at steps 15 and 30
+    assert [len(of_host.series(f"synth/{which}accuracy")) for which in ("", "gallery_")] == [3, 3]  # at steps 15, 30 and 40
+    assert of_host.scores.keys() == {"synth", "gallery_synth"}
     assert of_host.config["f2c_recipe"] == "paper"
     assert of_host.history[-1]["images"] == 40 * 8 * 2
     for name, value in rank_0["state_dict_softmax_fc"].items():
@@ -146,6 +147,7 @@ def test_merged_checkpoints_resume_in_the_host_on_another_number_of_ranks(patche
     log = run(patched, name, ranks=1)
     saved = torch.load(output / "checkpoint_gpu_0.pt")
     assert saved["epoch"] == 2 and saved["global_step"] == 2 * 40  # 20 an epoch with two ranks
+    assert saved["state_dict_softmax_fc"].get("_extra_state", 2 * 40) == 2 * 40
     assert all(map(math.isfinite, losses(log)))
 
 

@@ -43,8 +43,8 @@ def f2c_dcp(cfg, backbone: nn.Module, margin_loss) -> F2CHead:
                    cfg.get("gradient_acc", 1), bool(cfg.get("fp16")))
     if rank == 0:
         folder = Path(cfg["output"]) / "tensorboard" if cfg.get("output") else None
-        head.health = Health(cfg.get("frequent", 10), total_steps, folder)  # beside the host's own log
-    shipping = Shipping(cfg, getattr(backbone, "module", backbone), head.gallery, head.health)
+        head.health = Health(cfg.get("frequent", 10), total_steps, folder, settings.max_bad_steps)  # beside the host's own log
+    shipping = Shipping(cfg, getattr(backbone, "module", backbone), head)
     head.verify, head.to_ship = shipping.verify, shipping.net  # which patch 0001 calls where a head has them
     return head.to(next(backbone.parameters()).device)
 

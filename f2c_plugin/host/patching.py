@@ -146,7 +146,8 @@ def applied_patches(host: Path) -> int:
                 return count
     patch, places = min(misfits, key=lambda misfit: len(misfit[1]))  # the state that it is nearest to
     raise HostError(f"{patch.name} does not fit {host}: {', '.join(places)}. Nothing was changed. The patches are made "
-                    f"for revision {HOST_REVISION[:12]} of {HOST_URL}; restore that file, or apply the patch by hand")
+                    f"for revision {HOST_REVISION[:12]} of {HOST_URL}; restore that file, or apply the patch by hand; patches of "
+                    "another version of this plugin are taken out by that version's install --reverse")
 
 
 def _patched(host, present, wanted) -> list[Change]:

@@ -147,6 +147,7 @@ def _recounted(state, before, after):
     epoch, step = state["epoch"], state["global_step"]
     if before == after or not epoch:
         return dict(state)
+    head = state["state_dict_softmax_fc"]
     per_epoch = step // epoch
     schedule = dict(state["state_lr_scheduler"])
 
@@ -155,4 +156,6 @@ def _recounted(state, before, after):
     for name in "last_epoch", "total_iters", "warmup_iters", "_step_count":
         if name in schedule:
             schedule[name] = steps(schedule[name])
-    return state | {"global_step": steps(step), "state_lr_scheduler": schedule}
+    if "_extra_state" in head:  # F²C's own count of steps, by which its recipe goes
+        head = type(head)(head) | {"_extra_state": torch.tensor(steps(step))}
+    return state | {"global_step": steps(step), "state_lr_scheduler": schedule, "state_dict_softmax_fc": head}

@@ -31,8 +31,8 @@ class Run:
         name: of its folder.
         history: entries with "step", "images" and scalars, in order.
         config: {key: value as text}.
-        scores: {verification set: (cosines (n,), whether the pair is one person, bool (n,))}; the
-            built-in host keeps them.
+        scores: {verification set: (cosines (n,), whether the pair is one person, bool (n,))}; not
+            kept by arcface_torch without F²C.
         facts: {what: text}, the summary.
     """
 
