@@ -113,7 +113,8 @@ class Sized:
     ({"a": torch.zeros(1 << 30, device="meta")}, "holds torch._utils _rebuild_meta_tensor_no_storage, which states"),
     ({"a": torch.sparse_coo_tensor([[5]], [1.0], (1 << 40,), check_invariants=True)},
      "holds torch._utils _rebuild_sparse_tensor, which states"),
-    ({"a": Sized()}, "holds __builtin__ bytearray, which states of a training do not")], ids=str)
+    ({"a": Sized()}, "holds __builtin__ bytearray, which states of a training do not")],
+    ids=["stride 0", "strides 0", "meta", "sparse", "bytearray"])
 def test_a_small_file_that_stands_for_much_is_refused_before_it_takes_memory(tmp_path, states, message):
     torch.save(states, tmp_path / "checkpoint.pt")
     assert (tmp_path / "checkpoint.pt").stat().st_size < 5000
