@@ -24,9 +24,9 @@ from f2c_plugin.ranks import this_rank
 FORMAT = "f2c-plugin checkpoint 1"
 KEPT = 2
 _NAME = "checkpoint_{:012d}.pt"  # of the images seen: they only grow, where steps shrink with more ranks
+_ANY_NAME = "checkpoint_" + 12 * "[0-9]" + ".pt"
 # The names of which a file of torch.save is made that holds tensors in dictionaries, lists and tuples.
 _IN_STATES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (\w+Storage|Size)")
-_ANY_NAME = "checkpoint_" + 12 * "[0-9]" + ".pt"
 
 # With another value of one of these, what was saved does not fit.
 SAME_TRAINING = ("head", "network", "embedding_size", "num_classes", "num_image", "optimizer", "f2c_pool_rate")

@@ -342,9 +342,9 @@ class _Log:
         results = verify(nets, verification_sets, step, self.folder)
         for name in verification_sets:
             scalars = {}
-            for which, prefix in ((which, PREFIX[which]) for which in nets):
-                scalars |= {f"{name}/{prefix}accuracy": results[which][name].accuracy,
-                            f"{name}/{prefix}tar_at_far_1e-3": results[which][name].tar_at_far(1e-3)}
+            for which, of_net in results.items():
+                scalars |= {f"{name}/{PREFIX[which]}accuracy": of_net[name].accuracy,
+                            f"{name}/{PREFIX[which]}tar_at_far_1e-3": of_net[name].tar_at_far(1e-3)}
             self._record(step, scalars)
         self.start += time.perf_counter() - begin  # verification is not training
         return results

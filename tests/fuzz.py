@@ -2,9 +2,9 @@
 
     python tests/fuzz.py TARGET -max_total_time=1800 -max_len=20000 CORPUS_FOLDER
 
-TARGET is "pack", "verification", "checkpoint", or "states", the pickle in a checkpoint that is whole otherwise. Starts from real files. Whatever an input is, reading it
-ends in what it says or in the error for such files, soon, and without doing anything else. test_fuzz.py runs
-each for a minute.
+TARGET is "pack", "verification", "checkpoint", or "states", the pickle in a checkpoint that is whole otherwise.
+Starts from real files. Whatever an input is, reading it ends in what it says or in the error for such files, soon,
+and without doing anything else. test_fuzz.py runs each for a minute.
 """
 
 import pickle
@@ -88,10 +88,11 @@ def checkpoints():
 
 
 def states(folder, data):
-    with zipfile.ZipFile(folder / "whole.pt", "w") as archive:
+    whole = BytesIO()
+    with zipfile.ZipFile(whole, "w") as archive:
         for name, content in {**REST, "archive/data.pkl": data}.items():
             archive.writestr(name, content)
-    checkpoint(folder, (folder / "whole.pt").read_bytes())
+    checkpoint(folder, whole.getvalue())
 
 
 def pickles():
