@@ -29,15 +29,15 @@ from easydict import EasyDict
 from head_step import host_modules
 
 from f2c_plugin import train
-from f2c_plugin.config import HOST_DEFAULTS
-from f2c_plugin.data import RecordDataset
-from f2c_plugin.host import patching
-from f2c_plugin.host.entry_points import steps_per_epoch
-from f2c_plugin.loss import Margin
-from f2c_plugin.recipe import Recipe
-from f2c_plugin.tools.export import load_net
-from f2c_plugin.tools.synth import write_dataset
-from f2c_plugin.tools.verification import embed, tar_at_far
+from f2c_plugin.config import DEFAULTS
+from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.arcface_torch import patching
+from f2c_plugin.data.from_config import steps_per_epoch
+from f2c_plugin.method.margin import Margin
+from f2c_plugin.method.schedule import Schedule
+from f2c_plugin.evaluation.onnx_export import load_net
+from f2c_plugin.synthetic.dataset import write_dataset
+from f2c_plugin.evaluation.verification import embed, tar_at_far
 
 F2C = dict(head="f2c_dcp")
 
@@ -115,7 +115,7 @@ def config(arguments, keys, seed, lr, output):
                 network=arguments.network, embedding_size=arguments.embedding_size, batch_size=arguments.batch_size,
                 num_epoch=epochs, lr=lr, margin_list=tuple(arguments.margin_list), scale=arguments.scale, seed=seed,
                 val_targets=["synth"], verbose=-(-steps * epochs // VERIFIED), num_workers=1, output=str(output)) | keys
-    return EasyDict(HOST_DEFAULTS | keys)
+    return EasyDict(DEFAULTS | keys)
 
 
 def run(arguments, variant, seed, lr, output):
@@ -181,7 +181,7 @@ def table(results):
 
 def plot(results, path):
     """Accuracy against images seen, and against memory; every seed by itself."""
-    from f2c_plugin.tools.report import pyplot
+    from f2c_plugin.tools.plotting import pyplot
 
     plt = pyplot()
     figure, (curves, cost) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -232,7 +232,7 @@ def main():
     if needing := [variant for variant in variants if variant.startswith("Partial FC")]:
         try:
             patching.known_host()
-        except patching.HostError:
+        except patching.CheckoutError:
             print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
             variants = [variant for variant in variants if variant not in needing]
     if not (arguments.data / "train.rec").is_file():

@@ -10,8 +10,8 @@ import time
 import numpy as np
 import simplejpeg
 
-from f2c_plugin.tools.faces import draw_face, draw_identity
-from f2c_plugin.tools.synth import JPEG_QUALITY
+from f2c_plugin.synthetic.face import draw_face, draw_identity
+from f2c_plugin.synthetic.dataset import JPEG_QUALITY
 
 BATCH = 100
 

@@ -39,16 +39,18 @@ import torch
 from torch import distributed, nn
 from torch.nn.functional import normalize
 
-from f2c_plugin.backbones import NETWORKS, get_model
-from f2c_plugin.config import POOL_DTYPES, F2CConfig
-from f2c_plugin.gallery import GalleryNet
-from f2c_plugin.head import F2CHead
-from f2c_plugin.host import patching
-from f2c_plugin.loss import Margin, default_hard_negatives, margin_softmax
-from f2c_plugin.pool import NOT_IN_POOL, DynamicClassPool
-from f2c_plugin.ranks import WHOLE, Shard
-from f2c_plugin.recipe import Recipe
-from f2c_plugin.softmax import SoftmaxHead
+from f2c_plugin.models import NETWORKS, get_model
+from f2c_plugin.config import F2CConfig, POOL_DTYPES
+from f2c_plugin.method.gallery import GalleryNet
+from f2c_plugin.method.head import F2CHead
+from f2c_plugin.arcface_torch import patching
+from f2c_plugin.method.loss import default_hard_negatives
+from f2c_plugin.method.margin import Margin
+from f2c_plugin.trainer.full_fc import margin_softmax
+from f2c_plugin.method.pool import DynamicClassPool, NOT_IN_POOL
+from f2c_plugin.utils.distributed import Shard, WHOLE
+from f2c_plugin.method.schedule import Schedule
+from f2c_plugin.trainer.full_fc import FullFC
 from f2c_plugin.tools.plan import Plan
 
 EMBEDDING_SIZE = 512
@@ -110,7 +112,7 @@ def plain_f2c(net, identities, arguments):
 
 
 def full_fc(net, identities, arguments):
-    return SoftmaxHead(EMBEDDING_SIZE, identities, MARGIN)
+    return FullFC(EMBEDDING_SIZE, identities, MARGIN)
 
 
 def host_modules(host):
@@ -363,7 +365,7 @@ def show(result):
 
 def plot(results, path):
     """Time and memory against the number of identities."""
-    from f2c_plugin.tools.report import pyplot
+    from f2c_plugin.tools.plotting import pyplot
 
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -411,7 +413,7 @@ def main():
         parser.error("the pool must hold the identities of half a global batch: raise --identities, --pool-rate or --slots")
     try:
         arguments.host = patching.known_host()
-    except patching.HostError:
+    except patching.CheckoutError:
         print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
         arguments.heads = [name for name in arguments.heads if name != "partial_fc"]
 

@@ -26,7 +26,7 @@ _RANGE = np.dtype([*_RECORD.descr, ("first", "<f4"), ("end", "<f4")])
 CHILD = """
 import json, sys, time
 import numpy as np
-from f2c_plugin.data import DualSampler
+from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.data.index import open_index
 
 def private_mb():

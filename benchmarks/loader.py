@@ -67,7 +67,7 @@ def ours(dataset, positions, normalize):
 def by_pil(dataset, positions):
     from PIL import Image
 
-    from f2c_plugin.data import unpack_image_record
+    from f2c_plugin.data.recordio import unpack_image_record
     rng = np.random.default_rng(0)
     for begin in range(0, len(positions), BATCH):
         batch = []
@@ -96,7 +96,9 @@ def workers(folder, count):
     """Start-up to the first batch, images per second and memory of a worker, with ``count`` workers."""
     import torch
 
-    from f2c_plugin.data import DualLoader, DualSampler, RecordDataset
+    from f2c_plugin.data.dataset import RecordDataset
+    from f2c_plugin.data.loader import DualLoader
+    from f2c_plugin.data.sampler import DualSampler
     start = time.perf_counter()
     dataset = RecordDataset(folder)
     sampler = DualSampler(dataset.index, BATCH, max(30, len(dataset) // BATCH))
@@ -123,7 +125,8 @@ def main():
     arguments = parser.parse_args()
     import torch
 
-    from f2c_plugin.data import RecordDataset, unpack_image_record
+    from f2c_plugin.data.dataset import RecordDataset
+    from f2c_plugin.data.recordio import unpack_image_record
     torch.set_num_threads(1)
     dataset = RecordDataset(arguments.pack)
     rng = np.random.default_rng(0)

@@ -1,3 +1,52 @@
-"""F²C (Faster Face Classification, CVPR 2022) for InsightFace's arcface_torch."""
+"""F²C (Faster Face Classification, CVPR 2022): train on many identities without a weight for each.
 
-__version__ = "0.1.0"
+In a training loop of your own, with any backbone and any map-style dataset with labels::
+
+    sampler = DualSampler.from_labels(labels, batch_size=128)
+    loader = DataLoader(dataset, batch_sampler=sampler)
+    head = build_head(backbone, num_identities=len(set(labels)), total_steps=epochs * len(loader), embedding_size=512)
+    optimizer = SGD(backbone.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(epochs):
+        for images, identities in loader:
+            loss = head(backbone(images), identities, images=images)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+The head has no parameters to train; ``head.state_dict()`` belongs into checkpoints beside the backbone's.
+In arcface_torch, ``config.head = "f2c_dcp"`` is all.
+"""
+
+from f2c_plugin.build import build_head
+from f2c_plugin.data import DualLoader, DualSampler, IdentityIndex, RecordDataset, RecordWriter
+from f2c_plugin.errors import (
+    CheckoutError,
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    F2CError,
+    InputError,
+    OverwriteError,
+    PoolStateError,
+    RecordError,
+    ReportError,
+    TrainingDiverged,
+    UnknownPlugin,
+    VerificationSetError,
+)
+from f2c_plugin.evaluation.monitor import Monitor
+from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.method.gallery import GalleryNet
+from f2c_plugin.method.head import F2CHead
+from f2c_plugin.method.margin import Margin
+from f2c_plugin.method.pool import DynamicClassPool
+from f2c_plugin.method.schedule import Schedule
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "CheckoutError", "CheckpointError", "ConfigError", "DualLoader", "DualSampler", "DynamicClassPool", "ExportError",
+    "F2CError", "F2CHead", "GalleryNet", "IdentityIndex", "InputError", "Margin", "Monitor", "OverwriteError",
+    "PoolStateError", "RecordDataset", "RecordError", "RecordWriter", "ReportError", "Schedule", "TrainingDiverged",
+    "UnknownPlugin", "VerificationSet", "VerificationSetError", "build_head",
+]

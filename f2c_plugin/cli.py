@@ -4,12 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from f2c_plugin.host.patching import HOST_URL
+from f2c_plugin.arcface_torch.patching import HOST_URL
 
 
 def synth(arguments):
     """Draw a pack of synthetic faces and a verification set."""
-    from f2c_plugin.tools.synth import draw_contact_sheet, write_dataset
+    from f2c_plugin.synthetic.dataset import draw_contact_sheet, write_dataset
 
     folder = Path(arguments.folder)
     write_dataset(folder, arguments.identities, arguments.images_per_identity, arguments.pairs, arguments.seed,
@@ -22,7 +22,7 @@ def synth(arguments):
 
 def install(arguments):
     """Patch an arcface_torch checkout and copy the configs into it."""
-    from f2c_plugin.host import patching
+    from f2c_plugin.arcface_torch import patching
 
     host = patching.find_host(arguments.checkout)
     changes = patching.plan_reverse(host) if arguments.reverse else patching.plan_install(host)
@@ -39,7 +39,7 @@ def install(arguments):
 
 def fetch_host(arguments):
     """Clone the tested revision of arcface_torch into the project's cache."""
-    from f2c_plugin.host import patching
+    from f2c_plugin.arcface_torch import patching
 
     print(patching.fetch_host(arguments.source))
 
@@ -54,7 +54,8 @@ def doctor(arguments):
 
 def export(arguments):
     """Write a trained net as ONNX, as the insightface package loads it."""
-    from f2c_plugin.tools.export import ExportError, export_checked, load_net
+    from f2c_plugin.errors import ExportError
+    from f2c_plugin.evaluation.onnx_export import export_checked, load_net
 
     if Path(arguments.model).resolve() == Path(arguments.out).resolve():
         raise ExportError(f"{arguments.out} is the trained model itself, and is not overwritten: name another file")
@@ -99,7 +100,7 @@ def report(arguments):
 
 def index(arguments):
     """Index a pack, so that training starts at once, and say what it holds."""
-    from f2c_plugin.data import RecordDataset
+    from f2c_plugin.data.dataset import RecordDataset
     from f2c_plugin.data.index import open_index
     from f2c_plugin.tools import packs
 
@@ -120,7 +121,7 @@ def index(arguments):
 
 def inspect(arguments):
     """Draw a contact sheet of a pack: of one identity, one image, or random identities."""
-    from f2c_plugin.data import RecordDataset
+    from f2c_plugin.data.dataset import RecordDataset
     from f2c_plugin.tools.packs import draw_sheet
 
     draw_sheet(RecordDataset(arguments.folder, skip_damaged=True), arguments.out, arguments.identity, arguments.image)

@@ -3,22 +3,22 @@
 import difflib
 import math
 import runpy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from easydict import EasyDict
 
-from f2c_plugin.resources import data_folder
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.utils.paths import data_folder
+
+Config = Mapping[str, Any]  # the keys of a config file
 
 PREFIX = "f2c_"
 RECIPES = ("ramp", "paper")
 POOL_DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("probe", "gallery", "best")
-
-
-class ConfigError(ValueError):
-    """A config that cannot be trained with; names each key, the value found and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,12 @@ class F2CConfig:
 
     def num_slots(self, num_identities: int) -> int:
         """K for a training set of ``num_identities``."""
-        return int(self.pool_rate * num_identities + 1e-6)  # 0.29 of 100 is 29, whatever 0.29 is in binary
+        return slots_for(self.pool_rate, num_identities)
+
+
+def slots_for(pool_rate: float, num_identities: int) -> int:
+    """K, the slots of a pool for ``num_identities``."""
+    return int(pool_rate * num_identities + 1e-6)  # 0.29 of 100 is 29, whatever 0.29 is in binary
 
 
 class _Values(NamedTuple):
@@ -101,25 +106,25 @@ def _margins(values):
     return len(values) == 3 and all(_NUMBER.problem("", value) is None for value in values)
 
 
-_COUNT = _Values((int,), lambda v: v > 0, "a whole number above 0")
-_COUNT_OR_NONE = _Values((int, type(None)), lambda v: v is None or v > 0, "a whole number above 0, or None")
+_POSITIVE_INT = _Values((int,), lambda v: v > 0, "a whole number above 0")
+_POSITIVE_INT_OR_NONE = _Values((int, type(None)), lambda v: v is None or v > 0, "a whole number above 0, or None")
 _SIZE = _Values((int,), lambda v: 0 < v <= 1 << 16, "a whole number from 1 to 65536")
-_FROM_0 = _Values((int,), lambda v: v >= 0, "a whole number from 0")
+_NON_NEGATIVE_INT = _Values((int,), lambda v: v >= 0, "a whole number from 0")
 _NUMBER = _Values((int, float), math.isfinite, "a number")
-_ABOVE_0 = _Values((int, float), lambda v: 0 < v < math.inf, "a number above 0")
-_NOT_BELOW_0 = _Values((int, float), lambda v: 0 <= v < math.inf, "a number from 0")
-_TO_BELOW_1 = _Values((int, float), lambda v: 0 <= v < 1, "from 0 to below 1")
+_POSITIVE = _Values((int, float), lambda v: 0 < v < math.inf, "a number above 0")
+_NON_NEGATIVE = _Values((int, float), lambda v: 0 <= v < math.inf, "a number from 0")
+_UNIT_INTERVAL_OPEN = _Values((int, float), lambda v: 0 <= v < 1, "from 0 to below 1")
 _FLAG = _Values((bool,), lambda v: True, "True or False")
 _NAME = _Values((str,), bool, "a name")
 _NAME_OR_NONE = _Values((str, type(None)), lambda v: v != "", "a name, or None")
 
 _KEYS = {
     "rec": _NAME, "output": _NAME_OR_NONE, "head": _NAME_OR_NONE, "sampler": _NAME_OR_NONE, "network": _NAME,
-    "num_classes": _COUNT, "num_image": _COUNT, "batch_size": _COUNT, "num_epoch": _COUNT, "gradient_acc": _COUNT,
-    "verbose": _COUNT, "frequent": _COUNT, "embedding_size": _SIZE,
-    "num_workers": _FROM_0, "warmup_epoch": _FROM_0,
+    "num_classes": _POSITIVE_INT, "num_image": _POSITIVE_INT, "batch_size": _POSITIVE_INT, "num_epoch": _POSITIVE_INT, "gradient_acc": _POSITIVE_INT,
+    "verbose": _POSITIVE_INT, "frequent": _POSITIVE_INT, "embedding_size": _SIZE,
+    "num_workers": _NON_NEGATIVE_INT, "warmup_epoch": _NON_NEGATIVE_INT,
     "seed": _Values((int,), lambda v: 0 <= v < 1 << 32, "a whole number from 0 to below 2**32"),
-    "lr": _ABOVE_0, "scale": _ABOVE_0, "weight_decay": _NOT_BELOW_0, "momentum": _TO_BELOW_1,
+    "lr": _POSITIVE, "scale": _POSITIVE, "weight_decay": _NON_NEGATIVE, "momentum": _UNIT_INTERVAL_OPEN,
     "interclass_filtering_threshold": _Values((int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
     "fp16": _FLAG, "save_all_states": _FLAG,
     "resume": _Values((bool, str), lambda v: v in (True, False, "auto"), "True, False or 'auto'"),
@@ -127,9 +132,9 @@ _KEYS = {
     "margin_list": _Values((list, tuple), _margins, "three numbers, (m1, m2, m3)"),
     "val_targets": _Values((list, tuple), lambda v: all(isinstance(name, str) and name for name in v), "a list of names"),
     "f2c_pool_rate": _Values((int, float), lambda v: 0 < v <= 1, "above 0, up to 1"),
-    "f2c_momentum": _TO_BELOW_1,
+    "f2c_momentum": _UNIT_INTERVAL_OPEN,
     "f2c_symmetric": _FLAG, "f2c_skip_damaged": _FLAG, "f2c_shard_pool": _FLAG,
-    "f2c_save_every": _COUNT_OR_NONE, "f2c_max_bad_steps": _COUNT, "f2c_hard_negatives": _COUNT_OR_NONE,
+    "f2c_save_every": _POSITIVE_INT_OR_NONE, "f2c_max_bad_steps": _POSITIVE_INT, "f2c_hard_negatives": _POSITIVE_INT_OR_NONE,
     "f2c_identity_rate": _Values((int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
     "f2c_export": _one_of(*EXPORTS), "f2c_pool_dtype": _one_of(*POOL_DTYPES), "f2c_recipe": _one_of(*RECIPES),
 }
@@ -187,7 +192,7 @@ def _unknown_keys(cfg):
 
 
 # Keys that arcface_torch's configs/base.py sets, as far as the built-in host knows them, and its own.
-HOST_DEFAULTS = dict(
+DEFAULTS = dict(
     head=None, sampler=None, output=None, resume=False, save_all_states=False, seed=2048,
     network="r50", embedding_size=512, fp16=False, margin_list=(1.0, 0.5, 0.0), interclass_filtering_threshold=0,
     scale=64.0,  # the host has it in its code
@@ -211,7 +216,7 @@ def load_config(name: str) -> EasyDict:
             it sets is looked at by ``train.check``.
     """
     path = _find_config(name)
-    cfg = EasyDict(HOST_DEFAULTS)
+    cfg = EasyDict(DEFAULTS)
     base = path.with_name("base.py")
     for file in ([base] if base.is_file() and base != path else []) + [path]:
         found = runpy.run_path(str(file)).get("config")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from f2c_plugin.tools.synth import write_dataset
-from runs import IDENTITIES, IMAGES
+from f2c_plugin.synthetic.dataset import write_dataset
+from tests.runs import IDENTITIES, IMAGES
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PACKS = sorted(folder.name for folder in FIXTURES.iterdir() if (folder / "train.rec").is_file())

@@ -18,12 +18,15 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["f2c_plugin"]):
-    from f2c_plugin.data import RecordError
+    from f2c_plugin.errors import RecordError
     from f2c_plugin.data.dataset import decode_face
     from f2c_plugin.data.identities import index_identities
     from f2c_plugin.data.recordio import RecordFile, read_idx, unpack_image_record
-    from f2c_plugin.tools.verification import VerificationSet, VerificationSetError
-    from f2c_plugin.checkpoint import CheckpointError, _check, load_states
+    from f2c_plugin.errors import VerificationSetError
+    from f2c_plugin.evaluation.verification import VerificationSet
+    from f2c_plugin.errors import CheckpointError
+    from f2c_plugin.trainer.checkpoint import _check
+    from f2c_plugin.utils.safe_load import load_states
 
 import torch
 

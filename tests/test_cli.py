@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from conftest import FIXTURES
+from tests.conftest import FIXTURES
 from f2c_plugin.cli import main as cli
-from f2c_plugin.host import patching
+from f2c_plugin.arcface_torch import patching
 
 
 def test_doctor_finds_the_entry_points_and_says_what_a_dataset_holds(capsys):

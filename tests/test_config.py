@@ -4,8 +4,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from f2c_plugin import train
-from f2c_plugin.config import ConfigError, F2CConfig, load_config
-from f2c_plugin.host.patching import host_configs
+from f2c_plugin.config import F2CConfig, load_config
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.arcface_torch.patching import host_configs
 
 GOOD = dict(batch_size=128, num_classes=10_000, dali=False)
 

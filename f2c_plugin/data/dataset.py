@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 
 from f2c_plugin.data.identities import IdentityIndex
 from f2c_plugin.data.index import open_index
-from f2c_plugin.data.recordio import RecordError, RecordFile, image_of_record
+from f2c_plugin.data.recordio import RecordFile, image_of_record
+from f2c_plugin.errors import RecordError
 
 IMAGE_SIZE = 112
 

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from f2c_plugin.data.recordio import RecordError, RecordFile, unpack_image_record
+from f2c_plugin.data.recordio import RecordFile, unpack_image_record
+from f2c_plugin.errors import RecordError
 
 # float32 holds every whole number up to here; above, neighbours collapse into one value.
 FLOAT32_EXACT = 1 << 24
@@ -55,7 +57,14 @@ class IdentityIndex:
         return cls(keys, offsets, lengths, identity, ordered[first], np.append(first, len(identity)), grouped,
                    unreadable)
 
-    def __len__(self):
+    @classmethod
+    def from_labels(cls, identities: NDArray[np.integer]) -> "IdentityIndex":
+        """The index of images in memory, whose identities (images,) are given; there are no records."""
+        position = np.arange(len(identities))
+        nowhere = np.zeros(len(identities), np.int64)
+        return cls.of(position, nowhere, nowhere, identities)
+
+    def __len__(self) -> int:
         return len(self.identity)
 
     def images_of(self, identity: int) -> np.ndarray:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from f2c_plugin.cache import cache_folder
+from f2c_plugin.utils.paths import cache_folder
 from f2c_plugin.data.identities import IdentityIndex, index_identities
-from f2c_plugin.data.recordio import RecordError, RecordFile, read_idx
-from f2c_plugin.files import to_disk
+from f2c_plugin.data.recordio import RecordFile, read_idx
+from f2c_plugin.errors import RecordError
+from f2c_plugin.utils.atomic import to_disk
 
 VERSION = 2  # of what is in the folder
 _META_LIMIT = 1 << 16  # bytes; ours has a few hundred

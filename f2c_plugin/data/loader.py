@@ -10,14 +10,17 @@ from f2c_plugin.data.dataset import RecordDataset, normalize_faces
 from f2c_plugin.data.sampler import DualSampler
 
 
+log = logging.getLogger(__name__)
+
+
 class _Batches(Dataset):
     """Serves whole batches, so that workers hand over one uint8 array instead of many images."""
 
     def __init__(self, dataset: RecordDataset):
         self.dataset = dataset
 
-    def __getitem__(self, positions):
-        faces, labels = self.dataset.faces(positions)
+    def __getitem__(self, positions: list[int]):
+        faces, labels = self.dataset.faces(np.asarray(positions))
         damaged = [str(error) for error in self.dataset.damaged]
         self.dataset.damaged.clear()
         return faces, labels, damaged
@@ -42,17 +45,18 @@ class DualLoader(DataLoader):
         super().__init__(_Batches(dataset), sampler=sampler, batch_size=None, num_workers=num_workers,
                          pin_memory=device.type == "cuda", persistent_workers=num_workers > 0,
                          generator=torch.Generator())  # of its own: each epoch draws from it, also a resumed one
+        self.dual_sampler = sampler
         self.device = device
         self.num_damaged = 0
 
     def __iter__(self):
-        sampler = self.sampler
+        sampler, steps = self.dual_sampler, self.dual_sampler.steps
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         ahead = None
-        for (faces, labels, damaged), step in zip(super().__iter__(), sampler.steps):
+        for (faces, labels, damaged), step in zip(super().__iter__(), steps, strict=True):
             for error in damaged:
                 self.num_damaged += 1
-                logging.warning("%s; replaced by another image of the identity (%d so far)", error, self.num_damaged)
+                log.warning("%s; replaced by another image of the identity (%d so far)", error, self.num_damaged)
             flip = torch.from_numpy(np.random.default_rng([sampler.seed, 3, step, sampler.rank]).random(len(faces)) < 0.5)
             with torch.cuda.stream(stream):  # no effect without a stream
                 faces, labels, flip = (part.to(self.device, non_blocking=True) for part in (faces, labels, flip))

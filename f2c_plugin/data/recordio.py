@@ -1,4 +1,4 @@
-"""RecordIO, the container format of MXNet face packs, read and written without mxnet.
+"""RecordIO, the container format of MXNet face packs, read without mxnet. ``writer`` writes it.
 
 A ``.rec`` file is a sequence of parts, each 4-byte aligned::
 
@@ -13,7 +13,6 @@ Source: dmlc-core ``include/dmlc/recordio.h``; MXNet ``python/mxnet/recordio.py`
 """
 
 import mmap
-import os
 import struct
 import warnings
 from pathlib import Path
@@ -22,17 +21,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from f2c_plugin.errors import RecordError
+
 MAGIC = 0xCED7230A
-_MAGIC_BYTES = struct.pack("<I", MAGIC)
-_PART_HEADER = struct.Struct("<II")
-_IMAGE_HEADER = struct.Struct("<IfQQ")
+MAGIC_BYTES = struct.pack("<I", MAGIC)
+PART_HEADER = struct.Struct("<II")
+IMAGE_HEADER = struct.Struct("<IfQQ")
 _FLAG = struct.Struct("<I")
-_LENGTH_MASK = (1 << 29) - 1
-_WHOLE, _FIRST, _MIDDLE, _LAST = range(4)  # cflag
-
-
-class RecordError(ValueError):
-    """A pack that cannot be read: the message names the file, the place and what was found."""
+LENGTH_MASK = (1 << 29) - 1
+WHOLE, FIRST, MIDDLE, LAST = range(4)  # cflag
 
 
 class ImageRecord(NamedTuple):
@@ -55,34 +52,22 @@ def unpack_image_record(payload) -> ImageRecord:
     Raises:
         RecordError: the payload is shorter than its own header says.
     """
-    if len(payload) < _IMAGE_HEADER.size:
-        raise RecordError(f"an image record needs {_IMAGE_HEADER.size} bytes of header, found {len(payload)}")
-    flag, label, number, _ = _IMAGE_HEADER.unpack_from(payload)
-    start = _IMAGE_HEADER.size + 4 * flag
+    if len(payload) < IMAGE_HEADER.size:
+        raise RecordError(f"an image record needs {IMAGE_HEADER.size} bytes of header, found {len(payload)}")
+    flag, label, number, _ = IMAGE_HEADER.unpack_from(payload)
+    start = IMAGE_HEADER.size + 4 * flag
     if len(payload) < start:
         raise RecordError(f"header announces {flag} labels, but the record has only {len(payload)} bytes")
-    labels = np.frombuffer(payload, "<f4", flag, _IMAGE_HEADER.size) if flag else np.float32([label])
+    labels = np.frombuffer(payload, "<f4", flag, IMAGE_HEADER.size) if flag else np.float32([label])
     return ImageRecord(labels, number, payload[start:])
 
 
 def image_of_record(payload):
     """The encoded image in the payload of a record: ``unpack_image_record(payload).image``, sooner."""
-    if len(payload) < _IMAGE_HEADER.size:
+    if len(payload) < IMAGE_HEADER.size:
         return unpack_image_record(payload).image  # which says what is wrong
     flag, = _FLAG.unpack_from(payload)
-    return payload[_IMAGE_HEADER.size + 4 * flag:]
-
-
-def pack_image_record(label, image: bytes, number: int) -> bytes:
-    """Payload of an image record, byte for byte what ``mxnet.recordio.pack`` makes.
-
-    Args:
-        label: one number, or a sequence of numbers (then ``flag`` is their count).
-    """
-    if np.ndim(label) == 0:
-        return _IMAGE_HEADER.pack(0, label, number, 0) + image
-    labels = np.asarray(label, "<f4")
-    return _IMAGE_HEADER.pack(labels.size, 0.0, number, 0) + labels.tobytes() + image
+    return payload[IMAGE_HEADER.size + 4 * flag:]
 
 
 class RecordFile:
@@ -110,31 +95,31 @@ class RecordFile:
             RecordError: no record starts there, or it runs past the end of the file.
         """
         cflag, payload, end = self._part(offset)
-        if cflag == _WHOLE:
+        if cflag == WHOLE:
             return payload
-        if cflag != _FIRST:
+        if cflag != FIRST:
             raise RecordError(f"{self.path}: offset {offset} is inside a record (part flag {cflag}), not at its start")
         parts = [payload]
-        while cflag != _LAST:
+        while cflag != LAST:
             part_offset = end
             cflag, payload, end = self._part(part_offset)
-            if cflag not in (_MIDDLE, _LAST):
+            if cflag not in (MIDDLE, LAST):
                 raise RecordError(f"{self.path}: the record at offset {offset} breaks off at {part_offset} "
                                   f"(part flag {cflag} instead of 2 or 3)")
             parts.append(payload)
-        return _MAGIC_BYTES.join(parts)
+        return MAGIC_BYTES.join(parts)
 
     def _part(self, offset: int):
         """(cflag, payload, offset of the next part)."""
-        start = offset + _PART_HEADER.size
+        start = offset + PART_HEADER.size
         if offset < 0 or offset % 4 or start > self.size:
             raise RecordError(f"{self.path}: no record can start at offset {offset} of {self.size} bytes: "
                               "the .rec is cut short or the .idx belongs to another pack")
-        magic, word = _PART_HEADER.unpack_from(self.bytes, offset)
+        magic, word = PART_HEADER.unpack_from(self.bytes, offset)
         if magic != MAGIC:
             raise RecordError(f"{self.path}: found {magic:#010x} at offset {offset} where a record should start "
                               f"({MAGIC:#010x}): the .rec is damaged or the .idx belongs to another pack")
-        end = start + (word & _LENGTH_MASK)
+        end = start + (word & LENGTH_MASK)
         if end > self.size:
             raise RecordError(f"{self.path}: the record at offset {offset} ends at byte {end}, "
                               f"but the file has only {self.size}: the .rec is cut short")
@@ -175,8 +160,8 @@ class RecordFile:
             first = chunk[inside] // 4  # words: magic, length, flag, label, id, id2, labels
             flag = words[first + 2].astype(np.int64)
             where = np.where(flag > 0, first + 8, first + 3)
-            plain = (words[first] == MAGIC) & (words[first + 1] >> 29 == _WHOLE)
-            plain &= (words[first + 1] & _LENGTH_MASK) >= _IMAGE_HEADER.size + 4 * flag
+            plain = (words[first] == MAGIC) & (words[first + 1] >> 29 == WHOLE)
+            plain &= (words[first + 1] & LENGTH_MASK) >= IMAGE_HEADER.size + 4 * flag
             plain &= (np.maximum(flag, 1) >= count) & (where + count <= len(words))
             labels[start + inside[plain]] = words[where[plain][:, None] + column].view("<f4")
             others = np.ones(len(chunk), bool)
@@ -217,60 +202,3 @@ def read_idx(path, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
     if not len(table):
         raise RecordError(f"{path}: the index is empty: the pack holds no records")
     return table[:, 0].copy(), table[:, 1].copy()
-
-
-class RecordWriter:
-    """Writes a ``.rec``/``.idx`` pair, byte for byte as ``mxnet.recordio.MXIndexedRecordIO`` does.
-
-    Both files appear under their names when the ``with`` block ends without an exception, and
-    not at all otherwise.
-
-    Example:
-        >>> with RecordWriter("train.rec") as pack:
-        ...     pack.write(0, pack_image_record(label=3, image=jpeg, number=0))
-    """
-
-    def __init__(self, rec_path):
-        self.paths = Path(rec_path), Path(rec_path).with_suffix(".idx")
-        self._partial = [path.with_name(path.name + ".partial") for path in self.paths]
-
-    def __enter__(self):
-        self._rec, self._idx = (open(path, "wb") for path in self._partial)
-        return self
-
-    def __exit__(self, error_type, *_):
-        self._rec.close()
-        self._idx.close()
-        for partial, path in zip(self._partial, self.paths):
-            if error_type is None:
-                os.replace(partial, path)
-            else:
-                partial.unlink()
-
-    def write(self, key: int, payload: bytes):
-        """Append one record under ``key``."""
-        self._idx.write(b"%d\t%d\n" % (key, self._rec.tell()))
-        cuts = _aligned_magic(payload)
-        starts = [0, *(cut + 4 for cut in cuts)]
-        ends = [*cuts, len(payload)]
-        for i, (start, end) in enumerate(zip(starts, ends)):
-            if not cuts:
-                cflag = _WHOLE
-            else:
-                cflag = _FIRST if i == 0 else _LAST if i == len(cuts) else _MIDDLE
-            length = end - start
-            if length > _LENGTH_MASK:
-                raise RecordError(f"record {key} has a part of {length} bytes; RecordIO holds up to {_LENGTH_MASK}")
-            self._rec.write(_PART_HEADER.pack(MAGIC, cflag << 29 | length))
-            self._rec.write(payload[start:end])
-            self._rec.write(bytes(-length % 4))
-
-
-def _aligned_magic(payload: bytes) -> list[int]:
-    """Positions of the magic number in ``payload`` that are multiples of 4."""
-    cuts, position = [], payload.find(_MAGIC_BYTES)
-    while position >= 0:
-        if position % 4 == 0:
-            cuts.append(position)
-        position = payload.find(_MAGIC_BYTES, position + (4 if position % 4 == 0 else 1))
-    return cuts

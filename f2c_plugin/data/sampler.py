@@ -1,21 +1,28 @@
 """The dual sampler: which images make up each batch (paper, section 3.2, "dual-data loaders")."""
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from f2c_plugin.data.identities import IdentityIndex
+from f2c_plugin.errors import InputError
+from f2c_plugin.utils.distributed import this_rank
+
+Int64s = NDArray[np.int64]
 
 
 class ShuffledPasses:
-    """An endless stream of the numbers 0 … size−1, pass after pass, each pass in its own random order.
+    """An endless stream of the numbers 0 … size−1, pass after pass, each pass in a random order of its own.
 
-    Every number comes once in a pass. Any stretch of the stream can be asked for at once, takes no
+    Every number comes once in a pass. Any stretch of the stream can be read directly, takes no
     memory beyond itself, and depends on the seed alone: the order of a pass is not stored but
     computed, by a Feistel network on the bits of the position, keyed by seed and pass. Positions
-    that it takes out of the range go through it again until they are inside (cycle walking), which
-    keeps it one-to-one.
+    that it maps outside the range are mapped again until they are inside (cycle walking), which keeps
+    it one-to-one.
 
     Args:
         size: how many numbers.
@@ -24,22 +31,22 @@ class ShuffledPasses:
 
     ROUNDS = 8
 
-    def __init__(self, size: int, seed):
+    def __init__(self, size: int, seed: Sequence[int]):
         self.size = size
         self.seed = seed
         self.half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
         self.half_mask = np.uint64((1 << int(self.half_bits)) - 1)
 
-    def take(self, start: int, end: int, step: int = 1) -> np.ndarray:
-        """Every ``step``-th number of the stream from place ``start`` to before ``end``, int64."""
-        places = np.arange(start, end, step)
-        taken = np.empty(len(places), np.int64)
+    def take(self, start: int, end: int, step: int = 1) -> Int64s:
+        """Every ``step``-th number of the stream from position ``start`` to before ``end``, int64."""
+        positions = np.arange(start, end, step)
+        taken = np.empty(len(positions), np.int64)
         for number in range(start // self.size, -(-end // self.size)):
-            inside = places // self.size == number
-            taken[inside] = self._shuffled(places[inside] % self.size, number)
+            inside = positions // self.size == number
+            taken[inside] = self._shuffled(positions[inside] % self.size, number)
         return taken
 
-    def _shuffled(self, positions, number):
+    def _shuffled(self, positions: Int64s, number: int) -> Int64s:
         keys = np.random.default_rng([*self.seed, number]).integers(1 << 64, size=self.ROUNDS, dtype=np.uint64)
         numbers = positions.astype(np.uint64)
         outside = np.arange(len(numbers))
@@ -48,7 +55,7 @@ class ShuffledPasses:
             outside = outside[numbers[outside] >= self.size]
         return numbers.astype(np.int64)
 
-    def _network(self, bits, keys):
+    def _network(self, bits: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = bits >> self.half_bits, bits & self.half_mask
         for key in keys:
             mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
@@ -62,8 +69,8 @@ class Position(NamedTuple):
 
     Attributes:
         step: batches of every rank, counted from the start of training.
-        identities: that the identity-based loader has taken.
-        images: that the instance-based loader has taken.
+        identities: taken by the identity-based loader.
+        images: taken by the instance-based loader.
     """
 
     step: int
@@ -71,35 +78,48 @@ class Position(NamedTuple):
     images: int
 
 
-class DualSampler(Sampler):
-    """Yields the batches of one rank, integers (batch_size,), positions of images.
+class DualSampler(Sampler[list[int]]):
+    """Yields the batches of one rank, each a list of the positions of its images.
 
-    A batch is x ∪ y, one half each: x = I ∪ III and y = II ∪ IV. I and II hold the same
-    identities in the same order, from the identity-based loader; III and IV are images from the
-    instance-based loader. Guarantees, over all ranks together:
+    A batch sampler: pass it as ``batch_sampler`` to a DataLoader over any map-style dataset. Iterated
+    again, it goes on to the next epoch by itself; ``set_epoch`` chooses another.
+
+    A batch is x ∪ y, one half each: x = I ∪ III and y = II ∪ IV. I and II hold the same identities in
+    the same order, from the identity-based loader; III and IV are images from the instance-based
+    loader. Guarantees, over all ranks together:
 
     - a pass of the identity-based loader takes every identity once, a pass of the instance-based
       loader every image once; the passes run on through the epochs;
-    - no identity appears twice among the identity-based pairs of a step, on one rank or several;
+    - no identity appears twice among the pairs of a step, on one rank or several;
     - the two images of a pair differ if their identity has two;
     - batches depend on (seed, step, rank, world_size) and ``origin`` only.
 
-    So that the first two hold at once, a pass of the identity-based loader is shared out evenly
-    over a whole number of steps, and images of the instance-based loader fill the batches.
+    So that the first two hold at once, a pass of the identity-based loader is spread evenly over a
+    whole number of steps, and images of the instance-based loader fill the batches.
 
     Args:
-        index: the pack's IdentityIndex.
-        batch_size: images per rank and step, even if there are to be pairs.
+        index: the pack's IdentityIndex. ``from_labels`` makes one from labels.
+        batch_size: images per rank and step; even if there are to be pairs.
         num_steps: steps per epoch.
         identity_rate: share of the batch that the identity-based loader fills at most, 0 to 1.
         seed: the same on all ranks.
+        rank, world_size: None takes those of the process group, or (0, 1) without one.
     Attributes:
-        origin: the Position that both passes go on from; another than the start where a training goes
-            on with another global batch than it began with.
+        origin: the Position that both passes go on from. Not the start where a training resumes with
+            another global batch than it began with.
+    Raises:
+        InputError: a batch that cannot be split into pairs, or an epoch without steps.
     """
 
     def __init__(self, index: IdentityIndex, batch_size: int, num_steps: int, identity_rate: float = 2 / 3,
-                 seed: int = 0, rank: int = 0, world_size: int = 1):
+                 seed: int = 0, rank: int | None = None, world_size: int | None = None):
+        if rank is None or world_size is None:
+            rank, world_size = this_rank()
+        if batch_size < 1 or num_steps < 1:
+            raise InputError(f"batch_size={batch_size}, {num_steps} steps an epoch for {len(index)} images on {world_size} ranks: "
+                             "must be at least one step of one image; lower batch_size")
+        if identity_rate and batch_size % 2:
+            raise InputError(f"batch_size={batch_size}: F²C splits a batch into two halves, gallery and probe: make it even")
         self.index = index
         self.batch_size = batch_size
         self.num_steps = num_steps
@@ -111,21 +131,45 @@ class DualSampler(Sampler):
         self.identities = ShuffledPasses(len(index.numbers), (seed, 0))
         self.images = ShuffledPasses(len(index), (seed, 1))
 
-    def set_epoch(self, epoch: int, first_step: int = 0):
-        """Choose the epoch that the next iteration runs through, and the step of it to begin with.
+    @classmethod
+    def from_labels(cls, labels: Sequence[int] | NDArray[np.integer] | Tensor, batch_size: int, identity_rate: float = 2 / 3,
+                    seed: int = 0, num_steps: int | None = None, rank: int | None = None,
+                    world_size: int | None = None) -> "DualSampler":
+        """A sampler over any dataset whose item i shows identity ``labels[i]``.
 
-        Beginning with step s yields what an iteration from the start yields after s batches, so the
+        Args:
+            labels: n whole numbers from 0, as a list, array or tensor.
+            num_steps: of an epoch; None takes n // (batch_size · world_size), as arcface_torch does.
+            Others: as of the class.
+        Raises:
+            InputError: labels that are not such numbers, or as of the class.
+        """
+        if rank is None or world_size is None:
+            rank, world_size = this_rank()
+        identities = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+        if identities.ndim != 1 or not len(identities) or identities.dtype.kind not in "iu" or identities.min() < 0:
+            found = f"{identities.dtype} of shape {identities.shape}" + (
+                f", from {identities.min()}" if identities.size and identities.dtype.kind in "iuf" else "")
+            raise InputError(f"labels are {found}: needs one whole number from 0 for each image")
+        index = IdentityIndex.from_labels(identities)
+        steps = len(index) // (batch_size * world_size) if num_steps is None and batch_size > 0 else num_steps or 0
+        return cls(index, batch_size, steps, identity_rate, seed, rank, world_size)
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch of the next iteration, and the step of it to begin with.
+
+        Beginning with step s yields what an iteration from the start yields after s batches, so these
         two numbers are all that a position in the middle of an epoch needs.
         """
         self.epoch, self.first_step = epoch, first_step
 
     def position(self, step: int) -> Position:
         """The position before ``step``."""
-        identities = self._identity_places(step)
+        identities = self._identities_before(step)
         taken = (step - self.origin.step) * self.batch_size * self.world_size
         return Position(step, identities, self.origin.images + taken - 2 * (identities - self.origin.identities))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.num_steps - self.first_step
 
     @property
@@ -134,16 +178,18 @@ class DualSampler(Sampler):
         start = self.epoch * self.num_steps
         return range(start + self.first_step, start + self.num_steps)
 
-    def __iter__(self):
-        return map(self.batch, self.steps)
+    def __iter__(self) -> Iterator[list[int]]:
+        steps = self.steps
+        self.set_epoch(self.epoch + 1)
+        return (self.batch(step).tolist() for step in steps)
 
-    def batch(self, step: int) -> np.ndarray:
-        """The batch of this rank at ``step``, counted from the start of training."""
+    def batch(self, step: int) -> Int64s:
+        """The batch of this rank at ``step``, counted from the start of training, int64 (batch_size,)."""
         _, first, start = self.position(step)
         if not self.pairs_per_step:
             start += self.batch_size * self.rank
             return self.images.take(start, start + self.batch_size)
-        end = self._identity_places(step + 1)
+        end = self._identities_before(step + 1)
         chosen = self.identities.take(first + self.rank, end, self.world_size)
         pairs = self._pairs(chosen, step)  # (2, p)
 
@@ -154,7 +200,7 @@ class DualSampler(Sampler):
 
         return np.concatenate([pairs, instances], axis=1).reshape(-1)  # I III | II IV
 
-    def _identity_places(self, step):
+    def _identities_before(self, step: int) -> int:
         """How many identities all ranks have taken before ``step``."""
         step, taken = step - self.origin.step, self.origin.identities
         if not self.pairs_per_step:
@@ -166,7 +212,7 @@ class DualSampler(Sampler):
         steps_per_pass = -(-self.identities.size // self.pairs_per_step)
         return taken + rest + (step - steps_of_rest) * self.identities.size // steps_per_pass
 
-    def _pairs(self, chosen, step):
+    def _pairs(self, chosen: Int64s, step: int) -> Int64s:
         """Positions of two images each of the chosen identities, (2, p)."""
         rng = np.random.default_rng([self.seed, 2, step, self.rank])
         start = self.index.starts[chosen]

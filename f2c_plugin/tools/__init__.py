@@ -1,1 +1,1 @@
-"""Around the training: verification, export, synthetic faces, pictures."""
+"""What the command line does around a training."""

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 
-from f2c_plugin.checkpoint import FORMAT, CheckpointError, load_states
-from f2c_plugin.files import written_whole
-from f2c_plugin.pool import NOT_IN_POOL
+from f2c_plugin.errors import CheckpointError
+from f2c_plugin.trainer.checkpoint import FORMAT
+from f2c_plugin.utils.safe_load import load_states
+from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.method.pool import NOT_IN_POOL
 
 _HOST_KEYS = ("epoch", "global_step", "state_dict_backbone", "state_dict_softmax_fc", "state_optimizer", "state_lr_scheduler")
 _HOST_NAME = "checkpoint_gpu_{}.pt"

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 
-from f2c_plugin.data import RecordDataset, RecordError
-from f2c_plugin.host import patching
-from f2c_plugin.host.plugins import HEADS, SAMPLERS, UnknownPlugin, load_plugin
+from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.errors import RecordError
+from f2c_plugin.arcface_torch import patching
+from f2c_plugin.errors import UnknownPlugin
+from f2c_plugin.utils.registry import HEADS, SAMPLERS, load_plugin
 from f2c_plugin.tools.packs import describe, spread
-from f2c_plugin.tools.verification import VerificationSet, VerificationSetError
+from f2c_plugin.errors import VerificationSetError
+from f2c_plugin.evaluation.verification import VerificationSet
 
 PACKAGES = ("f2c-plugin", "torch", "numpy", "easydict", "simplejpeg", "tqdm", "onnx")
 EXTRAS = ("onnxruntime", "matplotlib", "pillow", "tensorboard", "scikit-learn", "scipy", "insightface", "mxnet")
@@ -74,7 +77,7 @@ def _checkout(examination, folder):
         host = patching.find_host(folder)
         changes = patching.plan_install(host)
         present, files = patching.applied_patches(host), patching.patches()
-    except patching.HostError as error:
+    except patching.CheckoutError as error:
         examination.complain("checkout", error)
         return
     if not changes:

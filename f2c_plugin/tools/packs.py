@@ -9,9 +9,10 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from f2c_plugin.data.dataset import IMAGE_SIZE, RecordDataset
-from f2c_plugin.data.dataset import decode_face
-from f2c_plugin.data.recordio import RecordError, RecordFile, RecordWriter, pack_image_record, read_idx, unpack_image_record
+from f2c_plugin.data.dataset import IMAGE_SIZE, RecordDataset, decode_face
+from f2c_plugin.data.recordio import RecordFile, read_idx, unpack_image_record
+from f2c_plugin.data.writer import refuse_to_overwrite, write_insightface_pack
+from f2c_plugin.errors import RecordError
 
 SAMPLE = 1000  # images that are looked at for what the index does not know
 _CHUNK = 256  # images that a process verifies at a time
@@ -58,7 +59,7 @@ def _size(encoded):
 
 def draw_histogram(dataset: RecordDataset, path) -> None:
     """Draw how many identities have how many images. Needs matplotlib."""
-    from f2c_plugin.tools.report import pyplot
+    from f2c_plugin.tools.plotting import pyplot
 
     per_identity = np.diff(dataset.index.starts)
     plt = pyplot()
@@ -176,29 +177,3 @@ def pack_folder(source, out) -> tuple[int, int]:
     write_insightface_pack(out / "train.rec", files, [len(images) for images in people])
     (out / "property").write_text(f"{len(people)},{IMAGE_SIZE},{IMAGE_SIZE}\n")
     return len(people), sum(map(len, people))
-
-
-def refuse_to_overwrite(folder: Path) -> None:
-    """Raise FileExistsError if there is a pack in ``folder``."""
-    if (folder / "train.rec").exists():
-        raise FileExistsError(f"{folder / 'train.rec'} exists and is not overwritten: choose another folder or remove it")
-
-
-def write_insightface_pack(path, images, sizes) -> None:
-    """Write ``path`` and its ``.idx`` in InsightFace's layout.
-
-    Bookkeeping record 0, images from 1, then a record for each identity.
-
-    Args:
-        images: encoded images, identity by identity; may be an iterator.
-        sizes: number of images of each identity.
-    """
-    firsts = np.append(1, 1 + np.cumsum(sizes))  # first image of each identity, and one past all
-    images = iter(images)
-    with RecordWriter(path) as pack:
-        pack.write(0, pack_image_record([firsts[-1], firsts[-1] + len(sizes)], b"", 0))
-        for identity, (start, end) in enumerate(zip(firsts, firsts[1:])):
-            for key in range(start, end):
-                pack.write(key, pack_image_record(identity, next(images), 0))
-        for identity, image_range in enumerate(zip(firsts, firsts[1:])):
-            pack.write(firsts[-1] + identity, pack_image_record(image_range, b"", identity))

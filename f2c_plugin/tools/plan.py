@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from f2c_plugin.backbones import NETWORKS, get_model
-from f2c_plugin.config import ConfigError, F2CConfig
-from f2c_plugin.loss import default_hard_negatives
-from f2c_plugin.pool_softmax import CHUNK_ENTRIES
+from f2c_plugin.models import NETWORKS, get_model
+from f2c_plugin.config import F2CConfig
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.method.loss import default_hard_negatives
+from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES
 
 EMBEDDING_SIZE = 512
 _FLOAT = 4
@@ -115,7 +116,7 @@ class Plan:
 
 def draw(plan: Plan, path) -> None:
     """Draw memory per GPU against the number of identities, around the plan's. Needs matplotlib."""
-    from f2c_plugin.tools.report import pyplot
+    from f2c_plugin.tools.plotting import pyplot
 
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from f2c_plugin.tools.verification import tar_at_far
+from f2c_plugin.errors import ReportError
+from f2c_plugin.evaluation.verification import tar_at_far
+from f2c_plugin.tools.plotting import pyplot
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 HEADINGS = {"curves": "Curves", "scores": "Cosines of the verification pairs", "roc": "ROC"}
@@ -17,10 +19,6 @@ _LOSS = re.compile(r"Speed ([\d.]+) samples/sec\s+Loss (\S+)\s+LearningRate (\S+
 _HEALTH = re.compile(r"F²C step (\d+): (.*)")
 _ACCURACY = re.compile(r"\[(\w+)\]\[(\d+)\]Accuracy-Flip: ([\d.]+)")
 _CONFIG = re.compile(r"(?:^|[-\s]): ([a-z0-9_]+[a-z_]) *(.*)")
-
-
-class ReportError(ValueError):
-    """The folder holds no run that could be reported on."""
 
 
 @dataclass
@@ -247,12 +245,3 @@ def _table(title, runs, rows, cell):
     body = "\n".join(f"<tr><th>{html.escape(row)}</th>" + "".join(f"<td>{html.escape(cell(run, row))}</td>" for run in runs)
                      + "</tr>" for row in rows)
     return f"<h2>{title}</h2>\n<table>\n<tr><th></th>{head}</tr>\n{body}\n</table>"
-
-
-def pyplot():
-    """matplotlib's pyplot, drawing into files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt

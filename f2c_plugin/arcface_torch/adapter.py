@@ -1,0 +1,63 @@
+"""The head as arcface_torch's training script calls it."""
+
+import logging
+from functools import cached_property
+from pathlib import Path
+
+from torch import nn
+
+from f2c_plugin.config import Config, F2CConfig
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.evaluation.model_selection import select_net, verify
+from f2c_plugin.evaluation.monitor import Monitor
+from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.method.head import F2CHead
+from f2c_plugin.utils.distributed import this_rank
+
+log = logging.getLogger(__name__)
+
+
+class ArcFaceTorchHead(F2CHead):
+    """An F²C head that also verifies its gallery net and says which net becomes ``model.pt``.
+
+    The script that patch 0001 makes of ``train_v2.py`` asks a head for ``verify`` and ``select_net``.
+    Only rank 0 verifies, logs and monitors.
+    """
+
+    def configure(self, cfg: Config, settings: F2CConfig, total_steps: int) -> None:
+        """Take what the head does beside the loss from the config.
+
+        Raises:
+            ConfigError: ``f2c_export="best"``, and there is nothing to choose by.
+        """
+        self.export = settings.export
+        self.is_first_rank = this_rank()[0] == 0
+        output = cfg.get("output")
+        self.folder = Path(output or ".")
+        files = [Path(cfg["rec"]) / f"{name}.bin" for name in cfg.get("val_targets", ())]
+        self.verification_files = [file for file in files if file.is_file()]  # arcface_torch skips missing ones, too
+        if not self.is_first_rank:
+            return
+        if self.export == "best" and not self.verification_files:
+            raise ConfigError(f"f2c_export='best', but of val_targets={cfg.get('val_targets')!r} there is none in {cfg['rec']}: "
+                              "name a verification set to choose by")
+        # Beside arcface_torch's own log.
+        self.monitor = Monitor(cfg.get("frequent", 10), total_steps, self.folder / "tensorboard" if output else None,
+                               settings.max_bad_steps)
+
+    @cached_property
+    def verification_sets(self) -> dict[str, VerificationSet]:
+        return {file.stem: VerificationSet(file) for file in self.verification_files}
+
+    def verify(self, step: int) -> None:
+        """Verify the gallery net, after arcface_torch has verified the probe net."""
+        if isinstance(self.monitor, Monitor):
+            results = verify({"gallery": self.gallery}, self.verification_sets, step, self.folder)
+            self.monitor.record(step, {f"gallery_{name}": result.accuracy for name, result in results["gallery"].items()})
+
+    def select_net(self) -> nn.Module:
+        """Verify both nets at the end of training, and return the one whose weights become ``model.pt``."""
+        nets = {"probe": self.probe_net, "gallery": self.gallery}
+        which = select_net(self.export, verify(nets, self.verification_sets, self.steps, self.folder))
+        log.info("model.pt is the %s net", which)
+        return self.probe_net if which == "probe" else self.gallery.net

@@ -1,0 +1,61 @@
+"""The factories behind the entry points ``f2c_dcp`` (head) and ``f2c_dual`` (loader).
+
+arcface_torch knows a group name, a name and a signature; these know arcface_torch's config.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from f2c_plugin.arcface_torch.adapter import ArcFaceTorchHead
+from f2c_plugin.build import CombinedMargin, build_head, margin_from
+from f2c_plugin.config import Config, F2CConfig
+from f2c_plugin.data.from_config import record_loader, steps_per_epoch
+from f2c_plugin.data.loader import DualLoader
+from f2c_plugin.utils.distributed import this_rank
+
+log = logging.getLogger(__name__)
+
+
+def f2c_dcp(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcFaceTorchHead:
+    """Head factory, group ``arcface_torch.heads``.
+
+    Args:
+        cfg: arcface_torch's config.
+        backbone: the probe net, on its device and in DDP.
+        margin_loss: arcface_torch's ``CombinedMarginLoss``, or anything with its attributes.
+    Raises:
+        ConfigError: lists everything that is wrong with the config.
+    """
+    _, world_size = this_rank()
+    settings = F2CConfig.read(cfg, world_size)
+    total_steps = steps_per_epoch(cfg, world_size) * cfg["num_epoch"]
+    head = build_head(
+        backbone, cfg["num_classes"], total_steps, embedding_size=cfg["embedding_size"], margin=margin_from(margin_loss),
+        pool_rate=settings.pool_rate, pool_dtype=getattr(torch, settings.pool_dtype), shard_pool=settings.shard_pool,
+        momentum=settings.momentum, recipe=settings.recipe, symmetric=settings.symmetric,
+        num_hard_negatives=settings.hard_negatives, seed=cfg.get("seed") or 0, gradient_acc=cfg.get("gradient_acc", 1),
+        autocast=bool(cfg.get("fp16")), hook=True, head_class=ArcFaceTorchHead)
+    head.configure(cfg, settings, total_steps)
+    log.info("F²C head: a pool of %d slots for %d identities, %.1f MB on every rank; recipe %r", head.pool.num_slots,
+             cfg["num_classes"], head.pool.rows.nbytes / 2**20, settings.recipe)
+    return head
+
+
+f2c_dcp.sampler = "f2c_dual"  # type: ignore[attr-defined]  # the loader that the head brings along
+
+
+def f2c_dual(cfg: Any, local_rank: int) -> DualLoader:
+    """Loader factory, group ``arcface_torch.samplers``.
+
+    Args:
+        cfg: arcface_torch's config.
+        local_rank: index of this process's GPU; without GPUs the batches stay on the CPU.
+    Raises:
+        ConfigError: the config is wrong in itself or does not fit the pack.
+        RecordError: the pack cannot be read.
+    """
+    _, world_size = this_rank()
+    return record_loader(cfg, local_rank, F2CConfig.read(cfg, world_size).identity_rate)

@@ -1,0 +1,76 @@
+"""A ready F²C head from plain arguments, for the training loops of arcface_torch, of this package and of others."""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from f2c_plugin.config import slots_for
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.method.head import F2CHead
+from f2c_plugin.method.margin import Margin
+from f2c_plugin.method.pool import DynamicClassPool
+from f2c_plugin.method.schedule import Schedule
+from f2c_plugin.utils.distributed import WHOLE, Shard, this_rank
+
+
+def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, embedding_size: int = 512,
+               margin: Margin = Margin(64.0, angular=0.5), pool_rate: float = 0.1, num_slots: int | None = None,
+               pool_dtype: torch.dtype = torch.float32, shard_pool: bool = False, momentum: float = 0.99,
+               recipe: str = "ramp", symmetric: bool = True, num_hard_negatives: int | None = None, seed: int = 0,
+               gradient_acc: int = 1, autocast: bool = False, hook: bool = False,
+               head_class: type[F2CHead] = F2CHead) -> F2CHead:
+    """A head with its pool and schedule, on the backbone's device. The defaults are those of the config keys.
+
+    Args:
+        backbone: the probe net, on its device, before or after it is wrapped in DDP.
+        num_identities: labels are 0 … num_identities − 1.
+        total_steps: batches of the whole training; the ramp takes the first 70 % of them.
+        embedding_size: D, as the backbone returns it.
+        margin: scale and margin.
+        pool_rate: slots as a share of the identities, unless ``num_slots`` is given.
+        pool_dtype: of the pool's rows.
+        shard_pool: whether the ranks share the rows, instead of each holding all of them.
+        momentum: m of the gallery net.
+        recipe: "ramp" or "paper", see ``Schedule``.
+        symmetric, num_hard_negatives, gradient_acc, autocast, hook: see ``F2CHead``.
+        seed: of the random vectors in slots not yet taken; the same on all ranks.
+        head_class: what to make; a subclass of F2CHead.
+    Raises:
+        ConfigError: an unknown recipe, a pool without slots or with more than there are identities, or a
+            backbone that F2CHead cannot use.
+    """
+    schedule = Schedule.named(recipe, margin, total_steps, momentum)
+    slots = slots_for(pool_rate, num_identities) if num_slots is None else num_slots
+    if not 0 < slots <= num_identities:
+        given = f"pool_rate={pool_rate}" if num_slots is None else f"num_slots={num_slots}"
+        raise ConfigError(f"{given}: gives a pool of {slots} slots for {num_identities} identities; it needs 1 to {num_identities}")
+    shard = Shard(*this_rank()) if shard_pool else WHOLE
+    pool = DynamicClassPool(slots, num_identities, embedding_size, seed, pool_dtype, shard)
+    head = head_class(backbone, pool, schedule, symmetric, num_hard_negatives, gradient_acc, autocast, hook)
+    return head.to(next(backbone.parameters()).device)
+
+
+class CombinedMargin(Protocol):
+    """The attributes of arcface_torch's ``CombinedMarginLoss`` that are read here."""
+
+    s: float
+    m1: float
+    m2: float
+    m3: float
+    interclass_filtering_threshold: float
+
+
+def margin_from(margin_loss: CombinedMargin) -> Margin:
+    """The margin of arcface_torch's ``CombinedMarginLoss``.
+
+    Raises:
+        ConfigError: a ``margin_list`` that arcface_torch refuses, too.
+    """
+    m1, m2, m3 = margin_loss.m1, margin_loss.m2, margin_loss.m3
+    threshold = margin_loss.interclass_filtering_threshold
+    if m1 == 1.0 and m3 == 0.0:
+        return Margin(margin_loss.s, angular=m2, filter_threshold=threshold)
+    if m3 > 0:
+        return Margin(margin_loss.s, additive=m3, filter_threshold=threshold)
+    raise ConfigError(f"margin_list=({m1}, {m2}, {m3}) is neither ArcFace (1, m2, 0) nor CosFace (1, 0, m3 > 0)")

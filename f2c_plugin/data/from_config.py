@@ -1,0 +1,74 @@
+"""The pack, the loader and the length of an epoch that a config asks for."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from f2c_plugin.config import Config
+from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.data.loader import DualLoader
+from f2c_plugin.data.sampler import DualSampler
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.utils.distributed import this_rank
+
+log = logging.getLogger(__name__)
+
+
+def record_loader(cfg: Config, local_rank: int, identity_rate: float) -> DualLoader:
+    """Loader over the pack in ``cfg.rec`` with ``identity_rate`` of each batch in pairs."""
+    rank, world_size = this_rank()
+    dataset = open_pack(cfg)
+    sampler = DualSampler(dataset.index, cfg["batch_size"], steps_per_epoch(cfg, world_size), identity_rate,
+                          cfg.get("seed") or 0, rank, world_size)
+    return DualLoader(dataset, sampler, training_device(local_rank), cfg.get("num_workers", 0))
+
+
+def open_pack(cfg: Config) -> RecordDataset:
+    """The pack in ``cfg.rec``.
+
+    Raises:
+        ConfigError: there is none, or it does not fit the config.
+        RecordError: it cannot be read.
+    """
+    if not (Path(cfg["rec"]) / "train.rec").is_file():
+        raise ConfigError(f"rec={cfg['rec']!r}: there is no train.rec in {Path(cfg['rec']).absolute()}; give the folder of "
+                          "a pack, or draw one with `f2c-plugin synth`")
+    dataset = RecordDataset(cfg["rec"], skip_damaged=bool(cfg.get("f2c_skip_damaged")))
+    _check_pack(cfg, dataset)
+    return dataset
+
+
+def training_device(local_rank: int) -> torch.device:
+    """This process's GPU; the CPU where there are none."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def steps_per_epoch(cfg: Config, world_size: int) -> int:
+    """Steps of an epoch, as arcface_torch's schedule counts them.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    steps = cfg["num_image"] // (cfg["batch_size"] * world_size)
+    if steps == 0:
+        raise ConfigError(f"num_image={cfg['num_image']} is less than one global batch, batch_size={cfg['batch_size']} "
+                          f"× {world_size} ranks: an epoch would have no steps; lower batch_size")
+    return steps
+
+
+def _check_pack(cfg: Config, dataset: RecordDataset) -> None:
+    largest = int(dataset.index.numbers[-1])
+    problems: list[str] = []
+    if largest + 1 != cfg["num_classes"]:
+        problems.append(f"num_classes={cfg['num_classes']}, but the last identity with an image in {dataset.records.path} is "
+                        f"{largest}: set num_classes={largest + 1}")
+    left_out = len(dataset.index.unreadable)
+    if cfg["num_image"] != len(dataset) + left_out:
+        problems.append(f"num_image={cfg['num_image']}, but {dataset.records.path} holds {len(dataset) + left_out} images: "
+                        f"set num_image={len(dataset) + left_out}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if left_out:
+        log.warning("%s: %d records cannot be read and are left out: f2c-plugin index --verify lists them",
+                    dataset.records.path, left_out)

@@ -1,0 +1,45 @@
+"""Verification of both nets, and which of them becomes ``model.pt`` (``config.f2c_export``)."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet
+
+log = logging.getLogger(__name__)
+
+PREFIX = {"probe": "", "gallery": "gallery_"}  # of a net in the names of its scores and scalars
+
+Results = dict[str, dict[str, VerificationResult]]  # {net: {verification set: result}}
+
+
+def verify(nets: Mapping[str, nn.Module], sets: Mapping[str, VerificationSet], step: int, folder: Path) -> Results:
+    """Verify nets, log their accuracies as arcface_torch does, and keep the scores in ``folder`` for reports.
+
+    Args:
+        nets: {"probe" or "gallery": net}.
+    """
+    results: Results = {which: {} for which in nets}
+    for which, net in nets.items():
+        for name, verification_set in sets.items():
+            results[which][name] = result = verification_set.evaluate(net)
+            np.savez(folder / f"{PREFIX[which]}{name}_scores.npz", scores=result.scores, same=result.same)
+            log.info("[%s%s][%d]Accuracy-Flip: %.5f+-%.5f  TAR at FAR 1e-3: %.4f  XNorm: %.3f", PREFIX[which], name, step,
+                     result.accuracy, result.accuracy_std, result.tar_at_far(1e-3), result.embedding_norm)
+    return results
+
+
+def select_net(export: str, results: Results) -> str:
+    """"probe" or "gallery".
+
+    Args:
+        export: ``config.f2c_export``; "best" is the net that is more accurate on the first set.
+        results: of ``verify``.
+    """
+    if export != "best":
+        return export
+    first = {which: next(iter(of_net.values())) for which, of_net in results.items()}
+    return max(first, key=lambda which: (first[which].accuracy, first[which].tar_at_far(1e-3)))

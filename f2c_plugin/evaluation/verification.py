@@ -1,0 +1,145 @@
+"""Face verification on ``lfw.bin``-style sets: are two images of the same person?"""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from f2c_plugin.data.dataset import IMAGE_SIZE, decode_face, normalize_faces
+from f2c_plugin.errors import VerificationSetError
+from f2c_plugin.evaluation.safe_pickle import load_pickle
+
+FOLDS = 10
+THRESHOLDS = np.arange(0, 4, 0.01)  # on squared distances of unit vectors, as the host has them
+
+
+@dataclass
+class VerificationResult:
+    """How well embeddings tell same from different.
+
+    Attributes:
+        accuracy, accuracy_std: over 10 folds, each with the threshold that is best on the other
+            nine; the host's "Accuracy-Flip".
+        scores: float64 (pairs,) cosines.
+        same: bool (pairs,).
+        embedding_norm: mean length of the embeddings, the host's "XNorm".
+    """
+
+    accuracy: float
+    accuracy_std: float
+    scores: np.ndarray
+    same: np.ndarray
+    embedding_norm: float
+
+    def tar_at_far(self, far: float) -> float:
+        """Share of same pairs accepted by the lowest threshold that accepts at most ``far`` of the different."""
+        return tar_at_far(self.scores, self.same, far)
+
+    def summary(self) -> dict[str, float]:
+        return {"accuracy": self.accuracy, "accuracy_std": self.accuracy_std,
+                "tar_at_far_1e-3": self.tar_at_far(1e-3), "tar_at_far_1e-4": self.tar_at_far(1e-4),
+                "pairs": len(self.same)}
+
+
+class VerificationSet:
+    """Pairs of faces with the answers, from a ``.bin`` file.
+
+    Args:
+        path: a pickle of (2n encoded images, n answers); read without running code from it.
+    Raises:
+        VerificationSetError: the file is no such set.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        images, same = load_pickle(self.path)
+        if not len(same) or len(images) != 2 * len(same):
+            raise VerificationSetError(f"{self.path}: {len(images)} images for {len(same)} answers; needs two for each")
+        self.images, self.same = images, np.array(same, bool)
+
+    def faces(self, count: int | None = None) -> Tensor:
+        """The first ``count`` images, uint8 (count, 112, 112, 3) RGB; None is all of them."""
+        images = self.images[:count]
+        faces = np.empty((len(images), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        for i, (out, image) in enumerate(zip(faces, images)):
+            try:
+                decode_face(image, out)
+            except ValueError as error:
+                raise VerificationSetError(f"{self.path}: image {i} cannot be decoded: {error}") from error
+        return torch.from_numpy(faces)
+
+    def evaluate(self, net: nn.Module) -> VerificationResult:
+        """Verify with a net that embeds images (B, 3, 112, 112); it is left in the mode it was in.
+
+        As in the host, the embedding of a face is the sum of those of the image and its mirror image.
+        """
+        embeddings = embed(net, self.faces())  # (2n, 2, D)
+        first, second = normalize(embeddings.sum(dim=1)).view(-1, 2, embeddings.size(2)).unbind(1)  # (n, D) each
+        scores = (first * second).sum(1).numpy()
+        accuracy = fold_accuracies(scores, self.same)
+        return VerificationResult(float(accuracy.mean()), float(accuracy.std()), scores, self.same,
+                                  float(embeddings.norm(dim=2).mean()))
+
+
+@torch.no_grad()
+def embed(net: nn.Module, faces: Tensor, batch_size: int = 256) -> Tensor:
+    """Embeddings, float64 (n, 2, D), of faces uint8 (n, 112, 112, 3) RGB and of their mirror images, by a net in eval mode."""
+    device = next(net.parameters()).device
+    was_training = net.training
+    net.eval()
+    embeddings = []
+    for part in faces.split(batch_size):
+        images = normalize_faces(part.to(device))
+        embeddings.append(torch.stack([net(images), net(images.flip(3))], dim=1).double().cpu())
+    net.train(was_training)
+    return torch.cat(embeddings)
+
+
+def tar_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float:
+    """As ``VerificationResult.tar_at_far``, of cosines (n,) and answers, bool (n,)."""
+    different = np.sort(scores[~same])[::-1]
+    allowed = int(far * len(different))
+    threshold = different[allowed] if allowed < len(different) else -np.inf
+    return float((scores[same] > threshold).mean())
+
+
+def fold_accuracies(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
+    """Accuracy of each of 10 consecutive folds at the threshold that is best on the other nine.
+
+    Args:
+        scores: cosines (n,).
+        same: bool (n,).
+    Returns:
+        float64 (10,); fewer if there are fewer pairs.
+    """
+    distance = 2 - 2 * scores
+    right = (distance[:, None] < THRESHOLDS) == same[:, None]  # (n, thresholds)
+    folds = np.array_split(np.arange(len(same)), min(FOLDS, len(same)))
+    everywhere = right.sum(0)
+    accuracies = []
+    for fold in folds:
+        inside = right[fold].sum(0)
+        accuracies.append(inside[np.argmax(everywhere - inside)] / len(fold))
+    return np.array(accuracies)
+
+
+def load_bin(path, image_size=(IMAGE_SIZE, IMAGE_SIZE)):
+    """A verification set in the form of arcface_torch's ``eval.verification.load_bin``.
+
+    Returns:
+        ([images, mirrored images], answers): float32 (2n, 3, 112, 112) in [0, 255] each, list of bool.
+    """
+    if tuple(image_size) != (IMAGE_SIZE, IMAGE_SIZE):
+        raise VerificationSetError(f"image_size={image_size}: faces are {IMAGE_SIZE}×{IMAGE_SIZE}")
+    verification_set = VerificationSet(path)
+    images = verification_set.faces().permute(0, 3, 1, 2).float()
+    return [images, images.flip(3)], verification_set.same.tolist()
+
+
+def save_bin(path, images: list[bytes], same: list[bool]):
+    """Write a verification set: 2n encoded images and n answers."""
+    Path(path).write_bytes(pickle.dumps((list(images), [bool(answer) for answer in same]), protocol=4))

@@ -1,0 +1,221 @@
+"""The F²C head: probe net, gallery net, pool and loss put together (paper, algorithm 1)."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from f2c_plugin.errors import ConfigError, InputError
+from f2c_plugin.method.gallery import GalleryNet
+from f2c_plugin.method.loss import HalfStep, PoolLoss, default_hard_negatives, pool_loss
+from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool, PoolView
+from f2c_plugin.method.schedule import Schedule
+from f2c_plugin.utils.backbone import ImageHook, embeddings_in, unwrapped
+from f2c_plugin.utils.distributed import gather, this_rank
+from f2c_plugin.utils.tensors import at_least_float32
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """Statistics of one step on this rank. float () tensors on the device: keeping them costs no wait.
+
+    Attributes:
+        pool_hit_rate, positive_cosine, hard_negative_cosine: as in PoolLoss.
+        evictions: identities that lost their slots, over all ranks.
+        not_finite: gallery features that were not finite and so not written, over all ranks.
+        finite: whether the loss is finite, 0 or 1.
+        scale: s of this step, a number.
+    """
+
+    pool_hit_rate: Tensor
+    positive_cosine: Tensor
+    hard_negative_cosine: Tensor
+    evictions: Tensor
+    not_finite: Tensor
+    finite: Tensor
+    scale: float
+
+
+class StepObserver(Protocol):
+    """Receives the statistics of every step, as ``Monitor`` does."""
+
+    def update(self, step: int, statistics: StepStatistics, pool: DynamicClassPool, num_writes: int) -> None: ...
+
+
+class F2CHead(nn.Module):
+    """The F²C loss of a batch. It takes the place of the classification layer and its loss.
+
+    Called as ``head(embeddings, labels, images=images)``; or, with ``hook=True``, as
+    ``head(embeddings, labels)``: the images then come from a forward pre-hook on the backbone, which is
+    silent in eval mode. The hook embeds them by the gallery net before the probe net runs, so that the
+    gallery net's working memory is free again when the probe net begins to keep activations.
+
+    A batch is two halves x and y, with two images of each identity of the pairs, one in each half. The
+    first half-step has y as gallery and x as probe, and the pool forgets it; the second has x as gallery
+    and y as probe, and its gallery features stay. Without ``symmetric`` there is only the second, and
+    with the hook the probe net sees y alone.
+
+    Args:
+        backbone: the probe net as the training loop calls it, wrapped in DDP or not.
+        pool: the Dynamic Class Pool.
+        schedule: margin, momentum and loss weight of each step.
+        symmetric: whether to do both half-steps.
+        num_hard_negatives: h; None derives it from the pool's size.
+        gradient_acc: batches per optimizer step. The gallery net follows once per optimizer step.
+        autocast: whether matrix products with the pool run in the autocast type.
+        hook: whether the images come from the backbone's forward pass.
+
+    Attributes:
+        gallery: the GalleryNet.
+        steps: batches seen.
+        statistics: StepStatistics of the last batch, or None.
+        monitor: receives the statistics of every step, if set.
+    Raises:
+        ConfigError: the backbone already has a head with a hook, or is wrapped in a way that cannot be copied.
+    """
+
+    def __init__(self, backbone: nn.Module, pool: DynamicClassPool, schedule: Schedule, symmetric: bool = True,
+                 num_hard_negatives: int | None = None, gradient_acc: int = 1, autocast: bool = False,
+                 hook: bool = True):
+        super().__init__()
+        # Kept in a tuple so that the probe net is not registered as a submodule.
+        self._probe_net = (unwrapped(backbone),)
+        self.gallery = GalleryNet(self.probe_net)
+        self.pool = pool
+        self.schedule = schedule
+        self.symmetric = symmetric
+        self.num_hard_negatives = num_hard_negatives or default_hard_negatives(pool.num_slots)
+        self.gradient_acc = gradient_acc
+        self.autocast = autocast
+        self.steps = 0
+        self.statistics: StepStatistics | None = None
+        self.monitor: StepObserver | None = None
+        self._last_followed = 0  # the step before which the gallery net last followed
+        self._hooked: tuple[int, Tensor] | None = None  # number of images and their gallery features
+        self._hook = ImageHook(backbone, self._take_images) if hook else None
+
+    @property
+    def probe_net(self) -> nn.Module:
+        return self._probe_net[0]
+
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor, images: Tensor | None = None) -> Tensor:
+        """Loss of a batch.
+
+        Args:
+            local_embeddings: (B, D) of this rank's batch; if not symmetric, (B/2, D) of its second half.
+            local_labels: int64 (B,) identities.
+            images: (B, 3, H, W) the batch; None with the hook.
+        Returns:
+            Scalar, with gradient to the embeddings.
+        Raises:
+            InputError: there are no images; an odd batch; embeddings or labels that do not fit the images or
+                the pool. Labels beyond num_identities are only noticed on the CPU: reading them from a GPU
+                would stall the step.
+            ConfigError: a pool with fewer slots than the batch may bring identities.
+        """
+        num_images, gallery = self._gallery_features(images)
+        labels = local_labels.reshape(-1).long()
+        probes = at_least_float32(embeddings_in(local_embeddings))
+        if not self.symmetric and len(probes) == num_images:
+            probes = probes.chunk(2)[1]
+        self._check(num_images, probes, labels)
+
+        half_steps = self._half_steps(probes, labels, gallery)
+        margin = self.schedule.margin_at(self.steps)
+        result = pool_loss(half_steps, self.pool, margin, self.num_hard_negatives, self.autocast,
+                           self.schedule.outside_weight, self.schedule.second_row)
+        self.pool.commit(half_steps[-1].view)
+        self.steps += 1
+        self._report(result, [each.view for each in half_steps], margin.scale)
+        return result.loss * self.schedule.loss_weight(2 * len(half_steps))
+
+    def _half_steps(self, probes: Tensor, labels: Tensor, gallery: Tensor) -> list[HalfStep]:
+        """The half-steps of a batch: all of them start from the pool as it is."""
+        label_x, label_y = labels.chunk(2)  # (B/2,)
+        all_x, all_y = (half.flatten() for half in gather(labels).chunk(2, dim=1))  # (W·B/2,)
+        features = gather(gallery)  # (W, B, D), or of x alone (W, B/2, D)
+        if not self.symmetric:
+            return [HalfStep(probes, label_y, self.pool.preview(all_x, features.flatten(0, 1)))]
+        features_x, features_y = (half.flatten(0, 1) for half in features.chunk(2, dim=1))  # (W·B/2, D)
+        probe_x, probe_y = probes.chunk(2)  # (B/2, D)
+        key_x, key_y = gallery.chunk(2) if self.schedule.own_image_keys else (None, None)  # (B/2, D)
+        return [HalfStep(probe_x, label_x, self.pool.preview(all_y, features_y), key_x),
+                HalfStep(probe_y, label_y, self.pool.preview(all_x, features_x), key_y)]
+
+    def _take_images(self, images: Tensor) -> Tensor:
+        """What the hook does with a batch: its gallery features are kept, and the probe images returned."""
+        if len(images) < 2:
+            raise InputError(f"a batch of {len(images)} images: F²C needs an even batch, gallery and probe")
+        self._hooked = len(images), self._embed(images)
+        return images if self.symmetric else images.chunk(2)[1]
+
+    def _gallery_features(self, images: Tensor | None) -> tuple[int, Tensor]:
+        """(B, gallery features of the batch), of the images given or of those that the hook saw."""
+        if images is not None:
+            if self._hook is not None:
+                raise InputError("the head already takes the images from the backbone's forward pass: leave out images=, or "
+                                 "build the head with hook=False")
+            return len(images), self._embed(images)
+        if self._hooked is None:
+            raise InputError("the F²C head has seen no images: " + (
+                "pass them, head(embeddings, labels, images=images)" if self._hook is None else
+                "call the backbone in training mode before the head, once for each call of the head"))
+        hooked, self._hooked = self._hooked, None
+        return hooked
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Gallery features of the images that gallery features are needed of, after the gallery net has followed."""
+        if self.steps > self._last_followed and self.steps % self.gradient_acc == 0:
+            self.gallery.follow(self.probe_net, self.schedule.momentum_at(self.steps))
+            self._last_followed = self.steps
+        return at_least_float32(self.gallery(images if self.symmetric else images.chunk(2)[0]))
+
+    def remove_hook(self):
+        """Let go of the backbone, so that another head can be built on it."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _report(self, result: PoolLoss, views: list[PoolView], scale: float):
+        evicted = views[-1].assignment.evicted
+        self.statistics = StepStatistics(
+            pool_hit_rate=result.pool_hit_rate, positive_cosine=result.positive_cosine,
+            hard_negative_cosine=result.hard_negative_cosine, evictions=(evicted != NOT_IN_POOL).sum().float(),
+            not_finite=torch.stack([view.num_not_finite for view in views]).sum().float(),
+            finite=result.loss.detach().isfinite().float(), scale=scale)
+        if self.monitor:
+            self.monitor.update(self.steps, self.statistics, self.pool, len(evicted))
+
+    def _check(self, num_images: int, probes: Tensor, labels: Tensor):
+        if num_images % 2 or len(labels) != num_images:
+            raise InputError(f"a batch of {num_images} images and {len(labels)} labels: "
+                             "F²C needs an even batch with a label for each image")
+        if len(probes) != num_images // (1 if self.symmetric else 2):
+            raise InputError(f"{len(probes)} embeddings for {num_images} images with symmetric={self.symmetric}: "
+                             "the head takes what the backbone made of the same batch")
+        if probes.size(1) != self.pool.embedding_size:
+            raise InputError(f"embeddings of {probes.size(1)} numbers for a pool of {self.pool.embedding_size}: set "
+                             "embedding_size to what the backbone returns")
+        num_identities, num_slots = self.pool.num_identities, self.pool.num_slots
+        gathered = min(num_images // 2 * this_rank()[1], num_identities)
+        if gathered > num_slots:
+            raise ConfigError(f"a pool of {num_slots} slots, but a gathered batch holds up to {gathered} identities: give the "
+                              f"pool at least {gathered} slots (pool_rate={gathered / num_identities:.3g}), or lower the batch size")
+        if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < num_identities:
+            raise InputError(f"labels from {labels.min()} to {labels.max()}, but num_classes={num_identities}: "
+                             "identities are numbered from 0")
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor):
+        if state < 0:
+            raise InputError(f"the head cannot have seen {int(state)} batches")
+        self.continue_at(int(state))
+
+    def continue_at(self, step: int):
+        """Count on from ``step`` batches. The gallery net has yet to follow the last of them."""
+        self.steps = step
+        self._last_followed = max(step - 1, 0)
+

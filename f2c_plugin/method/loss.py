@@ -1,0 +1,188 @@
+"""The loss of probe embeddings against the pool: margin softmax and hard negatives (paper, section 3.3)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from f2c_plugin.method.margin import Margin
+from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool, PoolView
+from f2c_plugin.method.pool_softmax import pool_softmax
+
+
+def default_hard_negatives(num_slots: int) -> int:
+    """h = min(max(⌊0.0002 · K⌋, 3), 10)."""
+    return min(max(num_slots // 5000, 3), 10)
+
+
+class HalfStep(NamedTuple):
+    """The probes of a half-step and the pool that they are compared with.
+
+    Attributes:
+        probes: (P, D) embeddings; normalised by the loss.
+        labels: int64 (P,) their identities.
+        view: the pool with the gallery features of this half-step.
+        own_image_keys: (P, D) the gallery features of the probes' own images, the targets of probes
+            whose identity is not in the pool; None pushes these off their hardest negatives.
+    """
+
+    probes: Tensor
+    labels: Tensor
+    view: PoolView
+    own_image_keys: Tensor | None = None
+
+
+class PoolLoss(NamedTuple):
+    """Loss of a step, and statistics, the mean over its half-steps. All float ().
+
+    Attributes:
+        loss: sum over half-steps and views, with gradient to the embeddings.
+        pool_hit_rate: share of the probes whose identity is in the pool.
+        positive_cosine: mean cosine of these to their target slots in view 1; NaN if there are none.
+        hard_negative_cosine: mean cosine of the others to the h slots most like them, clipped below
+            at 0, in view 1; NaN if there are none.
+    """
+
+    loss: Tensor
+    pool_hit_rate: Tensor
+    positive_cosine: Tensor
+    hard_negative_cosine: Tensor
+
+
+def pool_loss(half_steps: list[HalfStep], pool: DynamicClassPool, margin: Margin, num_hard_negatives: int,
+              autocast: bool = False, outside_weight: float = 1.0, second_row: bool = True) -> PoolLoss:
+    """Loss of every half-step's probes against both views of the pool.
+
+    View 1 is row 0 of every slot; view 2 shows row 1 of the slots that have two keys. In each view,
+    probes whose identity is in the pool take the margin softmax over the K slots, mean over them. The
+    others are pushed off their h hardest negatives, mean over all of these; or, with own-image keys,
+    take the softmax without margin over their key and the K slots, mean over them (as MoCo, arXiv
+    1911.05722, equation 1). A term without probes is 0.
+
+    All views of all half-steps agree on every slot except the few that a half-step writes. So the
+    probes are scored once against the untouched slots, in one pass, and against the touched slots as
+    each view shows them. The target slots count as touched, too, because they take the margin.
+    Nothing is ever subtracted from a sum, so nothing can cancel.
+
+    The pool may change before ``backward``: no row of it is kept, only copies.
+
+    Args:
+        half_steps: with the same number of probes each.
+        pool: the pool of their views, unchanged. If it is sharded, all ranks call this together.
+        margin: scale and margin of this step.
+        num_hard_negatives: h.
+        autocast: whether matrix products run in the autocast type of the device.
+        outside_weight: factor of the loss of probes whose identity is not in the pool.
+        second_row: whether view 2 shows row 1 of the slots that have two keys; else it equals view 1.
+    """
+    probes = normalize(torch.stack([each.probes for each in half_steps]), dim=2)  # (H, P, D)
+    slots = torch.stack([each.view.lookup(each.labels) for each in half_steps])  # (H, P)
+    dtype = torch.get_autocast_dtype(probes.device.type) if autocast else probes.dtype
+
+    touched = _touched_slots(half_steps, pool)  # (A,)
+    views = _touched_rows(half_steps, touched, pool, second_row)  # (H, 2, A, D)
+    untouched = _score_untouched(probes, touched, pool, margin, min(num_hard_negatives, pool.num_slots), dtype)
+    scores = _score_touched(probes, slots, touched, views, margin, dtype)
+    return _combine(half_steps, probes, slots, untouched, scores, margin, outside_weight)
+
+
+class _Untouched(NamedTuple):
+    """Scores of the probes against all untouched slots."""
+
+    log_sum_exp: Tensor  # (H, P) of s · cosine
+    hardest: Tensor  # (H, P, h) largest cosines; -inf where there are fewer slots
+
+
+class _Touched(NamedTuple):
+    """Scores of the probes against the touched slots in both views."""
+
+    target_cosine: Tensor  # (H, 2, P); 0 where there is no target slot
+    others: Tensor  # (H, 2, P, A) cosines; -inf for the target and for repetitions
+
+
+def _touched_slots(half_steps: list[HalfStep], pool: DynamicClassPool) -> Tensor:
+    """Slots that a half-step writes or that a probe has as target, sorted, int64 (A,).
+
+    May hold repetitions and NOT_IN_POOL, so that its length is fixed. The same on all ranks.
+    """
+    labels = pool.shard.gather(torch.cat([each.labels for each in half_steps])).flatten()
+    return torch.cat([pool.lookup(labels), *(each.view.assignment.slot for each in half_steps)]).sort().values
+
+
+def _first_of_each(touched: Tensor) -> Tensor:
+    """Which of the sorted slots (A,) count: of equal ones the first, and NOT_IN_POOL never."""
+    first = torch.ones_like(touched, dtype=torch.bool)
+    first[1:] = touched[1:] != touched[:-1]
+    return first & (touched != NOT_IN_POOL)
+
+
+def _touched_rows(half_steps: list[HalfStep], touched: Tensor, pool: DynamicClassPool, second_row: bool) -> Tensor:
+    """The rows of the touched slots in both views of every half-step, (H, 2, A, D)."""
+    rows = pool.rows_at(touched)  # (2, A, D)
+    views: list[Tensor] = []
+    for each in half_steps:
+        index = torch.searchsorted(touched, each.view.assignment.slot)  # (B,), the first of equal ones
+        seen = rows.clone()
+        each.view.write_into(seen, index)
+        has_two_keys = torch.zeros_like(touched, dtype=torch.bool)
+        if second_row:
+            has_two_keys[index] = each.view.assignment.has_two_keys
+        views.append(torch.stack([seen[0], torch.where(has_two_keys[:, None], seen[1], seen[0])]))
+    return torch.stack(views)
+
+
+def _score_untouched(probes: Tensor, touched: Tensor, pool: DynamicClassPool, margin: Margin, num_hardest: int,
+                     dtype: torch.dtype) -> _Untouched:
+    is_touched = torch.zeros(pool.num_slots + 1, dtype=torch.bool, device=probes.device)  # the last is for NOT_IN_POOL
+    is_touched.index_fill_(0, touched, True)
+    flat = probes.flatten(0, 1)  # (H·P, D)
+    found = pool_softmax(flat, pool.rows[0], is_touched[pool.first:pool.end], margin.scale, num_hardest,
+                         margin.filter_threshold, dtype, pool.shard, pool.first)
+    # Once more in full precision, and with gradient. Each rank looks up its own probes' slots.
+    rows = pool.rows_at(pool.shard.gather(found.hardest).flatten(), 1)[0]  # (W·H·P·h, D)
+    rows = rows.view(-1, *found.hardest.shape, rows.size(1))[pool.shard.rank]
+    hardest = torch.einsum("bd,bhd->bh", flat, rows)
+    hardest = torch.where(found.hardest_cosine < -2, -torch.inf, hardest)
+    if margin.filter_threshold > 0:  # decided in the pass: half precision may see another side of the threshold
+        hardest = torch.where(found.hardest_cosine == 0, 0.0, hardest)
+    return _Untouched(found.log_sum_exp.view(probes.shape[:2]), hardest.view(*probes.shape[:2], -1))
+
+
+def _score_touched(probes: Tensor, slots: Tensor, touched: Tensor, views: Tensor, margin: Margin,
+                   dtype: torch.dtype) -> _Touched:
+    counted = _first_of_each(touched)  # (A,)
+    cosine = probes[:, None].to(dtype) @ views.mT.to(dtype)  # (H, 1, P, D) @ (H, 2, D, A) -> (H, 2, P, A)
+    cosine = cosine.to(probes.dtype)
+    is_target = (counted & (touched == slots[:, :, None]))[:, None]  # (H, 1, P, A)
+    others = margin.filtered(cosine).masked_fill(is_target | ~counted, -torch.inf)
+    return _Touched(torch.where(is_target, cosine, 0).sum(3), others)
+
+
+def _combine(half_steps: list[HalfStep], probes: Tensor, slots: Tensor, untouched: _Untouched, touched: _Touched,
+             margin: Margin, outside_weight: float) -> PoolLoss:
+    def softmax_loss(target: Tensor) -> Tensor:  # (H, 1 or 2, P) logits of the targets -> (H, 2, P)
+        target = target.expand(-1, 2, -1)
+        logits = [untouched.log_sum_exp[:, None, :, None].expand(-1, 2, -1, -1), margin.scale * touched.others,
+                  target[..., None]]
+        return torch.cat(logits, 3).logsumexp(3) - target
+
+    positive = softmax_loss(margin.scale * margin.target(touched.target_cosine))
+    hardest = torch.cat([untouched.hardest[:, None].expand(-1, 2, -1, -1), touched.others], 3)  # (H, 2, P, h + A)
+    negative = hardest.topk(untouched.hardest.size(2), dim=3).values.clamp_min(0).mean(3)  # (H, 2, P)
+
+    outside = negative
+    keys = [each.own_image_keys for each in half_steps if each.own_image_keys is not None]
+    if keys:
+        own_image = normalize(torch.stack(keys).nan_to_num(0, 0, 0), dim=2)  # (H, P, D)
+        outside = softmax_loss(margin.scale * (probes * own_image).sum(2)[:, None])
+
+    in_pool = (slots != NOT_IN_POOL)[:, None]  # (H, 1, P)
+    loss = _mean(positive, in_pool, least=1).sum() + outside_weight * _mean(outside, ~in_pool, least=1).sum()
+    statistics = (in_pool.to(loss.dtype), _mean(touched.target_cosine[:, :1], in_pool), _mean(negative[:, :1], ~in_pool))
+    return PoolLoss(loss, *(each.detach().nanmean() for each in statistics))
+
+
+def _mean(values: Tensor, chosen: Tensor, least: int = 0) -> Tensor:
+    """Mean of the chosen of values (H, n, P), (H, n). Of none it is NaN, or 0 with ``least`` 1."""
+    return torch.where(chosen, values, 0).sum(2) / chosen.sum(2).clamp(min=least)

@@ -1,0 +1,136 @@
+"""Log-sum-exp over the pool, its gradient and the hardest negatives, in one pass over the slots.
+
+The pool takes no gradient, so ∂ log Σ exp(s·cos) / ∂ probe = s · Σ softmax · row is accumulated during
+the pass, chunk by chunk, and nothing of size probes × slots outlives a chunk. Two matrix products:
+the logits of a chunk, and its softmax times its rows.
+
+Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867; in chunks with its product,
+Rabe and Staats, arXiv 2112.05682.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from f2c_plugin.utils.distributed import WHOLE, Shard
+
+# The logit of a slot that is left out. Finite, so that a chunk with no other slot has a softmax, too.
+LEFT_OUT = -1e30
+
+# Entries of a chunk of logits. On the CPU a chunk and its rows stay in the cache; a GPU needs enough
+# work for each kernel.
+CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 24}
+_GROUP = 32  # slots whose maximum is compared before they are
+
+
+class PoolSoftmax(NamedTuple):
+    """The result of one pass over the slots, for each of B probes.
+
+    Attributes:
+        log_sum_exp: (B,) of s·cos over the slots, with gradient to the probes.
+        hardest: int64 (B, h) the slots of the largest cosines.
+        hardest_cosine: (B, h) these cosines, without gradient; LEFT_OUT / s where there are fewer slots.
+    """
+
+    log_sum_exp: Tensor
+    hardest: Tensor
+    hardest_cosine: Tensor
+
+
+def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, num_hardest: int,
+                 filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
+                 first_slot: int = 0) -> PoolSoftmax:
+    """Compare probes with one row of every slot, except those that are left out.
+
+    Args:
+        probes: (B, D) unit vectors, float32 or float64.
+        rows: (K', D) of this rank's slots.
+        left_out: bool (K',).
+        scale: s.
+        num_hardest: h.
+        filter_threshold: cosines above it count as 0; 0 is off.
+        dtype: of the matrix products; None is that of the probes. All else is in that of the probes.
+        shard: how the slots are split over ranks. Each rank passes its own probes, the same number as
+            the others, and gets the result over the slots of all ranks.
+        first_slot: the number of the first of this rank's slots.
+    """
+    all_probes = shard.gather(probes.detach()).flatten(0, 1)  # (W·B, D)
+    bias = torch.where(left_out, LEFT_OUT, 0.0).to(probes.dtype)
+    log_sum_exp, mean_row, hardest, values = _one_pass(all_probes * scale, rows, bias, scale * filter_threshold,
+                                                       num_hardest, dtype or probes.dtype)
+    if shard.world_size > 1:
+        local = slice(shard.rank * len(probes), (shard.rank + 1) * len(probes))
+        every = shard.gather(log_sum_exp)  # (W, W·B)
+        total = every.logsumexp(0)
+        mean_row = shard.sum(mean_row * (log_sum_exp - total).exp()[:, None])[local]
+        log_sum_exp = total[local]
+        hardest, values = (shard.gather(found)[:, local].movedim(0, 1).flatten(1)
+                           for found in (hardest + first_slot, values))  # (B, W·h)
+        values, best = values.topk(num_hardest, dim=1)
+        hardest = hardest.gather(1, best)
+    return PoolSoftmax(_WithGradient.apply(probes, log_sum_exp, scale * mean_row), hardest, values / scale)
+
+
+def _one_pass(queries: Tensor, rows: Tensor, bias: Tensor, filter_threshold: float, num_hardest: int,
+              dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-sum-exp (B,), softmax · rows (B, D), indices (B, h) and values (B, h) of the largest logits)."""
+    log_sum_exp = queries.new_full((len(queries),), -torch.inf)
+    mean_row = torch.zeros_like(queries)
+    values = [queries.new_full((num_hardest, len(queries)), LEFT_OUT)]  # of each chunk
+    hardest = [torch.zeros_like(values[0], dtype=torch.int64)]
+    factors = queries.to(dtype).T.contiguous()  # (D, B)
+    chunk = max(1, CHUNK_ENTRIES[queries.device.type] // len(queries))
+    for start in range(0, len(rows), chunk):
+        part = rows[start:start + chunk].to(dtype)  # (C, D)
+        # Slots by probes, not the other way round: the CPU's matrix product is a third faster that way.
+        logits = (part @ factors).to(queries.dtype)  # (C, D) @ (D, B) -> (C, B)
+        filtered = logits > filter_threshold if filter_threshold > 0 else None
+        if filtered is not None:
+            logits.masked_fill_(filtered, 0)
+        logits += bias[start:start + chunk, None]
+
+        top, where = _largest(logits, num_hardest)  # (h, B)
+        softmax = logits.softmax(0)
+        here = top[0] - softmax.gather(0, where[:1])[0].log()  # log-sum-exp of this chunk
+        if filtered is not None:
+            softmax.masked_fill_(filtered, 0)  # a constant has no gradient
+
+        total = torch.logaddexp(log_sum_exp, here)
+        mean_row *= (log_sum_exp - total).exp()[:, None]
+        mean_row += (softmax.T.to(dtype) @ part).to(queries.dtype) * (here - total).exp()[:, None]  # (B, C) @ (C, D)
+        log_sum_exp = total
+        values.append(top)
+        hardest.append(where + start)
+    largest, best = torch.cat(values).topk(num_hardest, dim=0)
+    return log_sum_exp, mean_row, torch.cat(hardest).gather(0, best).T, largest.T
+
+
+def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and rows of the ``count`` largest of every column of logits (C, B), descending, (count, B) each.
+
+    They lie within the groups with the ``count`` largest maxima, so the rest need not be compared.
+    """
+    whole = len(logits) // _GROUP * _GROUP
+    rows = torch.arange(len(logits), device=logits.device)
+    maxima = logits[:whole].unflatten(0, (-1, _GROUP)).amax(1)  # (C / group, B)
+    groups = maxima.topk(min(count, len(maxima)), dim=0).indices
+    inside = (groups[:, None] * _GROUP + rows[:_GROUP, None]).flatten(0, 1)  # (count · group, B)
+    candidates = torch.cat([inside, rows[whole:, None].expand(-1, logits.size(1))])
+    values, best = logits.gather(0, candidates).topk(min(count, len(candidates)), dim=0)
+    return values, candidates.gather(0, best)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A value (B,) whose gradient to ``inputs`` (B, D) is already known."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, value_gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        gradient, = ctx.saved_tensors
+        return gradient * value_gradient[:, None], None, None

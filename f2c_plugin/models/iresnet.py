@@ -1,0 +1,67 @@
+"""The residual nets of arcface_torch, with its shapes and parameter names."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps the size of the picture, divided by its stride."""
+    return nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+
+
+class IResNetBlock(nn.Module):
+    """Improved residual block: BN-conv-BN-PReLU-conv-BN, strided in the second convolution."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = conv(inputs, outputs, 3)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.prelu = nn.PReLU(outputs)
+        self.conv2 = conv(outputs, outputs, 3, stride)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.prelu(self.bn2(self.conv1(self.bn1(x))))
+        return self.bn3(self.conv2(x)) + shortcut
+
+
+class IResNet(nn.Module):
+    """The residual net of ArcFace (arXiv 1801.07698, section 3.2.2): 7×7 features, BN-dropout-FC-BN at the end.
+
+    Args:
+        blocks: number of blocks at 56, 28, 14 and 7 pixels.
+    """
+
+    def __init__(self, blocks: Sequence[int], num_features: int = 512, dropout: float = 0.0, fp16: bool = False):
+        super().__init__()
+        self.fp16 = fp16
+        self.conv1 = conv(3, 64, 3)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.prelu = nn.PReLU(64)
+        inputs = 64
+        for stage, (outputs, count) in enumerate(zip((64, 128, 256, 512), blocks), start=1):
+            layer = [IResNetBlock(inputs if i == 0 else outputs, outputs, 2 if i == 0 else 1) for i in range(count)]
+            setattr(self, f"layer{stage}", nn.Sequential(*layer))
+            inputs = outputs
+        self.bn2 = nn.BatchNorm2d(512)
+        self.dropout = nn.Dropout(dropout, inplace=True)
+        self.fc = nn.Linear(512 * 7 * 7, num_features)
+        self.features = nn.BatchNorm1d(num_features)
+        self.features.weight.requires_grad = False  # embeddings are normalised, so their scale means nothing
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0, 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=self.fp16):
+            x = self.prelu(self.bn1(self.conv1(x)))  # (B, 64, 112, 112)
+            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 512, 7, 7)
+            x = self.dropout(self.bn2(x).flatten(1))
+        return self.features(self.fc(x.float()))

@@ -1,0 +1,1 @@
+"""Synthetic faces: a labelled dataset without a download."""

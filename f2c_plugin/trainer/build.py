@@ -1,0 +1,114 @@
+"""What a training is made of, from a config: nets, head, optimizer, learning rate, loader, verification sets."""
+
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed, nn
+
+from f2c_plugin.build import CombinedMargin, margin_from
+from f2c_plugin.config import Config
+from f2c_plugin.data.from_config import record_loader
+from f2c_plugin.data.loader import DualLoader
+from f2c_plugin.errors import ConfigError, VerificationSetError
+from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.trainer.full_fc import FullFC
+from f2c_plugin.utils.registry import HEADS, SAMPLERS, load_plugin
+
+HeadFactory = Callable[[Any, nn.Module, CombinedMargin], nn.Module]
+
+
+def softmax(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> nn.Module:
+    """Head factory of the full FC layer."""
+    head = FullFC(cfg["embedding_size"], cfg["num_classes"], margin_from(margin_loss))
+    return wrap(head.to(next(backbone.parameters()).device))
+
+
+BUILT_IN_HEADS: dict[str, HeadFactory] = {"softmax": softmax}
+
+
+def head_factory(name: str | None) -> HeadFactory:
+    """The factory of the head that ``config.head`` names.
+
+    Raises:
+        ConfigError: none is named.
+        UnknownPlugin: there is no such head.
+    """
+    if name is None:
+        raise ConfigError("head is not set, and the built-in trainer has no Partial FC: set head='f2c_dcp', or 'softmax' "
+                          "for the full FC layer")
+    return BUILT_IN_HEADS[name] if name in BUILT_IN_HEADS else load_plugin(HEADS, name)
+
+
+def build_loader(cfg: Config, factory: HeadFactory, local_rank: int) -> DualLoader:
+    """The loader that ``config.sampler`` names, or the head's, or one that serves every image once a pass."""
+    sampler = cfg["sampler"] or getattr(factory, "sampler", None)
+    if sampler:
+        return load_plugin(SAMPLERS, sampler)(cfg, local_rank)
+    return record_loader(cfg, local_rank, identity_rate=0.0)
+
+
+def verification_sets(cfg: Config) -> dict[str, VerificationSet]:
+    """The sets that ``config.val_targets`` names, by name.
+
+    Raises:
+        ConfigError: lists those that cannot be read; or there is none to choose a net by.
+    """
+    if cfg.get("f2c_export") == "best" and not cfg["val_targets"]:
+        raise ConfigError("f2c_export='best', but val_targets is empty: name a verification set to choose by")
+    sets: dict[str, VerificationSet] = {}
+    wrong: list[str] = []
+    for name in cfg["val_targets"]:
+        try:
+            sets[name] = VerificationSet(Path(cfg["rec"]) / f"{name}.bin")
+        except VerificationSetError as error:
+            wrong.append(f"val_targets names {name!r}: {error}")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return sets
+
+
+def wrap(module: nn.Module) -> nn.Module:
+    """The module in DDP, where there are several ranks."""
+    if distributed.get_world_size() == 1:
+        return module
+    device = next(module.parameters()).device
+    return nn.parallel.DistributedDataParallel(module, [device.index] if device.type == "cuda" else None,
+                                               broadcast_buffers=False)
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def margin_loss(cfg: Config) -> CombinedMargin:
+    """The attributes of arcface_torch's CombinedMarginLoss that head factories read."""
+    m1, m2, m3 = cfg["margin_list"]
+    return SimpleNamespace(s=cfg["scale"], m1=m1, m2=m2, m3=m3,
+                           interclass_filtering_threshold=cfg["interclass_filtering_threshold"])
+
+
+def build_optimizer(cfg: Config, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    """The optimizer that ``config.optimizer`` names.
+
+    Raises:
+        ConfigError: there is no such optimizer.
+    """
+    if cfg["optimizer"] == "sgd":
+        return torch.optim.SGD(parameters, cfg["lr"], cfg["momentum"], weight_decay=cfg["weight_decay"])
+    if cfg["optimizer"] == "adamw":
+        return torch.optim.AdamW(parameters, cfg["lr"], weight_decay=cfg["weight_decay"])
+    raise ConfigError(f"optimizer={cfg['optimizer']!r}: must be 'sgd' or 'adamw'")
+
+
+def learning_rate(cfg: Config, step: int, total_steps: int) -> float:
+    """arcface_torch's schedule: the learning rate of a batch, counted from 0: linear warm-up, then linear to 0."""
+    warmup = total_steps // cfg["num_epoch"] * cfg["warmup_epoch"]
+    share = (step + 1) / warmup if step < warmup else (total_steps - step) / max(total_steps - warmup, 1)
+    return cfg["lr"] * share

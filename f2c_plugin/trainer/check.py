@@ -1,0 +1,52 @@
+"""Finds everything that is wrong with a config before the training starts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from easydict import EasyDict
+
+from f2c_plugin.build import margin_from
+from f2c_plugin.config import DEFAULTS, bad_keys, problems
+from f2c_plugin.data.from_config import open_pack, steps_per_epoch
+from f2c_plugin.errors import ConfigError, F2CError
+from f2c_plugin.models import get_model
+from f2c_plugin.trainer.build import build_optimizer, head_factory, margin_loss, verification_sets
+from f2c_plugin.utils.registry import SAMPLERS, load_plugin
+
+
+def check(cfg: EasyDict, world_size: int = 1) -> None:
+    """Try everything that the training is going to need, except the other ranks.
+
+    Args:
+        cfg: a config as ``load_config`` returns it.
+        world_size: number of ranks there will be.
+    Raises:
+        ConfigError: with a line for everything that is wrong: the key or file, the value found, the remedy.
+    """
+    found, bad = problems(cfg, world_size), bad_keys(cfg)
+    # Defaults in place of bad values, so that each key is judged by itself.
+    rest = EasyDict(cfg | {key: DEFAULTS[key] for key in bad.keys() & DEFAULTS.keys()})
+    attempts: list[tuple[list[str], Callable[[], Any]]] = [
+        (["head"], lambda: head_factory(cfg.head)),
+        (["sampler"], lambda: cfg.sampler and load_plugin(SAMPLERS, cfg.sampler)),
+        (["network"], lambda: _on_meta(rest.network, rest.embedding_size)),
+        (["margin_list"], lambda: margin_from(margin_loss(rest))),
+        (["optimizer"], lambda: build_optimizer(rest, [torch.zeros(1)])),
+        (["num_image", "batch_size"], lambda: steps_per_epoch(cfg, world_size)),
+        (["rec", "num_classes", "num_image"], lambda: open_pack(cfg)),
+        (["rec", "val_targets"], lambda: verification_sets(cfg)),
+    ]
+    for keys, attempt in attempts:
+        if bad.keys().isdisjoint(keys):
+            try:
+                attempt()
+            except (F2CError, OSError) as error:
+                found += str(error).splitlines()
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _on_meta(network: str, embedding_size: int) -> None:
+    with torch.device("meta"):
+        get_model(network, embedding_size)

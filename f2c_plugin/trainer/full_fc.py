@@ -1,0 +1,33 @@
+"""The full FC layer with the same margin: the baseline of the built-in trainer."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from f2c_plugin.method.margin import Margin
+
+
+class FullFC(nn.Module):
+    """Margin softmax over a weight vector for every identity, scale and margin in full from the first step.
+
+    Args:
+        embedding_size: D.
+        num_classes: N.
+        margin: scale and margin.
+    """
+
+    def __init__(self, embedding_size: int, num_classes: int, margin: Margin):
+        super().__init__()
+        self.weight = nn.Parameter(torch.normal(0, 0.01, (num_classes, embedding_size)))
+        self.margin = margin
+
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
+        """Scalar loss of embeddings (B, D) with labels int64 (B,)."""
+        cosine = normalize(local_embeddings) @ normalize(self.weight).T  # (B, D) @ (D, N) -> (B, N)
+        return margin_softmax(cosine, local_labels, self.margin)
+
+
+def margin_softmax(cosine: Tensor, labels: Tensor, margin: Margin) -> Tensor:
+    """Mean cross-entropy of s · cosines (B, K) with the margin on the labelled columns, scalar."""
+    target = margin.target(cosine.gather(1, labels[:, None]))  # (B, 1)
+    return cross_entropy(margin.scale * margin.filtered(cosine).scatter(1, labels[:, None], target), labels)

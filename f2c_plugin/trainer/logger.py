@@ -1,0 +1,118 @@
+"""The log of a training: progress bar, training.log, TensorBoard and history.jsonl."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from easydict import EasyDict
+from torch import Tensor, distributed, nn
+from tqdm import tqdm
+
+from f2c_plugin.evaluation.model_selection import PREFIX, Results, verify
+from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.trainer.checkpoint import checkpoints_in
+from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.utils.tensorboard import tensorboard_writer
+
+log = logging.getLogger(__name__)
+
+
+class TrainingLog:
+    """What rank 0 writes during a training.
+
+    Args:
+        cfg: the config.
+        total_steps: of the training.
+        step: that it resumes from, or 0.
+    """
+
+    def __init__(self, cfg: EasyDict, total_steps: int, step: int):
+        self.cfg = cfg
+        self.images_per_step = cfg.batch_size * distributed.get_world_size()
+        self.folder = Path(cfg.output)
+        self._keep_history(step * self.images_per_step)
+        self.history = open(self.folder / "history.jsonl", "a")
+        if not step:  # a run's scalars do not mix with those of the run it replaces
+            for events in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
+                events.unlink()
+        self.writer = tensorboard_writer(self.folder / "tensorboard", step)
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, file=sys.stdout)
+        self._start_interval(step)
+
+    def _keep_history(self, images: int) -> None:
+        """Keep the entries up to ``images``; later ones will be written again."""
+        file = self.folder / "history.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if images and file.is_file() else []
+        with written_whole(file) as new:
+            for line in lines:
+                if line.endswith("\n") and json.loads(line)["images"] <= images:
+                    new.write(line.encode())
+
+    def _start_interval(self, step: int) -> None:
+        self.losses: list[Tensor] = []
+        self.first_step, self.start = step, time.perf_counter()
+
+    def update(self, step: int, loss: Tensor, learning_rate: float, head: nn.Module) -> None:
+        """Take note of a step; every ``config.frequent`` steps log it."""
+        self.losses.append(loss)
+        self.bar.update()
+        if step % self.cfg.frequent:
+            return
+        seconds = time.perf_counter() - self.start
+        scalars = {"loss": torch.stack(self.losses).mean().item(), "learning_rate": learning_rate,
+                   "images_per_second": (step - self.first_step) * self.images_per_step / seconds}
+        if not np.isfinite(scalars["loss"]):
+            log.warning("the loss is %s at step %d: try a smaller lr or fp16=False", scalars["loss"], step)
+        monitor = getattr(head, "monitor", None)
+        self._record(step, scalars, monitor.scalars if monitor else {})
+        self.bar.set_postfix(loss=f"{scalars['loss']:.3f}")
+        log.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
+        self._start_interval(step)
+
+    def verify(self, step: int, nets: Mapping[str, nn.Module], sets: Mapping[str, VerificationSet]) -> Results:
+        """Verify every net on every set, and log it."""
+        begin = time.perf_counter()
+        results = verify(nets, sets, step, self.folder)
+        for name in sets:
+            scalars: dict[str, float] = {}
+            for which, of_net in results.items():
+                scalars |= {f"{name}/{PREFIX[which]}accuracy": of_net[name].accuracy,
+                            f"{name}/{PREFIX[which]}tar_at_far_1e-3": of_net[name].tar_at_far(1e-3)}
+            self._record(step, scalars)
+        self.start += time.perf_counter() - begin  # verification is not training
+        return results
+
+    def _record(self, step: int, scalars: Mapping[str, float], of_monitor: Mapping[str, float] | None = None) -> None:
+        """Into the history; and into TensorBoard, unless the monitor has written it there itself."""
+        finite = {name: value for name, value in {**scalars, **(of_monitor or {})}.items() if np.isfinite(value)}
+        self.history.write(json.dumps({"step": step, "images": step * self.images_per_step, **finite}) + "\n")
+        self.history.flush()
+        if self.writer:
+            for name in scalars.keys() & finite.keys():
+                self.writer.add_scalar(name, finite[name], step)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.history.close()
+        if self.writer:
+            self.writer.close()
+
+
+class _TqdmHandler(logging.Handler):
+    """Writes log lines above the progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def init_logging(folder: Path, resume: bool | str) -> None:
+    """Log to the terminal and to ``training.log`` in ``folder``, which is continued if a training may go on there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mode = "a" if resume or checkpoints_in(folder) else "w"
+    handlers: list[logging.Handler] = [_TqdmHandler(), logging.FileHandler(folder / "training.log", mode)]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers, force=True)

@@ -1,0 +1,209 @@
+"""The training: a state, a step, a loop."""
+
+import json
+import logging
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from easydict import EasyDict
+from torch import Tensor, distributed, nn
+
+from f2c_plugin.config import F2CConfig
+from f2c_plugin.data.dataset import normalize_faces
+from f2c_plugin.data.from_config import steps_per_epoch, training_device
+from f2c_plugin.data.loader import DualLoader
+from f2c_plugin.evaluation.model_selection import Results, select_net
+from f2c_plugin.evaluation.onnx_export import export_onnx, onnx_cosine, require_same_embedding
+from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.models import get_model
+from f2c_plugin.trainer.bad_steps import BadSteps
+from f2c_plugin.trainer.build import (build_loader, build_optimizer, head_factory, learning_rate, margin_loss, seed_everything,
+                                      verification_sets, wrap)
+from f2c_plugin.trainer.checkpoint import Checkpoints, save_due
+from f2c_plugin.trainer.logger import TrainingLog
+from f2c_plugin.trainer.signals import Request, Stopped, listening
+from f2c_plugin.utils.atomic import written_whole
+
+log = logging.getLogger(__name__)
+
+MAX_GRADIENT_NORM = 5  # arcface_torch's
+
+
+@dataclass
+class TrainState:
+    """Everything that a training step works on.
+
+    Attributes:
+        backbone: the probe net, in DDP where there are several ranks.
+        net: the probe net itself.
+        head: from (embeddings, labels) to the loss.
+        step: batches done.
+        total_steps: of the whole training.
+    """
+
+    cfg: EasyDict
+    backbone: nn.Module
+    net: nn.Module
+    head: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    bad_steps: BadSteps
+    total_steps: int
+    step: int = 0
+
+    @property
+    def nets(self) -> dict[str, nn.Module]:
+        """The nets to verify, by name."""
+        gallery = getattr(self.head, "gallery", None)
+        return {"probe": self.net} | ({"gallery": gallery} if gallery is not None else {})
+
+    @property
+    def between_optimizer_steps(self) -> bool:
+        """Whether gradients of the batches so far are yet to be applied: a checkpoint would lose them."""
+        return self.step % self.cfg.gradient_acc != 0 and self.step != self.total_steps
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds the state of."""
+        return dict(backbone=self.net, head=getattr(self.head, "module", self.head), optimizer=self.optimizer,
+                    scaler=self.scaler)
+
+
+def build_state(cfg: EasyDict, device: torch.device, total_steps: int) -> TrainState:
+    """Nets, head and optimizer at the beginning of a training."""
+    net = get_model(cfg.network, cfg.embedding_size, fp16=cfg.fp16).to(device)
+    backbone = wrap(net).train()
+    head = head_factory(cfg.head)(cfg, backbone, margin_loss(cfg)).train()
+    optimizer = build_optimizer(cfg, [{"params": backbone.parameters()}, {"params": head.parameters()}])
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.fp16, growth_interval=100)
+    nets = [net] + ([head.gallery] if hasattr(head, "gallery") else [])
+    bad_steps = BadSteps(cfg.get("f2c_max_bad_steps", F2CConfig.max_bad_steps), nets)
+    return TrainState(cfg, backbone, net, head, optimizer, scaler, bad_steps, total_steps)
+
+
+def train_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
+    """One batch: forward, backward and, every ``gradient_acc`` batches, a step of the optimizer. Returns the loss."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.cfg, state.step, state.total_steps)
+    state.step += 1
+    loss = state.head(state.backbone(images), labels)
+    state.scaler.scale(loss).backward()
+    if state.step % state.cfg.gradient_acc == 0:
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(state.backbone.parameters(), MAX_GRADIENT_NORM)
+        bad = state.bad_steps.update(state.step, norm)
+        if state.cfg.fp16 or not bad:  # a scaler needs to see bad steps, and skips them itself
+            state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad()
+    return loss.detach()
+
+
+def train(cfg: EasyDict) -> dict[str, Any]:
+    """Run one training and return the report that also goes to ``report.json``; {} on ranks other than 0.
+
+    Every rank calls this, with the process group set up; see ``process_group``.
+
+    Args:
+        cfg: a config as ``load_config`` returns it.
+    Raises:
+        F2CError: the config, the data or the checkpoints are wrong, or the training diverged.
+        Stopped: a signal has ended it.
+    """
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    seed_everything(cfg.seed)
+    loader = build_loader(cfg, head_factory(cfg.head), local_rank)
+    sets = verification_sets(cfg)
+    num_steps = steps_per_epoch(cfg, world_size)
+    state = build_state(cfg, training_device(local_rank), num_steps * cfg.num_epoch)
+
+    checkpoints = Checkpoints(cfg, state.parts(), loader.sampler)
+    state.step, seconds = checkpoints.begin()
+    if cfg.save_all_states or cfg.get("f2c_save_every"):
+        checkpoints.require_room()
+    for key, value in cfg.items():
+        log.info(": %-24s %s", key, value)  # as arcface_torch does, for whoever reads its log
+
+    training_log = TrainingLog(cfg, state.total_steps, state.step) if rank == 0 else None
+    seconds = _run(state, loader, num_steps, sets, checkpoints, training_log, time.perf_counter() - seconds)
+    if training_log is None:
+        return {}
+    results = training_log.verify(state.step, state.nets, sets)
+    training_log.close()
+    return _finish(state, results, state.step * cfg.batch_size * world_size, seconds, sets)
+
+
+def _run(state: TrainState, loader: DualLoader, num_steps: int, sets: dict[str, VerificationSet], checkpoints: Checkpoints,
+         training_log: TrainingLog | None, begin: float) -> float:
+    """All epochs, from ``state.step`` on. Returns the seconds since ``begin``."""
+    cfg = state.cfg
+    save_is_due = False
+    with listening() as requests:
+        for epoch in range(state.step // num_steps, cfg.num_epoch):
+            loader.sampler.set_epoch(epoch, state.step % num_steps)
+            for images, labels in loader:
+                loss = train_step(state, images, labels)
+                if training_log:
+                    training_log.update(state.step, loss, state.optimizer.param_groups[0]["lr"], state.head)
+                    if state.step % cfg.verbose == 0 and state.step < state.total_steps:
+                        training_log.verify(state.step, state.nets, sets)
+                request = requests.agreed()
+                save_is_due |= save_due(cfg, state.step, num_steps, state.total_steps)
+                if state.between_optimizer_steps or state.bad_steps.in_a_row:
+                    continue  # what is due waits
+                if request or save_is_due:
+                    checkpoints.save(state.step, time.perf_counter() - begin)
+                    save_is_due = False
+                    requests.done()
+                if request is Request.SAVE_AND_STOP:
+                    raise Stopped(f"stopped by a signal after step {state.step}, which is saved: resume=True goes on from there")
+            if training_log:
+                save_net(state.net, Path(cfg.output) / "model.pt")
+    return time.perf_counter() - begin
+
+
+def _finish(state: TrainState, results: Results, images_seen: int, seconds: float,
+            sets: dict[str, VerificationSet]) -> dict[str, Any]:
+    """Write model.pt and model.onnx of the selected net, and report.json."""
+    cfg, folder = state.cfg, Path(state.cfg.output)
+    nets = state.nets
+    which = select_net(cfg.get("f2c_export", "probe"), results) if "gallery" in nets else "probe"
+    net = nets["gallery"].net if which == "gallery" else nets["probe"]
+    save_net(net, folder / "model.pt")
+    exported = get_model(cfg.network, cfg.embedding_size)  # in float32, and without hooks
+    exported.load_state_dict(net.state_dict())
+    export_onnx(exported, folder / "model.onnx")
+    summaries = {name: result.summary() for name, result in results[which].items()}
+    report: dict[str, Any] = {"head": cfg.head, "network": cfg.network, "exported": which,
+                              "images_seen": images_seen, "seconds": round(seconds, 1),
+                              "peak_mb": round(_peak_memory() / 2**20),
+                              "verification": next(iter(summaries.values()), None), "verification_sets": summaries}
+    cosine = None
+    for verification_set in list(sets.values())[:1]:
+        cosine = onnx_cosine(exported, folder / "model.onnx", normalize_faces(verification_set.faces(64)))
+        report["onnx_cosine"] = cosine if cosine is None or np.isfinite(cosine) else "not a number"
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    log.info("model.pt, model.onnx and report.json are in %s", folder)
+    require_same_embedding(cosine, folder / "model.onnx")
+    return report
+
+
+def save_net(net: nn.Module, path: Path) -> None:
+    """Write the parameters of a net, as arcface_torch's model.pt holds them."""
+    with written_whole(path) as file:
+        torch.save(net.state_dict(), file)
+
+
+def _peak_memory() -> int:
+    """Peak bytes of this rank: on its GPU, or of the process without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,58 @@
+"""The process group of the ranks that torchrun has started, once or again."""
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import distributed
+
+_POLL_SECONDS = 0.1
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the ranks that torchrun started, or make a group of this process alone."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        store, rank, world_size = next(distributed.rendezvous("env://"))
+        distributed.init_process_group(backend, store=rendezvous(store, rank, world_size), rank=rank, world_size=world_size)
+    else:
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def rendezvous(store: distributed.Store, rank: int, world_size: int) -> distributed.Store:
+    """A part of ``store`` that nobody has written to yet, the same for all ranks of one start.
+
+    torchrun keeps its store over restarts, and with it the addresses of dead processes: a rank that
+    finds one there waits for it until the group's timeout (seen with torch 2.13). The number of the
+    restart cannot tell starts apart, because it differs between two nodes. So rank 0 announces a
+    rendezvous under a new name; the other ranks register under that name, and trust it once rank 0
+    has listed them as present. A rendezvous of an earlier start does not list them.
+
+    Raises:
+        TimeoutError: the ranks have not met within the store's timeout.
+    """
+    me = uuid.uuid4().hex
+    if rank == 0:
+        store.set("f2c/rendezvous", me)
+        others = [store.get(f"f2c/{me}/{other}").decode() for other in range(1, world_size)]  # waits for each
+        store.set(f"f2c/{me}/present", ",".join(others))
+        return distributed.PrefixStore(f"f2c/{me}", store)
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while time.monotonic() < deadline:
+        name = store.get("f2c/rendezvous").decode()
+        store.set(f"f2c/{name}/{rank}", me)
+        present = f"f2c/{name}/present"
+        if store.check([present]) and me in store.get(present).decode():
+            return distributed.PrefixStore(f"f2c/{name}", store)
+        time.sleep(_POLL_SECONDS)
+    raise TimeoutError(f"rank {rank} has not met rank 0 in {store.timeout}: is it running and reachable?")

@@ -1,0 +1,73 @@
+"""Working with any backbone: its embeddings, the images it is called with, and whether it can be copied."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from f2c_plugin.errors import ConfigError, InputError
+
+
+def unwrapped(backbone: nn.Module) -> nn.Module:
+    """The net itself, without DDP around it.
+
+    Raises:
+        ConfigError: a copy of the net would run the original.
+    """
+    net = cast(nn.Module, backbone.module) if isinstance(backbone, nn.parallel.DistributedDataParallel) else backbone
+    if "forward" in vars(net):
+        raise ConfigError("the backbone's forward method has been replaced (accelerate's prepare does that), so its copy, the "
+                          "gallery net, would run the original: build the head before the backbone is prepared")
+    return net
+
+
+def embeddings_in(output: object) -> Tensor:
+    """The embeddings (B, D) in a backbone's output: the output itself, or the first entry of a tuple.
+
+    Raises:
+        InputError: there are none.
+    """
+    if isinstance(output, (tuple, list)) and output:
+        output = cast(object, output[0])
+    if isinstance(output, Tensor) and output.dim() == 2:
+        return output
+    found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    keys = f" with {', '.join(map(str, cast(Mapping[Any, Any], output)))}" if isinstance(output, Mapping) else ""
+    raise InputError(f"the backbone returns {found}{keys}: F²C needs embeddings (B, D), or a tuple that begins with them; "
+                     "wrap the backbone in a module that returns them")
+
+
+class ImageHook:
+    """Hands the images of every training batch from a backbone's forward pass to ``take``.
+
+    Silent in eval mode. The backbone goes on with the images that ``take`` returns.
+
+    Args:
+        backbone: called with one tensor of images, by position or by keyword, whatever else it takes.
+        take: from images (B, …) to the images that the backbone is to see.
+    Raises:
+        ConfigError: the backbone already has such a hook.
+    """
+
+    def __init__(self, backbone: nn.Module, take: Callable[[Tensor], Tensor]):
+        hooks = cast(dict[int, Any], backbone._forward_pre_hooks)  # type: ignore[reportPrivateUsage]
+        if any(isinstance(getattr(hook, "__self__", None), ImageHook) for hook in hooks.values()):
+            raise ConfigError("this backbone already has an F²C head with a hook, which would embed every batch, too: call that "
+                              "head's remove_hook() first, or build both with hook=False")
+        self._take = take
+        self._handle = backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def remove(self):
+        self._handle.remove()
+
+    def _before_forward(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        if not backbone.training:
+            return None
+        tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim() >= 2]
+        if len(tensors) != 1:
+            raise InputError(f"the backbone is called with {len(tensors)} tensors that could be the images: build the head with "
+                             "hook=False and pass it the images, head(embeddings, labels, images=images)")
+        images = tensors[0]
+        seen = self._take(images)
+        return (tuple(seen if each is images else each for each in args),
+                {name: seen if each is images else each for name, each in kwargs.items()})

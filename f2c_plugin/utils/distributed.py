@@ -1,0 +1,49 @@
+"""Collectives and sharding. With one rank, or without a process group, all of it is free."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+
+def this_rank() -> tuple[int, int]:
+    """(rank, number of ranks)."""
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def gather(local: Tensor) -> Tensor:
+    """The tensors (n, …) of all ranks in rank order, (W, n, …)."""
+    _, world_size = this_rank()
+    if world_size == 1:
+        return local[None]
+    parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(world_size)]
+    distributed.all_gather(parts, local.contiguous())
+    return torch.stack(parts)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's share of items that are split evenly over ``world_size`` ranks."""
+
+    rank: int
+    world_size: int
+
+    def range_of(self, size: int) -> tuple[int, int]:
+        """(first, one past the last) of this rank's part of ``size`` items."""
+        return self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size
+
+    def gather(self, local: Tensor) -> Tensor:
+        """The tensors (n, …) of all ranks that share, (W, n, …)."""
+        return gather(local) if self.world_size > 1 else local[None]
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum over the ranks that share."""
+        if self.world_size > 1:
+            partial = partial.contiguous()
+            distributed.all_reduce(partial)
+        return partial
+
+
+WHOLE = Shard(0, 1)

@@ -1,0 +1,109 @@
+"""A table of vectors whose places are split over the ranks, or held as a whole by each of them."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.functional import normalize
+
+from f2c_plugin.utils.distributed import Shard, WHOLE
+from f2c_plugin.utils.tensors import at_least_float32
+
+_BLOCK = 1 << 10  # places whose first random rows come from one generator
+
+
+class ShardedRows(nn.Module):
+    """R rows of D numbers for each of K places; a rank holds those of its share of the places.
+
+    A ``state_dict`` holds the rows of all ranks, so it loads on any number of ranks.
+
+    Args:
+        num_rows, num_places, size: R, K, D.
+        seed: of the random unit vectors to begin with. They do not depend on the number of ranks.
+        dtype: of the rows.
+        shard: the places that this rank holds.
+
+    Attributes:
+        rows: (R, K', D); K' is K unless sharded.
+    """
+
+    rows: Tensor
+
+    def __init__(self, num_rows: int, num_places: int, size: int, seed: int = 0, dtype: torch.dtype = torch.float32,
+                 shard: Shard = WHOLE):
+        super().__init__()
+        self.shard = shard
+        self.num_places = num_places
+        self.first, self.end = shard.range_of(num_places)
+        self.register_buffer("rows", self._random_rows(num_rows, size, seed, dtype))
+
+    def _random_rows(self, num_rows: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
+        """Drawn in blocks, so that a rank draws little more than its own."""
+        rows = torch.empty(num_rows, self.end - self.first, size, dtype=dtype)
+        for block in range(self.first // _BLOCK, -(-self.end // _BLOCK)):
+            # Mixed by NumPy: torch's CPU generator takes only 32 bits of its seed.
+            mixed = int(np.random.SeedSequence([seed, block]).generate_state(1)[0])
+            generator = torch.Generator().manual_seed(mixed)
+            drawn = normalize(torch.randn(num_rows, _BLOCK, size, generator=generator), dim=2)
+            start, end = max(block * _BLOCK, self.first), min((block + 1) * _BLOCK, self.end)
+            rows[:, start - self.first:end - self.first] = drawn[:, start - block * _BLOCK:end - block * _BLOCK]
+        return rows
+
+    def rows_at(self, places: Tensor, count: int | None = None) -> Tensor:
+        """A copy of the first ``count`` rows of places (A,), (count, A, D), at least float32.
+
+        Negative places give rows that mean nothing. If the table is sharded, all ranks call this
+        together with the same places.
+        """
+        index, own = self._local(places)
+        rows = at_least_float32(self.rows[:count, index])
+        if self.shard.world_size > 1:
+            rows = self.shard.sum(torch.where(own[:, None], rows, 0))
+        return rows
+
+    def own_entries(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For writes of B entries to places (B,): which entries this rank writes, without a shape that depends on it.
+
+        Returns:
+            entry: int64 (B,) those of places that this rank holds; in place of others, its first again.
+            index: int64 (B,) into the second dimension of ``rows``, where each goes.
+            any_own: bool () whether there is one at all. If not, what is at ``index`` must stay.
+        """
+        index, own = self._local(places)
+        entry = torch.where(own, torch.arange(len(own), device=own.device), own.to(torch.uint8).argmax())
+        return entry, index[entry], own.any()
+
+    def _local(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Index into ``rows`` of places (A,), and whether this rank holds them; the index of others means nothing."""
+        own = (places >= self.first) & (places < self.end)
+        return (places - self.first).clamp(0, self.end - self.first - 1), own
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shard.world_size > 1:
+            destination[prefix + "rows"] = self._rows_of_all_ranks()
+
+    def _rows_of_all_ranks(self) -> Tensor:
+        """(R, K, D) in main memory."""
+        num_rows, _, size = self.rows.shape
+        whole = torch.empty(num_rows, self.num_places, size, dtype=self.rows.dtype)
+        for rank in range(self.shard.world_size):
+            start, end = Shard(rank, self.shard.world_size).range_of(self.num_places)
+            part = self.rows.clone() if rank == self.shard.rank else self.rows.new_empty(num_rows, end - start, size)
+            distributed.broadcast(part, rank)
+            whole[:, start:end] = part.cpu()
+        return whole
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any):
+        error_messages: list[str] = rest[-1]
+        rows = state_dict.get(prefix + "rows")
+        if rows is not None:
+            if rows.dim() != 3 or rows.size(1) != self.num_places:
+                error_messages.append(f"{prefix}rows: size mismatch, {tuple(rows.shape)} for a pool of {self.num_places} slots")
+                return  # and leave what is there as it is
+            if not rows.isfinite().all():  # looks at all rows, so that all ranks refuse what one has to
+                error_messages.append(f"{prefix}rows: the pool is damaged; it does not hold that rows are finite")
+                return
+            state_dict = {**state_dict, prefix + "rows": rows[:, self.first:self.end]}
+        super()._load_from_state_dict(state_dict, prefix, *rest)

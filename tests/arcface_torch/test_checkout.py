@@ -1,0 +1,301 @@
+"""The real arcface_torch, patched, run under torchrun on CPU over gloo.
+
+Needs a checkout: ARCFACE_TORCH, or `f2c-plugin fetch-host`.
+"""
+
+import filecmp
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from f2c_plugin.models import get_model
+from f2c_plugin.cli import main as cli
+from f2c_plugin.arcface_torch import patching
+from f2c_plugin.tools.report import Run
+from f2c_plugin.synthetic.dataset import write_dataset
+from tests.trainer.test_checkpoint import equal
+
+pytestmark = pytest.mark.host
+
+# (identities, images of each): few people, so that the published recipe learns within 40 steps.
+FEW, MORE = (8, 40), (40, 8)
+
+
+@pytest.fixture(scope="session")
+def checkout():
+    """The unpatched host."""
+    if not os.environ.get("ARCFACE_TORCH") and not patching.clone_folder().is_dir():
+        pytest.skip("NOT RUN IN THE REAL HOST: set ARCFACE_TORCH to an arcface_torch checkout or run "
+                    "`f2c-plugin fetch-host`")
+    return patching.known_host()
+
+
+@pytest.fixture(scope="session")
+def packs(tmp_path_factory):
+    """Folders of packs by size."""
+    folders = {size: tmp_path_factory.mktemp("pack") for size in (FEW, MORE)}
+    for (identities, images), folder in folders.items():
+        write_dataset(folder, identities, images, num_pairs=40, seed=3)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def patched(checkout, tmp_path_factory):
+    """A copy of the host with the plugin installed by the command."""
+    copy = tmp_path_factory.mktemp("host") / "arcface_torch"
+    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns("__pycache__", ".git"))
+    cli(["install", str(copy)])
+    return copy
+
+
+def write_config(host, name, packs, size, **keys):
+    """A config of the host: base.py's defaults, the pack of that size, and ``keys``."""
+    identities, images = size
+    lines = ["from easydict import EasyDict as edict", "config = edict()"]
+    keys = dict(network="mbf", output=f"work_dirs/{name}", embedding_size=64, batch_size=8, lr=0.05, num_workers=1,
+                rec=str(packs[size]), num_classes=identities, num_image=identities * images, num_epoch=2, warmup_epoch=0,
+                val_targets=["synth"], verbose=15, frequent=2, save_all_states=True,
+                margin_list=(1.0, 0.0, 0.4)) | keys
+    lines += [f"config.{key} = {value!r}" for key, value in keys.items()]
+    (host / "configs" / f"{name}.py").write_text("\n".join(lines) + "\n")
+
+
+def run(host, name, ranks=2):
+    """The host's own command; returns what it logged."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_v2.py",
+               f"configs/{name}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=host, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return (host / "work_dirs" / name / "training.log").read_text()
+
+
+def losses(log):
+    return [float(value) for value in re.findall(r"Loss (\S+)", log)]
+
+
+def assert_trained(log, host, name, ranks=2):
+    values = losses(log)
+    assert len(values) >= 10 and all(map(math.isfinite, values))
+    # What tells that it learns in so few steps: for F²C, whether probes near their slots, by the head's own lines.
+    values = [-float(value) for value in re.findall(r"positive cosine (-?\d\.\d+)", log)] or values
+    third = len(values) // 3
+    assert sum(values[-third:]) < sum(values[:third])
+    assert re.search(r"\[synth\]\[\d+\]Accuracy-Flip: 0\.\d+", log)
+    return [torch.load(host / "work_dirs" / name / f"checkpoint_gpu_{rank}.pt") for rank in range(ranks)]
+
+
+def test_f2c_trains_verifies_saves_and_resumes_with_the_pool_as_it_was(patched, packs):
+    # As published: under the ramp the loss grows because its scale does.
+    keys = dict(head="f2c_dcp", f2c_pool_rate=1.0, f2c_recipe="paper", f2c_momentum=0.9)
+    write_config(patched, "f2c", packs, FEW, **keys, f2c_export="best")
+    log = run(patched, "f2c")
+    assert re.search(r"model.pt is the (probe|gallery) net", log)
+    assert len(re.findall(r"F²C step \d+: pool fill \d\.\d+  found", log)) == 20  # of rank 0, every config.frequent steps
+    rank_0, rank_1 = assert_trained(log, patched, "f2c")
+    of_host = Run.read(patched / "work_dirs" / "f2c")
+    assert len(of_host.series("loss")) >= 10 and len(of_host.series("f2c/positive_cosine")) == 20
+    assert [len(of_host.series(f"synth/{which}accuracy")) for which in ("", "gallery_")] == [3, 3]  # at steps 15, 30 and 40
+    assert of_host.scores.keys() == {"synth", "gallery_synth"}
+    assert of_host.config["f2c_recipe"] == "paper"
+    assert of_host.history[-1]["images"] == 40 * 8 * 2
+    for name, value in rank_0["state_dict_softmax_fc"].items():
+        if name.startswith("pool."):
+            assert torch.equal(value, rank_1["state_dict_softmax_fc"][name]), name
+    assert rank_0["state_dict_softmax_fc"]["pool.slot_identity"].min() >= 0
+
+    write_config(patched, "f2c", packs, FEW, **keys, resume=True, num_epoch=3, f2c_export="gallery")
+    run(patched, "f2c")
+    output = patched / "work_dirs" / "f2c"
+    resumed = torch.load(output / "checkpoint_gpu_0.pt")
+    gallery = {name.removeprefix("gallery.net."): value for name, value in resumed["state_dict_softmax_fc"].items()
+               if name.startswith("gallery.net.")}
+    assert equal(dict(torch.load(output / "model.pt")), gallery)
+    assert not equal(gallery, dict(resumed["state_dict_backbone"]))
+    assert rank_0["global_step"] == 40 and resumed["global_step"] == 60
+    # The clock counts the writes of all ranks in the half-steps that stay: it went on from where it was.
+    before, after = (state["state_dict_softmax_fc"]["pool.clock"].item() for state in (rank_0, resumed))
+    assert before == 40 * 8 and after == 60 * 8
+    assert resumed["state_dict_softmax_fc"]["_extra_state"] == 60
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+def test_configs_without_a_head_train_partial_fc_as_before(patched, packs, sample_rate):
+    name = f"pfc_{int(10 * sample_rate)}"
+    write_config(patched, name, packs, MORE, sample_rate=sample_rate)
+    rank_0, rank_1 = assert_trained(run(patched, name), patched, name)
+    assert rank_0["state_dict_softmax_fc"]["weight"].shape == (MORE[0] // 2, 64)
+    assert not torch.equal(rank_0["state_dict_softmax_fc"]["weight"], rank_1["state_dict_softmax_fc"]["weight"])
+
+
+@pytest.mark.parametrize("keys", [dict(), dict(head="f2c_dcp", f2c_pool_rate=1.0)], ids=["Partial FC", "F²C"])
+def test_merged_checkpoints_resume_in_the_host_on_another_number_of_ranks(patched, packs, keys):
+    name = f"merged_{len(keys)}"
+    write_config(patched, name, packs, MORE, **keys, num_epoch=1, val_targets=[])
+    run(patched, name)
+    output = patched / "work_dirs" / name
+    output.rename(output.with_suffix(".of_2"))
+    cli(["checkpoint", "merge", str(output.with_suffix(".of_2")), str(output), "--ranks", "1"])
+    write_config(patched, name, packs, MORE, **keys, num_epoch=2, val_targets=[], resume=True)
+    log = run(patched, name, ranks=1)
+    saved = torch.load(output / "checkpoint_gpu_0.pt")
+    assert saved["epoch"] == 2 and saved["global_step"] == 2 * 40  # 20 an epoch with two ranks
+    assert saved["state_dict_softmax_fc"].get("_extra_state", 2 * 40) == 2 * 40
+    assert all(map(math.isfinite, losses(log)))
+
+
+def test_model_pt_loads_into_the_hosts_own_backbone_and_ours_into_the_hosts(patched, packs, tmp_path):
+    if not (patched / "work_dirs" / "f2c" / "model.pt").is_file():
+        write_config(patched, "f2c", packs, FEW, head="f2c_dcp", f2c_pool_rate=1.0, num_epoch=1)
+        run(patched, "f2c")
+    for name in "r18", "r50", "r100":
+        torch.save(get_model(name).state_dict(), tmp_path / f"{name}.pt")
+    script = f"""
+import torch
+from backbones import get_model
+net = get_model("mbf", num_features=64)
+net.load_state_dict(torch.load("work_dirs/f2c/model.pt"), strict=True)
+for name in "r18", "r50", "r100":
+    net = get_model(name, num_features=512, fp16=False)
+    net.load_state_dict(torch.load(r"{tmp_path}/" + name + ".pt"), strict=True)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        torch.save(net(torch.randn(4, 3, 112, 112)), r"{tmp_path}/" + name + "_embeddings.pt")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=patched, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in "r18", "r50", "r100":
+        net = get_model(name)  # in training mode: untrained, the running statistics of r100 overflow
+        net.load_state_dict(torch.load(tmp_path / f"{name}.pt"))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            torch.testing.assert_close(net(torch.randn(4, 3, 112, 112)),
+                                       torch.load(tmp_path / f"{name}_embeddings.pt"), rtol=1e-3, atol=1e-3)
+
+
+def test_an_unknown_head_names_those_there_are(patched, packs):
+    write_config(patched, "unknown", packs, FEW, head="f2c_dpc")
+    with pytest.raises(AssertionError, match=r"'f2c_dpc' is none of the installed arcface_torch.heads: f2c_dcp"):
+        run(patched, "unknown")
+
+
+def tree(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(Path(folder).rglob("*"))
+            if path.is_file() and "__pycache__" not in path.parts}
+
+
+@pytest.fixture
+def copy(checkout, tmp_path):
+    return Path(shutil.copytree(checkout, tmp_path / "arcface_torch", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def test_installing_twice_changes_nothing_and_reversing_restores_every_byte(copy, checkout):
+    cli(["install", str(copy), "--check"])
+    assert tree(copy) == tree(checkout)
+    cli(["install", str(copy)])
+    installed = tree(copy)
+    assert installed != tree(checkout)
+    cli(["install", str(copy)])
+    assert tree(copy) == installed
+    cli(["install", str(copy), "--reverse"])
+    assert tree(copy) == tree(checkout)
+    assert filecmp.cmp(copy / "train_v2.py", checkout / "train_v2.py", shallow=False)
+
+
+def test_a_checkout_with_the_first_patch_alone_gets_the_others(copy):
+    first = patching.patches()[0]
+    subprocess.run(["git", "apply", str(first)], cwd=copy, check=True,
+                   env={**os.environ, "GIT_CEILING_DIRECTORIES": str(copy.parent)})
+    assert patching.applied_patches(copy) == 1
+    cli(["install", str(copy)])
+    assert patching.applied_patches(copy) == len(patching.patches())
+
+
+def test_a_checkout_that_does_not_fit_is_left_untouched_with_file_and_line_named(copy):
+    text = (copy / "partial_fc_v2.py").read_text()
+    (copy / "partial_fc_v2.py").write_text(text.replace("torch.cuda.amp.autocast(self.fp16)", "nullcontext()"))
+    before = tree(copy)
+    with pytest.raises(SystemExit, match=r"0002-todays-stack.patch does not fit .*partial_fc_v2.py:\d+\. Nothing was changed"):
+        cli(["install", str(copy)])
+    assert tree(copy) == before
+
+
+def test_a_config_that_was_edited_stays_through_installing_and_reversing(copy, capsys):
+    cli(["install", str(copy)])
+    config = copy / "configs" / "ms1mv3_r50_f2c.py"
+    config.write_text("mine")
+    cli(["doctor", "--checkout", str(copy)])
+    for command in ["install"], ["install", "--reverse"]:
+        cli([*command, str(copy)])
+        assert config.read_text() == "mine" and "ms1mv3_r50_f2c.py stays" in capsys.readouterr().out
+
+
+def test_reversing_a_patched_file_that_was_edited_is_refused_with_its_place(copy):
+    cli(["install", str(copy)])
+    text = (copy / "dataset.py").read_text()
+    (copy / "dataset.py").write_text(text.replace("pin_memory=torch.cuda.is_available()", "pin_memory=False"))
+    before = tree(copy)
+    for command in ["install"], ["install", "--reverse"]:
+        with pytest.raises(SystemExit, match=r"0003-without-a-gpu.patch does not fit .*dataset.py:\d+\. Nothing was changed"):
+            cli([*command, str(copy)])
+    assert tree(copy) == before
+
+
+def test_an_installation_that_is_interrupted_leaves_the_checkout_as_it_was(copy, monkeypatch):
+    before = tree(copy)
+    replaced = []
+
+    def replace(source, target, replace=os.replace):
+        if len(replaced) == 4:
+            raise KeyboardInterrupt
+        replaced.append(target)
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        cli(["install", str(copy)])
+    assert len(replaced) == 4 and tree(copy) == before
+
+
+@pytest.mark.parametrize("link", ["dataset.py", "configs"])
+def test_a_link_out_of_the_checkout_is_not_followed(copy, tmp_path, link):
+    outside = tmp_path / "outside"
+    (copy / link).rename(outside)
+    (copy / link).symlink_to(outside)
+    before, behind = tree(copy), tree(outside) if outside.is_dir() else outside.read_bytes()
+    with pytest.raises(SystemExit, match="is, or lies behind, a link to .*outside.*, outside the checkout. Nothing was changed"):
+        cli(["install", str(copy)])
+    assert tree(copy) == before and (tree(outside) if outside.is_dir() else outside.read_bytes()) == behind
+
+
+def test_line_ends_stay_as_they_are_whatever_the_users_git_does_with_them(copy, checkout, monkeypatch):
+    for name, value in ("COUNT", "1"), ("KEY_0", "core.autocrlf"), ("VALUE_0", "true"):
+        monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
+    cli(["install", str(copy)])
+    assert not any(b"\r" in content for path, content in tree(copy).items() if path.suffix == ".py")
+    cli(["install", str(copy), "--reverse"])
+    assert tree(copy) == tree(checkout)
+
+
+def test_configs_for_the_host_load_as_the_host_loads_them(patched):
+    names = [config.stem for config in patching.host_configs()]
+    script = ("from utils.utils_config import get_config; import sys;"
+              "cfg = get_config('configs/' + sys.argv[1]); assert cfg.head == 'f2c_dcp' and cfg.output")
+    for name in names:
+        subprocess.run([sys.executable, "-c", script, name], cwd=patched, check=True)
+
+
+def test_fetch_host_clones_the_tested_revision_into_the_cache(checkout, tmp_path, monkeypatch):
+    root = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--show-toplevel"], capture_output=True, text=True)
+    if root.returncode:
+        pytest.skip("ARCFACE_TORCH is not in a git checkout")
+    monkeypatch.setenv("F2C_CACHE", str(tmp_path / "cache"))
+    host = patching.fetch_host(root.stdout.strip())
+    assert tree(host) == tree(checkout)
+    assert patching.fetch_host("no such source") == host  # it is there already

@@ -1,0 +1,138 @@
+"""The index on disk: built once, shared, rebuilt when the pack changes, never trusted when torn."""
+
+import multiprocessing
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import PACKS
+from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.data.writer import RecordWriter, pack_image_record
+from f2c_plugin.data import index as index_module
+from f2c_plugin.data.index import open_index
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts how often an index is built in this process."""
+    calls = []
+
+    def build(*arguments, build=index_module.index_identities):
+        calls.append(arguments)
+        return build(*arguments)
+    monkeypatch.setattr(index_module, "index_identities", build)
+    return calls
+
+
+def as_lists(index):
+    return {name: array.tolist() for name, array in vars(index).items()}
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_what_is_mapped_from_disk_is_what_was_built(pack, name, builds):
+    folder = pack(name)
+    first = as_lists(open_index(folder))
+    again = open_index(folder)
+    assert len(builds) == 1 and as_lists(again) == first
+    assert all(isinstance(array.base, np.memmap) for array in vars(again).values())
+
+
+def test_lengths_reach_from_each_record_to_the_next(pack):
+    folder = pack("im2rec")
+    index = open_index(folder)
+    order = np.argsort(index.offsets)
+    following = [*index.offsets[order][1:].tolist(), (folder / "train.rec").stat().st_size]
+    assert (index.offsets + index.lengths)[order].tolist() == following
+
+
+def test_a_pack_that_has_changed_is_indexed_again(tmp_path, builds):
+    for label in 4, 7:
+        with RecordWriter(tmp_path / "train.rec") as writer:
+            writer.write(0, pack_image_record(label, b"jpeg", 0))
+        os.utime(tmp_path / "train.rec", ns=(label, label))  # writes within a clock tick differ all the same
+        assert open_index(tmp_path).identity.tolist() == [label]
+    assert len(builds) == 2
+
+
+@pytest.mark.parametrize("damage", ["array cut short", "array empty", "array missing", "meta cut short", "meta of another kind",
+                                    "meta without end", "other version", "array of other length", "arrays that do not fit"])
+def test_a_torn_index_is_not_trusted_but_built_again(pack, builds, damage):
+    folder = pack("insightface")
+    expected = as_lists(open_index(folder))
+    identity, meta = (folder / "train.f2c-index" / name for name in ("identity.npy", "meta.json"))
+    if damage == "array cut short":
+        identity.write_bytes(identity.read_bytes()[:-4])
+    elif damage == "array empty":
+        identity.write_bytes(b"")
+    elif damage == "array missing":
+        identity.unlink()
+    elif damage == "meta cut short":
+        meta.write_text(meta.read_text()[:-10])
+    elif damage == "meta of another kind":
+        meta.write_text("[1, 2]")
+    elif damage == "other version":
+        meta.write_text(meta.read_text().replace('"version": 2', '"version": 1'))
+    elif damage == "meta without end":
+        meta.write_text(meta.read_text() + " " * (1 << 20))
+    elif damage == "array of other length":
+        np.save(identity, np.zeros(3, np.int32))
+    else:
+        np.save(identity, np.zeros(3, np.int32))
+        meta.write_text(re.sub(r'"identity": \[\d+,', '"identity": [3,', meta.read_text()))
+    assert as_lists(open_index(folder)) == expected and len(builds) == 2
+    assert as_lists(open_index(folder)) == expected and len(builds) == 2
+
+
+def test_a_build_that_fails_leaves_nothing_behind(pack, monkeypatch):
+    folder = pack("insightface")
+
+    def full(*_):
+        raise OSError("no space left on device")
+    monkeypatch.setattr(index_module.np, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        open_index(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["expected.json", "train.f2c-index.lock", "train.idx", "train.rec"]
+
+
+def test_where_the_pack_is_read_only_the_index_goes_into_the_cache(pack, tmp_path, monkeypatch, builds):
+    monkeypatch.setenv("F2C_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(index_module, "_writable", lambda folder: False)  # root may write anywhere
+    folder = pack("insightface")
+    expected = as_lists(open_index(folder))
+    assert as_lists(open_index(folder)) == expected and len(builds) == 1
+    assert not (folder / "train.f2c-index").exists()
+    assert len(list((tmp_path / "cache" / "indexes").glob("*/meta.json"))) == 1
+
+
+def open_and_count(folder, calls):
+    def build(*arguments, build=index_module.index_identities):
+        with calls.get_lock():
+            calls.value += 1
+        return build(*arguments)
+    index_module.index_identities = build
+    assert len(open_index(folder)) == 10
+
+
+def test_of_several_processes_one_builds_and_the_others_wait(pack):
+    folder = pack("insightface")
+    context = multiprocessing.get_context("fork")
+    calls = context.Value("i", 0)
+    processes = [context.Process(target=open_and_count, args=(folder, calls)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4 and calls.value == 1
+
+
+def test_a_dataset_sent_to_another_process_takes_its_paths_along_not_its_arrays(pack):
+    dataset = RecordDataset(pack("insightface"))
+    assert len(pickle.dumps(dataset)) < 1000
+    script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).face(5).sum())"
+    seen = subprocess.run([sys.executable, "-c", script], input=pickle.dumps(dataset), capture_output=True, check=True)
+    assert int(seen.stdout) == dataset.face(5).sum()

@@ -1,0 +1,69 @@
+"""The dual loader: what it yields, and that workers change nothing."""
+
+import pytest
+import torch
+
+from tests.conftest import FIXTURES
+from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.data.loader import DualLoader
+from f2c_plugin.data.sampler import DualSampler
+from f2c_plugin.errors import RecordError
+
+CPU = torch.device("cpu")
+
+
+def make_loader(num_workers=0, root=FIXTURES / "insightface", epoch=0):
+    dataset = RecordDataset(root)
+    loader = DualLoader(dataset, DualSampler(dataset.index, 6, 4, seed=3), CPU, num_workers)
+    loader.sampler.set_epoch(epoch)
+    return loader
+
+
+def test_batches_are_those_of_the_sampler_normalised_as_by_the_host_some_mirrored():
+    loader = make_loader()
+    mirrored = 0
+    for (images, labels), positions in zip(loader, loader.sampler, strict=True):
+        assert images.shape == (6, 3, 112, 112) and images.dtype == torch.float32
+        assert images.min() >= -1 and images.max() <= 1 and labels.dtype == torch.int64
+        assert labels.tolist() == loader.sampler.index.identity[positions].tolist()
+        for image, position in zip(images, positions):
+            face = torch.from_numpy(loader.dataset.dataset.face(position)).permute(2, 0, 1).float()
+            plain = (face / 255 - 0.5) / 0.5
+            assert torch.equal(image, plain) or torch.equal(image, plain.flip(2))
+            mirrored += torch.equal(image, plain.flip(2))
+    assert 4 <= mirrored <= 20
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_yield_the_batches_of_one_process(num_workers):
+    for (images, labels), (expected, expected_labels) in zip(make_loader(num_workers), make_loader(), strict=True):
+        assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+
+
+def test_an_epoch_repeats_itself_and_differs_from_the_next():
+    first = [images for images, _ in make_loader()]
+    assert all(map(torch.equal, first, (images for images, _ in make_loader())))
+    assert not all(map(torch.equal, first, (images for images, _ in make_loader(epoch=1))))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_begun_in_the_middle_goes_on_as_one_from_the_start(num_workers):
+    whole = list(make_loader(num_workers, epoch=2))
+    loader = make_loader(num_workers)
+    loader.sampler.set_epoch(2, first_step=1)
+    rest = list(loader)
+    assert len(loader) == len(rest) == 3
+    for (images, labels), (expected, expected_labels) in zip(rest, whole[1:], strict=True):
+        assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_image_stops_the_epoch_with_pack_record_and_identity(pack, num_workers):
+    folder = pack("insightface")
+    content = bytearray((folder / "train.rec").read_bytes())
+    offsets = [int(line.split()[1]) for line in (folder / "train.idx").read_text().splitlines()]
+    content[offsets[5] + 100:offsets[5] + 1000] = bytes(900)  # record 5, an image of identity 2
+    (folder / "train.rec").write_bytes(content)
+    with pytest.raises(RecordError, match=r"train.rec: record 5 \(identity 2\) cannot be decoded"):
+        for _ in range(5):
+            list(make_loader(num_workers, folder))

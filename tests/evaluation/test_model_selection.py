@@ -1,0 +1,59 @@
+"""What arcface_torch asks the head for at verification and at the end: accuracies of both nets, and the net to ship."""
+
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from f2c_plugin.models import get_model
+from f2c_plugin.config import load_config
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.arcface_torch.entry_points import f2c_dcp
+from f2c_plugin.trainer.build import margin_loss
+
+
+def head_of(path):
+    """A head as the host has it after some steps, whose two nets differ, and its probe net."""
+    torch.manual_seed(0)
+    cfg = load_config(path)
+    probe_net = get_model(cfg.network, cfg.embedding_size)
+    head = f2c_dcp(cfg, probe_net, _margin_loss(cfg))
+    with torch.no_grad():
+        for parameter in probe_net.parameters():
+            parameter.normal_(std=0.2)
+    head.continue_at(30)
+    return head, probe_net
+
+
+def test_the_gallery_net_is_verified_beside_the_hosts_own_verification(config, caplog):
+    head, _ = head_of(config(output="."))
+    with caplog.at_level(logging.INFO):
+        head.verify(20)
+    assert re.search(r"\[gallery_synth\]\[20\]Accuracy-Flip: 0\.\d{5}\+-0\.\d{5}", caplog.text)
+    assert "[synth]" not in caplog.text and head.gallery.net.training is False
+
+
+@pytest.mark.parametrize("export", ["probe", "gallery", "best"])
+def test_the_net_that_is_chosen_is_shipped_and_both_accuracies_are_told(config, caplog, export):
+    head, probe_net = head_of(config(output=".", f2c_export=export))
+    with caplog.at_level(logging.INFO):
+        shipped = head.to_ship()
+    told = {which: float(found) for which, found in re.findall(r"\[(gallery_|)synth\]\[30\]Accuracy-Flip: (\d\.\d+)", caplog.text)}
+    accuracies = {"probe": told[""], "gallery": told["gallery_"]}
+    which = max(accuracies, key=accuracies.get) if export == "best" else export
+    assert shipped is {"probe": probe_net, "gallery": head.gallery.net}[which] and f"model.pt is the {which} net" in caplog.text
+    assert accuracies["probe"] != accuracies["gallery"]
+    scores = [np.load(name)["scores"] for name in ("synth_scores.npz", "gallery_synth_scores.npz")]
+    assert len(scores[0]) == 60 and not np.allclose(*scores)
+
+
+def test_best_with_nothing_to_choose_by_is_refused_at_the_start_and_sets_that_are_not_there_are_passed_over(config, caplog):
+    for val_targets in [], ["lfw"]:
+        with pytest.raises(ConfigError, match=r"f2c_export='best', but of val_targets=\[.*\] there is none in"):
+            head_of(config(f2c_export="best", val_targets=val_targets))
+    head, probe_net = head_of(config(output=".", val_targets=["lfw"]))
+    head.verify(20)
+    assert head.to_ship() is probe_net and not list(Path().glob("*_scores.npz"))

@@ -1,0 +1,84 @@
+"""Exported nets: out of every kind of file, and in the hands of the real insightface package."""
+
+import numpy as np
+import pytest
+import torch
+
+from f2c_plugin.models import get_model
+from f2c_plugin.cli import main as cli
+from f2c_plugin.data.dataset import normalize_faces
+from f2c_plugin.method.gallery import GalleryNet
+from f2c_plugin.errors import ExportError
+from f2c_plugin.evaluation.onnx_export import load_net
+
+
+def trained(name="small", size=32):
+    """A net whose BatchNorm statistics are not those of a new one."""
+    torch.manual_seed(0)
+    net = get_model(name, size)
+    for _ in range(2):
+        net(torch.randn(4, 3, 112, 112))
+    return net.eval()
+
+
+@pytest.fixture
+def files(tmp_path):
+    """model.pt, and checkpoints as the built-in host and arcface_torch write them, with a gallery net of its own."""
+    probe, other = trained(), get_model("small", 32)
+    gallery = {"gallery." + name: value for name, value in GalleryNet(other).state_dict().items()}
+    head = gallery | {"pool.clock": torch.tensor(3)}
+    torch.save(probe.state_dict(), tmp_path / "model.pt")
+    torch.save({"backbone": probe.state_dict(), "head": head}, tmp_path / "ours.pt")
+    torch.save({"state_dict_backbone": probe.state_dict(), "state_dict_softmax_fc": head}, tmp_path / "hosts.pt")
+    return tmp_path, probe, other
+
+
+def assert_equal(net, expected):
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["model.pt", "ours.pt", "hosts.pt"])
+def test_nets_are_found_in_every_kind_of_file(files, name):
+    folder, probe, gallery = files
+    assert_equal(load_net(folder / name), probe)
+    if name != "model.pt":
+        assert_equal(load_net(folder / name, "gallery"), gallery)
+
+
+def test_what_holds_no_net_is_refused_and_nothing_is_written(files):
+    folder, *_ = files
+    with pytest.raises(ExportError, match="holds no gallery net; a checkpoint of"):
+        load_net(folder / "model.pt", "gallery")
+    (folder / "text.pt").write_text("not a checkpoint")
+    with pytest.raises(ExportError, match="no file that holds a net"):
+        load_net(folder / "text.pt")
+    torch.save({"weight": torch.zeros(3)}, folder / "other.pt")
+    with pytest.raises(SystemExit, match="of none of the nets r18"):
+        cli(["export", str(folder / "other.pt"), str(folder / "model.onnx")])
+    with pytest.raises(SystemExit, match="is the trained model itself"):
+        cli(["export", str(folder / "model.pt"), str(folder / "." / "model.pt")])
+    for content in {"backbone": [1, 2]}, {"head": torch.zeros(3)}, {"backbone": {"features.weight": 5}}:
+        torch.save(content, folder / "other.pt")
+        for which in "probe", "gallery":
+            with pytest.raises(ExportError, match="other.pt"):
+                load_net(folder / "other.pt", which)
+    with pytest.raises(SystemExit, match="missing.pt"):
+        cli(["export", str(folder / "missing.pt"), str(folder / "model.onnx")])
+    assert not list(folder.glob("*.onnx*"))
+
+
+@pytest.mark.parametrize("name", ["small", "r18"])
+def test_the_insightface_package_loads_the_export_and_embeds_as_pytorch_does(tmp_path, name):
+    model_zoo = pytest.importorskip("insightface.model_zoo", reason="NOT LOADED BY INSIGHTFACE: pip install insightface")
+    net = trained(name, 64)
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    cli(["export", str(tmp_path / "model.pt"), str(tmp_path / "model.onnx")])
+    recognizer = model_zoo.get_model(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert recognizer.taskname == "recognition" and recognizer.input_size == (112, 112)
+
+    faces = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3), np.uint8)  # RGB
+    embeddings = recognizer.get_feat([np.ascontiguousarray(face[:, :, ::-1]) for face in faces])  # takes BGR
+    with torch.no_grad():
+        expected = net(normalize_faces(torch.from_numpy(faces))).numpy()
+    cosine = (embeddings * expected).sum(1) / np.linalg.norm(embeddings, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosine.min() > 0.9999

@@ -1,0 +1,1 @@
+"""Slow, obvious versions of the pool, the loss and the head, to check against the paper."""

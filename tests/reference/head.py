@@ -1,0 +1,60 @@
+"""Algorithm 1 of the paper step by step."""
+
+from copy import deepcopy
+
+import torch
+
+from tests.reference.loss import slow_loss
+from tests.reference.pool import SlowPool
+
+
+class SlowHead:
+    """Slow pool and slow loss put together. The first half-step's write is forgotten by copying the pool.
+
+    Args:
+        head: whose schedule and pool to begin with.
+        gallery: the gallery net, in training mode and without dropout.
+        paper: whether the recipe is the published one; else it is the ramp.
+        momentum: the configured m.
+    """
+
+    def __init__(self, head, gallery, paper, momentum=0.9):
+        self.schedule, self.paper, self.momentum = head.schedule, paper, momentum
+        self.steps = 0
+        self.pool = SlowPool(head.pool)
+        self.gallery = gallery
+
+    def half_step(self, gallery, gallery_labels, probe, probe_labels, own_image_keys=None):
+        two_keys, _ = self.pool.write(gallery_labels.tolist(), gallery)
+        slots = torch.tensor([self.pool.slots.get(identity, -1) for identity in probe_labels.tolist()])
+        return slow_loss(probe, slots, self.pool.rows.clone(), torch.tensor(sorted(two_keys)),
+                         self.schedule.margin_at(self.steps), 3, own_image_keys)
+
+    def step(self, net, images, embeddings, labels, symmetric, follow):
+        loss = self.loss(net, images, embeddings, labels, symmetric, follow)
+        self.steps += 1
+        return loss
+
+    @torch.no_grad()
+    def follow(self, net):
+        m = self.momentum if self.paper else min(self.momentum, (1 + self.steps) / (10 + self.steps))
+        for mine, theirs in zip(self.gallery.parameters(), net.parameters(), strict=True):
+            mine.copy_(m * mine + (1 - m) * theirs)
+
+    def loss(self, net, images, embeddings, labels, symmetric, follow):
+        if follow:
+            self.follow(net)
+        label_x, label_y = labels.chunk(2)
+        with torch.no_grad():
+            if not symmetric:
+                gallery_x = self.gallery(images.chunk(2)[0])
+            else:
+                gallery_x, gallery_y = self.gallery(images).chunk(2)
+        if not symmetric:
+            return self.half_step(gallery_x, label_x, embeddings, label_y) / (1 if self.paper else 2)
+        probe_x, probe_y = embeddings.chunk(2)
+        before = deepcopy(self.pool)
+        first = self.half_step(gallery_y, label_y, probe_x, label_x, None if self.paper else gallery_x)
+        self.pool = before
+        second = self.half_step(gallery_x, label_x, probe_y, label_y, None if self.paper else gallery_y)
+        return (first + second) / (1 if self.paper else 4)

@@ -1,0 +1,69 @@
+"""Synthetic faces: same bytes every time, people who differ, and a layout that InsightFace would write."""
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from f2c_plugin.cli import main as cli
+from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.synthetic.face import draw_face, draw_identity
+from f2c_plugin.synthetic.dataset import write_dataset
+from f2c_plugin.evaluation.verification import VerificationSet
+
+FILES = "train.rec", "train.idx", "property", "synth.bin"
+
+
+def test_the_same_arguments_give_the_same_bytes_with_any_number_of_processes(tmp_path):
+    for name, processes in ("one", 1), ("two", 2):
+        write_dataset(tmp_path / name, 6, 3, num_pairs=20, seed=4, processes=processes)
+    for file in FILES:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    write_dataset(tmp_path / "other", 6, 3, num_pairs=20, seed=5, processes=1)
+    assert (tmp_path / "other" / "train.rec").read_bytes() != (tmp_path / "one" / "train.rec").read_bytes()
+
+
+def test_the_command_writes_a_pack_a_verification_set_and_a_contact_sheet(tmp_path):
+    cli(["synth", str(tmp_path), "--identities", "5", "--images-per-identity", "4", "--pairs", "30"])
+    dataset = RecordDataset(tmp_path)
+    assert dataset.index.identity.tolist() == np.repeat(range(5), 4).tolist()
+    assert (tmp_path / "property").read_text() == "5,112,112\n"
+    assert (tmp_path / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+
+    verification_set = VerificationSet(tmp_path / "synth.bin")
+    assert len(verification_set.same) == 30 and verification_set.same.mean() == 0.5
+    trained_on = {dataset.face(i).tobytes() for i in range(20)}
+    seen = [simplejpeg.decode_jpeg(image).tobytes() for image in verification_set.images]
+    assert not trained_on & set(seen)
+    assert all(first != second for first, second in zip(seen[::2], seen[1::2]))
+
+
+def test_a_pack_that_is_there_is_not_overwritten(tmp_path):
+    (tmp_path / "train.rec").write_bytes(b"years of work")
+    with pytest.raises(SystemExit, match="train.rec exists and is not overwritten"):
+        cli(["synth", str(tmp_path), "--identities", "5"])
+    assert (tmp_path / "train.rec").read_bytes() == b"years of work"
+
+
+@pytest.mark.parametrize("option, value", [("--identities", "0"), ("--images-per-identity", "-1"), ("--pairs", "1")])
+def test_counts_that_make_no_dataset_are_refused(tmp_path, option, value):
+    arguments = {"--identities": "3", option: value}
+    with pytest.raises(SystemExit, match=f"{option} {value}: must be at least"):
+        cli(["synth", str(tmp_path / "new"), *(word for pair in arguments.items() for word in pair)])
+    assert not (tmp_path / "new").exists()
+
+
+def test_pictures_of_one_person_are_more_alike_than_pictures_of_two():
+    rng = np.random.default_rng(0)
+    faces = np.array([[draw_face(identity, rng) for _ in range(6)] for identity in
+                      [draw_identity(rng) for _ in range(30)]]).astype(np.float64)  # (30, 6, 112, 112, 3)
+    assert faces.shape[2:] == (112, 112, 3)
+    mean = faces.mean(axis=1, keepdims=True)
+    within = ((faces - mean) ** 2).mean()
+    between = ((mean - mean.mean(axis=0)) ** 2).mean()
+    assert between > within / 6 * 1.2  # 6 pictures of strangers would have within / 6
+
+
+def test_pictures_of_one_person_all_differ():
+    rng = np.random.default_rng(1)
+    identity = draw_identity(rng)
+    assert len({draw_face(identity, rng).tobytes() for _ in range(20)}) == 20

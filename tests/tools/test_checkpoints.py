@@ -1,0 +1,140 @@
+"""Looking into checkpoints, and turning arcface_torch's into those of another number of ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from f2c_plugin.errors import CheckpointError
+from f2c_plugin.utils.safe_load import load_states
+from f2c_plugin.cli import main as cli
+from f2c_plugin.method.head import F2CHead
+from f2c_plugin.method.pool import DynamicClassPool
+from f2c_plugin.tools.checkpoints import merge
+from tests.runs import run
+from tests.trainer.test_checkpoint import checkpoints
+
+CLASSES = 11
+
+
+class Head(nn.Module):
+    """Names and shapes of the host's Partial FC on one rank."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+def write_host_checkpoints(folder, heads, epoch=3, per_epoch=40):
+    """What arcface_torch writes with heads that have learnt for a step; returns each rank's optimizer."""
+    torch.manual_seed(5)
+    net = nn.Linear(4, 4)
+    optimizers = []
+    for rank, head in enumerate(heads):
+        optimizer = torch.optim.SGD([{"params": net.parameters()}, {"params": head.parameters()}], lr=0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10 * per_epoch)
+        schedule.last_epoch = epoch * per_epoch
+        for parameter in [*net.parameters(), *head.parameters()]:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        optimizers.append(optimizer)
+        torch.save({"epoch": epoch, "global_step": epoch * per_epoch, "state_dict_backbone": net.state_dict(),
+                    "state_dict_softmax_fc": head.state_dict(), "state_optimizer": optimizer.state_dict(),
+                    "state_lr_scheduler": schedule.state_dict()}, folder / f"checkpoint_gpu_{rank}.pt")
+    return optimizers
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 3), (2, 3), (3, 2)])
+def test_partial_fc_is_put_together_and_shared_out_with_what_the_optimizer_knows(tmp_path, before, after):
+    weight = torch.randn(CLASSES, 4)
+    heads = [Head(part.clone()) for part in weight.tensor_split(before)]
+    optimizers = write_host_checkpoints(tmp_path, heads)
+    written = merge(tmp_path, tmp_path / "new", after)
+    assert [path.name for path in written] == [f"checkpoint_gpu_{rank}.pt" for rank in range(after)]
+    states = [load_states(path) for path in written]
+    # Partial FC's own rule of who has how many classes.
+    assert [len(state["state_dict_softmax_fc"]["weight"]) for state in states] == [
+        CLASSES // after + (rank < CLASSES % after) for rank in range(after)]
+    assert torch.equal(torch.cat([state["state_dict_softmax_fc"]["weight"] for state in states]),
+                       torch.cat([head.weight.detach() for head in heads]))
+    assert torch.equal(torch.cat([state["state_optimizer"]["state"][2]["momentum_buffer"] for state in states]),
+                       torch.cat([optimizer.state[head.weight]["momentum_buffer"] for optimizer, head in zip(optimizers, heads)]))
+    for state in states:
+        head = Head(torch.zeros_like(state["state_dict_softmax_fc"]["weight"]))
+        optimizer = torch.optim.SGD([{"params": nn.Linear(4, 4).parameters()}, {"params": head.parameters()}], lr=0.1)
+        optimizer.load_state_dict(state["state_optimizer"])
+        per_epoch = 40 * before // after
+        assert state["epoch"] == 3 and state["global_step"] == 3 * per_epoch
+        assert state["state_lr_scheduler"]["last_epoch"] == 3 * per_epoch
+        assert state["state_lr_scheduler"]["total_iters"] == 10 * per_epoch
+
+
+class PoolHead(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        self.pool = DynamicClassPool(8, 20, 4, seed)
+        self.steps = 120
+
+    get_extra_state, set_extra_state = F2CHead.get_extra_state, F2CHead.set_extra_state
+    continue_at = F2CHead.continue_at
+
+
+def test_a_pool_is_the_same_on_any_number_of_ranks_and_pools_that_differ_are_refused(tmp_path):
+    write_host_checkpoints(tmp_path, [PoolHead(), PoolHead()])
+    for path in merge(tmp_path, tmp_path / "new", 3):
+        head = PoolHead(seed=1)
+        head.load_state_dict(load_states(path)["state_dict_softmax_fc"])
+        assert torch.equal(head.pool.rows, PoolHead().pool.rows)
+        assert head.steps == load_states(path)["global_step"] == 3 * (40 * 2 // 3)  # where the recipe goes on
+    write_host_checkpoints(tmp_path, [PoolHead(), PoolHead(seed=1)])
+    with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: its pool.rows is not that of checkpoint_gpu_0.pt"):
+        merge(tmp_path, tmp_path / "newer", 3)
+    assert not (tmp_path / "newer").exists()
+
+
+def test_files_that_do_not_belong_together_are_refused_with_the_reason_and_nothing_is_written(tmp_path):
+    with pytest.raises(CheckpointError, match="lacks checkpoint_gpu_0.pt"):
+        merge(tmp_path, tmp_path / "new", 2)
+    heads = [Head(torch.randn(3, 4)) for _ in range(3)]
+    write_host_checkpoints(tmp_path, heads)
+    for ranks, message in (0, "--ranks 0"), (-1, "--ranks -1"):
+        with pytest.raises(CheckpointError, match=message):
+            merge(tmp_path, tmp_path / "new", ranks)
+    with pytest.raises(FileExistsError, match="checkpoint_gpu_0.pt exists and is not overwritten"):
+        merge(tmp_path, tmp_path, 2)
+    (tmp_path / "checkpoint_gpu_1.pt").rename(tmp_path / "one")
+    with pytest.raises(CheckpointError, match="lacks checkpoint_gpu_1.pt: the files of all ranks"):
+        merge(tmp_path, tmp_path / "new", 2)
+    (tmp_path / "checkpoint_gpu_1.pt").write_bytes((tmp_path / "one").read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: no whole checkpoint"):
+        merge(tmp_path, tmp_path / "new", 2)
+    (tmp_path / "one").rename(tmp_path / "checkpoint_gpu_1.pt")
+    saved = load_states(tmp_path / "checkpoint_gpu_1.pt")
+    torch.save(saved | {"global_step": 7}, tmp_path / "other.pt")
+    (tmp_path / "other.pt").replace(tmp_path / "checkpoint_gpu_1.pt")
+    with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: is of step 7, but checkpoint_gpu_0.pt of 120"):
+        merge(tmp_path, tmp_path / "new", 2)
+    assert not (tmp_path / "new").exists()
+
+
+def test_inspect_tells_of_both_hosts_files(config, capsys, tmp_path):
+    run(config(num_epoch=1, val_targets=[], save_all_states=True))
+    write_host_checkpoints(tmp_path, [PoolHead(), Head(torch.full((3, 4), torch.nan))])
+    cli(["checkpoint", "inspect", str(checkpoints()[0]), "checkpoint_gpu_0.pt", "checkpoint_gpu_1.pt"])
+    told = capsys.readouterr().out
+    for line in ("f2c_plugin.train", "1 with 12 images each", "F²C, 12 slots of 2 × 32, 12 taken", "arcface_torch",
+                 "F²C, 8 slots of 2 × 4, 0 taken", "weights of 3 classes × 4, 12 of them NOT FINITE"):
+        assert line in told, told
+    Path("model.pt").write_bytes(b"PK")
+    with pytest.raises(SystemExit, match="f2c-plugin checkpoint: model.pt: no whole checkpoint"):
+        cli(["checkpoint", "inspect", "model.pt"])
+    torch.save({"weight": torch.zeros(3)}, "model.pt")
+    with pytest.raises(SystemExit, match="model.pt: no checkpoint of arcface_torch or f2c_plugin.train; it holds weight"):
+        cli(["checkpoint", "inspect", "model.pt"])
+
+
+def test_merge_is_a_command(tmp_path, capsys):
+    write_host_checkpoints(tmp_path, [Head(torch.randn(3, 4))])
+    cli(["checkpoint", "merge", str(tmp_path), str(tmp_path / "new"), "--ranks", "2"])
+    assert capsys.readouterr().out.split() == [str(tmp_path / "new" / f"checkpoint_gpu_{rank}.pt") for rank in (0, 1)]

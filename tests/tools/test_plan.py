@@ -1,0 +1,49 @@
+"""Planned memory against the memory that the parts really take."""
+
+import pytest
+import torch
+
+from f2c_plugin.models import get_model
+from f2c_plugin.cli import main as cli
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.method.gallery import GalleryNet
+from f2c_plugin.method.pool import DynamicClassPool
+from f2c_plugin.utils.distributed import Shard, WHOLE
+from f2c_plugin.tools.plan import Plan
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shard_pool", [False, True])
+def test_pool_and_slot_table_take_what_is_planned(dtype, shard_pool):
+    plan = Plan(40_000, gpus=3, batch_size=8, pool_rate=0.05, pool_dtype=dtype, shard_pool=shard_pool)
+    pools = [DynamicClassPool(plan.slots, 40_000, 512, dtype=getattr(torch, dtype), shard=Shard(rank, 3) if shard_pool else WHOLE)
+             for rank in range(3)]
+    assert max(pool.rows.nbytes for pool in pools) == plan.pool()
+    others = sum(buffer.nbytes for name, buffer in pools[0].named_buffers() if name != "rows")
+    assert others == plan.slot_table() + 8  # the clock
+
+
+def test_the_gallery_net_takes_what_is_planned():
+    gallery = GalleryNet(get_model("r18", 512))
+    assert sum(tensor.nbytes for tensor in gallery.state_dict().values()) == Plan(10_000, network="r18").gallery_net()
+
+
+def test_partial_fc_keeps_its_classes_whatever_the_rate_and_f2c_does_not():
+    small, large = (Plan(identities, pool_rate=rate) for identities, rate in ((10**6, 0.1), (10**7, 0.01)))
+    assert small.pool() == large.pool()
+    assert large.partial_fc(0.01) > 9 * small.partial_fc(0.1) and large.f2c() < 1.2 * small.f2c()
+    assert small.partial_fc(1.0) > small.partial_fc(0.1)
+
+
+def test_the_command_prints_the_table_and_draws_it(tmp_path, capsys):
+    cli(["plan", "--identities", "1000000", "--gpus", "8", "--network", "r18", "--plot", str(tmp_path / "plan.png")])
+    text = capsys.readouterr().out
+    assert "100,000 slots" in text and "Partial FC, sample rate 0.1" in text and "391 MB" in text
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_planned_is_refused_with_the_value():
+    with pytest.raises(ConfigError, match="(?s)--gpus 0: must be above 0.*--network r7: must be one of r18"):
+        Plan(1000, gpus=0, network="r7")
+    with pytest.raises(SystemExit, match="f2c_pool_rate=0.0001 gives 1 slots .* raise it to at least"):
+        cli(["plan", "--identities", "10000", "--pool-rate", "0.0001"])

@@ -1,0 +1,318 @@
+"""Checkpoints: going on bit for bit, on other numbers of ranks, after signals, over damaged files and full disks."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from f2c_plugin import train
+from f2c_plugin.errors import CheckpointError
+from f2c_plugin.trainer.checkpoint import Checkpoints
+from f2c_plugin.utils.safe_load import load_states
+from f2c_plugin.config import load_config
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.trainer.signals import Stopped
+from tests.runs import history, launch, losses, refusal, run, start
+
+
+def checkpoints(folder="out"):
+    return sorted(Path(folder).glob("checkpoint_*.pt"))
+
+
+def equal(a, b):
+    """Whether two states are the same, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("ranks, keys", [
+    (1, {}), (1, dict(head="softmax")), (1, dict(gradient_acc=2)), (1, dict(fp16=True)), (1, dict(optimizer="adamw", lr=1e-3)),
+    (1, dict(num_workers=1)), (1, dict(f2c_symmetric=False)), (2, {}), (2, dict(f2c_shard_pool=True)),
+    (2, dict(head="softmax", fp16=True))], ids=str)
+def test_a_run_resumed_in_the_middle_of_an_epoch_goes_on_bit_for_bit(config, ranks, keys):
+    keys = dict(batch_size=12 // ranks, num_epoch=4, frequent=1, val_targets=[], f2c_save_every=17) | keys
+    run_on(ranks, config(**keys))
+    whole, model, (middle, end) = losses(), torch.load("out/model.pt"), checkpoints()
+    assert len(whole) == 40
+    final = load_states(end)
+    end.unlink()  # as if the run had been killed before it
+    run_on(ranks, config(resume=True, **keys))
+    assert load_states(middle)["step"] in (34, 36) and losses() == whole  # the last steps have come again
+    assert equal(torch.load("out/model.pt"), model)
+    again = load_states(checkpoints()[-1])
+    differ = {name for name in final if not equal(final[name], again[name])}
+    assert differ <= {"seconds", "settings"}
+
+
+@pytest.mark.parametrize("keys, steps", [(dict(save_all_states=True), [12, 20]), (dict(f2c_save_every=7), [15, 20])])
+def test_what_is_due_within_a_step_of_the_optimizer_is_saved_after_it(config, keys, steps):
+    run(config(num_epoch=2, gradient_acc=3, val_targets=[], **keys))
+    assert [load_states(file)["step"] for file in checkpoints()] == steps
+
+
+def run_on(ranks, path):
+    run(path) if ranks == 1 else launch(path, ranks)
+
+
+def run_with_a_signal(path, monkeypatch, number, step):
+    """Run, and send a signal to this process while it trains the given step."""
+    def told(self, now, *arguments, tell=train._Log.step):
+        if now == step:
+            os.kill(os.getpid(), number)
+        tell(self, now, *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Log, "step", told)
+        run(path)
+
+
+def test_sigterm_saves_and_stops_and_sigusr1_saves_and_goes_on(config, monkeypatch):
+    keys = dict(frequent=1, val_targets=[], num_epoch=3)
+    run(config(output="whole", **keys))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="stopped by a signal after step 13, which is saved"):
+        run_with_a_signal(config(**keys), monkeypatch, signal.SIGTERM, 13)
+    assert signal.getsignal(signal.SIGTERM) == before
+    run_with_a_signal(config(resume=True, **keys), monkeypatch, signal.SIGUSR1, 17)
+    assert [load_states(file)["step"] for file in checkpoints()] == [13, 17]
+    assert losses() == losses("whole") and equal(torch.load("out/model.pt"), torch.load("whole/model.pt"))
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(config):
+    """SIGTERM to torchrun reaches each rank at its own time; here it reaches one."""
+    keys = dict(batch_size=6, num_epoch=400, frequent=1, val_targets=[])
+    process = start(config(**keys), ranks=2)
+    while not Path("out/history.jsonl").is_file() or len(losses()) < 3:
+        assert process.poll() is None, process.communicate()
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(ranks[1]), signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode and printed.count("stopped by a signal after step") == 2
+    assert load_states(checkpoints()[-1])["step"] == max(losses()) // 12
+
+
+class Sized:
+    """Pickles as a call that makes as much as it is told."""
+
+    def __reduce__(self):
+        return bytearray, (1 << 40,)
+
+
+@pytest.mark.parametrize("states, message", [
+    ({"a": [torch.zeros(1).expand(1 << 31)]}, "a tensor of shape (2147483648,) stands for more than the file holds"),
+    ({"a": ({0: torch.zeros(1).expand(1 << 25, 1 << 25)},)}, "stands for more than the file holds"),
+    ({"a": torch.zeros(1 << 30, device="meta")}, "holds torch._utils _rebuild_meta_tensor_no_storage, which states"),
+    ({"a": torch.sparse_coo_tensor([[5]], [1.0], (1 << 40,), check_invariants=True)},
+     "holds torch._utils _rebuild_sparse_tensor, which states"),
+    ({"a": Sized()}, "holds __builtin__ bytearray, which states of a training do not")],
+    ids=["stride 0", "strides 0", "meta", "sparse", "bytearray"])
+def test_a_small_file_that_stands_for_much_is_refused_before_it_takes_memory(tmp_path, states, message):
+    torch.save(states, tmp_path / "checkpoint.pt")
+    assert (tmp_path / "checkpoint.pt").stat().st_size < 5000
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_states(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize("shard_pool", [False, True])
+def test_a_run_goes_on_with_another_number_of_ranks(config, before, after, shard_pool):
+    keys = dict(batch_size=4, num_epoch=2, frequent=1, val_targets=[], f2c_save_every=5, f2c_shard_pool=shard_pool)
+    run_on(before, config(**keys))
+    for file in checkpoints()[1:]:
+        file.unlink()
+    saved = load_states(checkpoints()[0])
+    run_on(after, config(resume=True, **keys))
+    end = load_states(checkpoints()[-1])
+    # What is lost of the schedule is less than a global batch; of the data, nothing.
+    assert 0 <= 240 - end["images"] < 4 * after + 4 * before
+    assert end["origin"][1:] == saved["position"][1:] and end["head"]["_extra_state"] == end["step"]
+    rates = [entry["learning_rate"] for entry in history() if "loss" in entry]
+    assert rates == sorted(rates, reverse=True)
+
+
+def load_on_a_rank(rank, world_size, config_path, folder):
+    """What every part has loaded, written down by rank 0."""
+    torch.set_num_threads(1)
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=os.environ["TEST_PORT"])
+
+    def keep(self, begin=Checkpoints.begin):
+        begin(self)
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save(states, f"{folder}/loaded_{rank}.pt")
+        raise KeyboardInterrupt
+    Checkpoints.begin = keep
+    with pytest.raises(KeyboardInterrupt), train.process_group():
+        train.train(load_config(config_path))
+
+
+@pytest.mark.parametrize("shard_pool", [False, True])
+def test_pool_gallery_and_optimizer_are_whole_on_every_rank_of_another_number(config, tmp_path, shard_pool, monkeypatch):
+    import socket
+
+    from torch import multiprocessing
+
+    path = config(batch_size=4, num_epoch=1, val_targets=[], f2c_save_every=100, f2c_shard_pool=shard_pool)
+    launch(path, 2)
+    Path(path).write_text(Path(path).read_text() + "\nconfig.resume = True")
+    saved = load_states(checkpoints()[0])
+    for world_size in 1, 3:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            monkeypatch.setenv("TEST_PORT", str(free.getsockname()[1]))
+        multiprocessing.spawn(load_on_a_rank, (world_size, path, tmp_path), nprocs=world_size)
+        for rank in range(world_size):
+            loaded = torch.load(tmp_path / f"loaded_{rank}.pt")
+            assert equal(loaded["backbone"], saved["backbone"]) and equal(loaded["optimizer"]["state"], saved["optimizer"]["state"])
+            head = {name: saved["head"][name] for name in saved["head"] if name != "_extra_state"}
+            assert equal({name: loaded["head"][name] for name in head}, head)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def changed(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def not_finite(path):
+    saved = torch.load(path)
+    saved["head"]["gallery.net.fc.weight"] = torch.full_like(saved["head"]["gallery.net.fc.weight"], torch.nan)
+    torch.save(saved, path)
+
+
+def foreign(path):
+    torch.save({"epoch": 1}, path)
+
+
+def packed(path):
+    import zipfile
+    content = path.read_bytes()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", content + bytes(1 << 24))
+
+
+@pytest.mark.parametrize("damage", [cut_short, changed, not_finite, foreign, packed, lambda path: path.write_bytes(b""),
+                                    lambda path: path.write_bytes(b"PK\3\4 no archive")])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(config, damage, caplog):
+    keys = dict(num_epoch=1, val_targets=[], f2c_save_every=4)
+    run(config(**keys))
+    first, last = checkpoints()
+    damage(last)
+    with caplog.at_level("INFO"):
+        run(config(resume=True, **keys))
+    assert f"{last}" in caplog.text and "the one before it is taken" in caplog.text and f"going on from {first}" in caplog.text
+    assert load_states(last)["step"] == 10
+    for file in first, last:
+        damage(file)
+    assert "resume=True, but there is no whole checkpoint in out" in refusal(config(resume=True, **keys))
+    assert checkpoints() == [first, last]  # nothing is removed
+
+
+def test_a_new_training_does_not_replace_the_checkpoints_of_another(config):
+    run(config(num_epoch=1, val_targets=[], save_all_states=True))
+    assert "resume=False, but out holds checkpoints of an earlier training" in refusal(config())
+    run(config(num_epoch=1, val_targets=[], resume="auto"))
+    run(config(num_epoch=1, val_targets=[], resume="auto", output="new"))
+
+
+def test_resuming_another_training_is_refused_with_what_has_changed_and_smaller_changes_are_told(config, caplog):
+    run(config(val_targets=[], num_epoch=1, save_all_states=True))
+    run(config(val_targets=[], num_epoch=2, resume=True, lr=0.01, batch_size=10))
+    assert "lr was 0.05 and is now 0.01" in caplog.text and "batch_size was 12 and is now 10" in caplog.text
+    assert history()[-1]["images"] == 240 and history()[-1]["learning_rate"] < 0.01
+    message = refusal(config(resume=True, embedding_size=16, f2c_pool_rate=0.9))
+    assert "embedding_size was 32 and is now 16" in message and "f2c_pool_rate was 1.0 and is now 0.9" in message
+
+
+def test_half_written_files_of_a_killed_process_are_removed(config):
+    Path("out").mkdir()
+    Path("out/checkpoint_000000000048.pt.partial").write_bytes(b"half")
+    run(config(num_epoch=1, val_targets=[]))
+    assert not list(Path("out").glob("*.partial"))
+
+
+def test_random_states_are_kept(config):
+    torch.manual_seed(3), np.random.seed(3), random.seed(3)
+    from f2c_plugin.checkpoint import _random_state, _set_random_state
+    torch.randn(3), np.random.randn(3), random.gauss(0, 1)
+    torch.save(_random_state(), "state.pt")
+    drawn = torch.rand(4).tolist(), np.random.randn(4).tolist(), [random.gauss(0, 1) for _ in range(4)]
+    _set_random_state(torch.load("state.pt", weights_only=True))
+    assert drawn == (torch.rand(4).tolist(), np.random.randn(4).tolist(), [random.gauss(0, 1) for _ in range(4)])
+
+
+def as_root():
+    return os.geteuid() == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 12 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("A FULL DISK IS NOT TESTED: mounting a tmpfs is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", folder])
+
+
+def test_a_disk_too_small_is_refused_before_training_and_one_that_fills_up_keeps_the_last_checkpoint(config, small_disk):
+    keys = dict(num_epoch=1, val_targets=[], f2c_save_every=4, output=str(small_disk / "out"))
+    message = refusal(config(network="r18", **keys))
+    assert "checkpoints need about" in message and "MB are free: make room, or take another output" in message
+
+    path = config(embedding_size=4, **keys)
+
+    def save_when_full(self, step, seconds, save=Checkpoints.save):
+        if step == 8:
+            try:
+                with open(small_disk / "rest", "wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(4096))
+            except OSError:
+                pass
+        save(self, step, seconds)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_when_full)
+        with pytest.raises(CheckpointError, match="cannot be written.*checkpoint_000000000048.pt is whole"):
+            run(path)
+    assert not list((small_disk / "out").glob("*.partial"))
+    assert load_states(checkpoints(small_disk / "out")[-1])["step"] == 4
+    (small_disk / "rest").unlink()
+    run(config(embedding_size=4, resume=True, **keys))
+    assert load_states(checkpoints(small_disk / "out")[-1])["step"] == 10
+
+    # There is room for less than three checkpoints, but two are there already.
+    size = checkpoints(small_disk / "out")[-1].stat().st_size
+    (small_disk / "rest").write_bytes(bytes(shutil.disk_usage(small_disk).free - int(2.5 * size)))
+    run(config(embedding_size=4, resume=True, **keys | dict(num_epoch=2)))
+    assert load_states(checkpoints(small_disk / "out")[-1])["step"] == 20
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_training(config, tmp_path):
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True).returncode:
+        folder.chmod(0o500)
+        if os.access(folder, os.W_OK):
+            pytest.skip("A READ-ONLY FOLDER IS NOT TESTED: mounting one is not allowed here, and root writes into any other")
+    try:
+        assert "read-only/out" in refusal(config(output=str(folder / "out")))
+    finally:
+        subprocess.run(["umount", "-l", folder], capture_output=True)

@@ -1,0 +1,165 @@
+"""The built-in host, run for real on a small pack: what it leaves behind, resuming, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from f2c_plugin.models import get_model
+from f2c_plugin.utils.safe_load import load_states
+from f2c_plugin.data.writer import RecordWriter
+from f2c_plugin.data.dataset import normalize_faces
+from f2c_plugin.errors import ExportError
+from f2c_plugin.evaluation.onnx_export import load_net
+from f2c_plugin.tools.report import report
+from f2c_plugin.evaluation.verification import VerificationSet
+from tests.runs import IDENTITIES, history, launch, refusal, run
+
+@pytest.mark.parametrize("ranks, shard_pool", [(1, False), (2, False), (2, True)])
+def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, faces, ranks, shard_pool):
+    path = config(head="f2c_dcp", f2c_pool_rate=1.0, batch_size=12 // ranks, num_workers=1, f2c_shard_pool=shard_pool,
+                  save_all_states=True)
+    launch(path, ranks)
+    summary = json.loads(Path("out/report.json").read_text())
+    assert summary["head"] == "f2c_dcp" and summary["images_seen"] == 2 * 120 and 100 < summary["peak_mb"] < 10_000
+    assert 0 <= summary["verification"]["tar_at_far_1e-3"] <= summary["verification"]["accuracy"] <= 1
+    entries = history()
+    steps = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(2, 21, 2))
+    for name in ("learning_rate", "images_per_second", "f2c/pool_fill", "f2c/found", "f2c/evictions",
+                 "f2c/positive_cosine", "f2c/not_finite", "f2c/age", "f2c/scale"):
+        assert all(np.isfinite(entry[name]) for entry in steps), name
+    assert steps[-1]["f2c/pool_fill"] == 1.0 and steps[-1]["f2c/scale"] == 16.0 and steps[0]["f2c/scale"] < 9
+    assert [entry["step"] for entry in entries if "synth/accuracy" in entry] == [5, 10, 15, 20]
+    assert "Accuracy-Flip" in Path("out/training.log").read_text()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator("out/tensorboard")
+    events.Reload()
+    assert {"loss", "f2c/found", "synth/accuracy", "synth/gallery_accuracy"} <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("loss")) == len(steps)
+
+    net = get_model("tiny", 32)
+    net.load_state_dict(torch.load("out/model.pt"), strict=True)
+    import onnxruntime
+    images = normalize_faces(VerificationSet(faces / "synth.bin").faces()[:5])
+    exported = onnxruntime.InferenceSession("out/model.onnx").run(None, {"data": images.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(exported, net.eval()(images).numpy(), atol=1e-4)
+    assert summary["onnx_cosine"] > 0.9999
+
+    state = load_states(max(Path("out").glob("checkpoint_*.pt")))["head"]
+    assert state["pool.rows"].shape == (2, IDENTITIES, 32)  # whole, sharded or not
+
+    page = report(["out"]).read_text()
+    assert all(part in page for part in ("f2c_dcp", "synth: TAR at FAR 0.001", "shipped", "f2c_pool_rate"))
+    assert all((Path("out") / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "scores.png", "roc.png"))
+
+
+def test_the_full_fc_baseline_learns_its_training_set(config):
+    run(config(head="softmax", num_epoch=12, val_targets=[]))
+    losses = [entry["loss"] for entry in history()]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("export", ["probe", "gallery", "best"])
+def test_both_nets_are_verified_and_the_chosen_one_is_shipped(config, export):
+    summary = run(config(num_epoch=1, save_all_states=True, f2c_momentum=0.5, f2c_export=export))
+    last = {name: value for entry in history() for name, value in entry.items()}
+    accuracies = {"probe": last["synth/accuracy"], "gallery": last["synth/gallery_accuracy"]}
+    shipped = summary["exported"]
+    if export == "best":
+        assert accuracies[shipped] == max(accuracies.values())
+    else:
+        assert shipped == export
+    assert summary["verification"]["accuracy"] == pytest.approx(accuracies[shipped])
+    net = load_net(max(Path("out").glob("checkpoint_*.pt")), shipped).state_dict()
+    assert all(torch.equal(value, net[name]) for name, value in torch.load("out/model.pt").items())
+
+
+def test_f2c_pulls_probes_to_their_slots(config):
+    run(config(num_epoch=24, val_targets=[], f2c_momentum=0.9))
+    losses, cosines = ([entry[name] for entry in history()] for name in ("loss", "f2c/positive_cosine"))
+    all_alike = np.log(IDENTITIES) + 16.0 * 0.2  # the loss if everyone's features were the same
+    assert np.mean(losses[-10:]) < 0.6 * all_alike
+    assert np.mean(cosines[-10:]) > np.mean(cosines[:10]) + 0.1
+
+
+@pytest.mark.parametrize("keys", [dict(fp16=True), dict(gradient_acc=2), dict(optimizer="adamw", lr=1e-3),
+                                  dict(f2c_symmetric=False), dict(f2c_identity_rate=0.0), dict(f2c_identity_rate=1.0),
+                                  dict(margin_list=(1.0, 0.5, 0.0), interclass_filtering_threshold=0.4),
+                                  dict(f2c_recipe="paper"), dict(warmup_epoch=1),
+                                  dict(f2c_pool_dtype="bfloat16"), dict(f2c_pool_dtype="float16", fp16=True)], ids=str)
+def test_settings_train_to_finite_losses(config, keys):
+    run(config(num_epoch=1, val_targets=[], **keys))
+    assert all(np.isfinite(entry["loss"]) for entry in history())
+
+
+def test_a_run_that_replaces_another_does_not_mix_with_it(config):
+    for _ in range(2):
+        run(config(num_epoch=1, val_targets=[]))
+        # One file of the host's scalars, one of the head's.
+        assert len(list(Path("out/tensorboard").glob("events*"))) == 2 and len(history()) == 5
+
+
+def test_a_run_that_diverges_says_so_and_still_leaves_a_report(config, caplog):
+    with pytest.raises(ExportError, match="model.onnx does not embed as model.pt does"):
+        run(config(num_epoch=1, lr=1e12, head="softmax"))
+    assert "the loss is nan at step" in caplog.text
+    assert json.loads(Path("out/report.json").read_text())["onnx_cosine"] == "not a number"
+
+
+def test_the_baseline_takes_odd_batches(config):
+    run(config(num_epoch=1, val_targets=[], head="softmax", batch_size=15))
+    assert all(np.isfinite(entry["loss"]) for entry in history())
+
+
+@pytest.mark.parametrize("keys, message", [
+    (dict(head="f2c_dpc"), "config.head='f2c_dpc' is unknown; installed: f2c_dcp"),
+    (dict(head=None), "head is not set, and the built-in host has no Partial FC"),
+    (dict(sampler="f2c_dula"), "config.sampler='f2c_dula' is unknown; installed: f2c_dual"),
+    (dict(batch_size=13), "batch_size=13: F²C splits a batch into two halves"),
+    (dict(f2c_pool_rate=0.3), "f2c_pool_rate=0.3 gives 3 slots"),
+    (dict(num_classes=11, f2c_pool_rate=1.0), "num_classes=11, but"),
+    (dict(num_image=121), "num_image=121, but"),
+    (dict(batch_size=122), "num_image=120 is less than one global batch"),
+    (dict(network="r19"), "network='r19': the built-in host has r18"),
+    (dict(optimizer="sdg"), "optimizer='sdg': must be 'sgd' or 'adamw'"),
+    (dict(resume=True), "resume=True, but there is no checkpoint in out"),
+    (dict(val_targets=["lfw"]), "lfw.bin: no such file"),
+    (dict(rec="nowhere"), "rec='nowhere': there is no train.rec in"),
+    (dict(dali=True), "dali=True: must be False: this package's loader decodes by itself"),
+    (dict(head="softmax", f2c_pol_rate=0.1), "f2c_pol_rate: unknown key; did you mean f2c_pool_rate?"),
+    (dict(output="config.py"), "config.py"),
+    (dict(margin_list=(1.0, 0.5, 0.2, 0.1)), "margin_list"),
+    (dict(margin_list=(2.0, 0.5, 0.0)), r"margin_list=(2.0, 0.5, 0.0) is neither ArcFace"),
+], ids=str)
+def test_bad_input_is_refused_with_the_key_or_file_the_value_and_the_remedy(config, keys, message):
+    assert message in refusal(config(**keys))
+
+
+def test_all_that_is_wrong_is_said_at_once_before_the_ranks_meet(config):
+    path = config(network="r19", optimizer="sdg", batch_size=122, num_classes=11, val_targets=["lfw"], head="f2c_dpc", lr="0.1",
+                  f2c_pol_rate=0.1, f2c_export="both", scale=0, warmup_epoch=9, margin_list=None, seed=-1, f2c_save_every=0)
+    message = refusal(path)
+    for part in ("network='r19'", "num_image=120 is less than", "num_classes=11, but", "lfw.bin: no such file",
+                 "head='f2c_dpc' is unknown", "lr='0.1': must be a number above 0", "f2c_pol_rate: unknown key", "scale=0: must be",
+                 "warmup_epoch=9: is more than num_epoch=2", "margin_list=None: must be three numbers", "seed=-1: must be",
+                 "f2c_save_every=0: must be"):
+        assert part in message
+    assert not Path("out").exists()
+
+
+def test_damaged_packs_are_refused_with_the_file(config, faces, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "train.rec").write_bytes((faces / "train.rec").read_bytes())
+    assert "broken/train.idx: no such file" in refusal(config(rec="broken"))
+    with RecordWriter(broken / "train.rec"):
+        pass
+    assert "broken/train.rec: the file is empty" in refusal(config(rec="broken"))
+    (broken / "train.rec").write_bytes((faces / "train.rec").read_bytes()[:-5000])
+    (broken / "train.idx").write_bytes((faces / "train.idx").read_bytes())
+    assert "broken/train.rec" in refusal(config(rec="broken"))
