@@ -62,6 +62,6 @@ def test_importing_the_plugin_needs_no_extra():
     """Entry points must load where only the hard requirements are."""
     script = ("import sys; [sys.modules.__setitem__(name, None) for name in "
               "('matplotlib', 'PIL', 'tensorboard', 'onnxruntime', 'sklearn', 'scipy', 'torchvision', 'mxnet', 'cv2')];"
-              "import f2c_plugin.host.entry_points, f2c_plugin.train, f2c_plugin.cli, f2c_plugin.tools.synth,"
+              "import f2c_plugin.arcface_torch.entry_points, f2c_plugin.train, f2c_plugin.cli, f2c_plugin.synthetic.dataset,"
               "f2c_plugin.tools.report, f2c_plugin.tools.doctor")
     subprocess.run([sys.executable, "-c", script], check=True)

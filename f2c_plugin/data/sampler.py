@@ -179,9 +179,11 @@ class DualSampler(Sampler[list[int]]):
         return range(start + self.first_step, start + self.num_steps)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # Runs at the first batch, not at iter(): a DataLoader with workers calls that twice.
         steps = self.steps
         self.set_epoch(self.epoch + 1)
-        return (self.batch(step).tolist() for step in steps)
+        for step in steps:
+            yield self.batch(step).tolist()
 
     def batch(self, step: int) -> Int64s:
         """The batch of this rank at ``step``, counted from the start of training, int64 (batch_size,)."""

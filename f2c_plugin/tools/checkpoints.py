@@ -33,7 +33,7 @@ def describe(path) -> list[tuple[str, str]]:
         told = [("written by", "arcface_torch"), ("epochs done", f"{saved['epoch']}"), ("step", f"{saved['global_step']:,}")]
         net, head = saved["state_dict_backbone"], saved["state_dict_softmax_fc"]
     else:
-        raise CheckpointError(f"{path}: no checkpoint of arcface_torch or f2c_plugin.train; it holds {', '.join(map(str, saved))}")
+        raise CheckpointError(f"{path}: not a checkpoint of arcface_torch or f2c_plugin.train; it holds {', '.join(map(str, saved))}")
     told.append(("probe net", f"{sum(value.numel() for value in net.values()):,} numbers{_not_finite(net)}"))
     return [("checkpoint", str(path)), *told, ("head", _describe_head(head) + _not_finite(head))]
 
@@ -84,7 +84,7 @@ def merge(folder, out, num_ranks: int) -> list[Path]:
     states = [load_states(path) for path in paths]
     for path, state in zip(paths, states):
         if not state.keys() >= set(_HOST_KEYS):
-            raise CheckpointError(f"{path}: no checkpoint of arcface_torch")
+            raise CheckpointError(f"{path}: not a checkpoint of arcface_torch")
         if (state["epoch"], state["global_step"]) != (states[0]["epoch"], states[0]["global_step"]):
             raise CheckpointError(f"{path}: is of step {state['global_step']}, but {paths[0].name} of "
                                   f"{states[0]['global_step']}: they are not of one moment")

@@ -16,8 +16,9 @@ from f2c_plugin.tools.plotting import pyplot
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 HEADINGS = {"curves": "Curves", "scores": "Cosines of the verification pairs", "roc": "ROC"}
 _LOSS = re.compile(r"Speed ([\d.]+) samples/sec\s+Loss (\S+)\s+LearningRate (\S+).*Global Step: (\d+)")
-_HEALTH = re.compile(r"F²C step (\d+): (.*)")
+_MONITOR = re.compile(r"F²C step (\d+): (.*)")
 _ACCURACY = re.compile(r"\[(\w+)\]\[(\d+)\]Accuracy-Flip: ([\d.]+)")
+_OLD_NAMES = {"f2c/found": "f2c/pool_hit_rate"}  # of version 0.1
 _CONFIG = re.compile(r"(?:^|[-\s]): ([a-z0-9_]+[a-z_]) *(.*)")
 
 
@@ -55,7 +56,7 @@ class Run:
         lines = log.read_text(errors="replace").splitlines()
         config = {found[1]: found[2].strip() for line in lines if (found := _CONFIG.search(line))}
         if (folder / "history.jsonl").is_file():
-            history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+            history = [_todays_names(json.loads(line)) for line in (folder / "history.jsonl").read_text().splitlines()]
         else:
             history = _history_of_log(lines, int(config.get("total_batch_size", 1)))
         if not history:
@@ -109,11 +110,15 @@ def _history_of_log(lines, images_per_step):
         elif found := _ACCURACY.search(line):
             of_gallery, name = re.fullmatch(r"(gallery_)?(.*)", found[1]).groups("")
             entry(found[2])[f"{name}/{of_gallery}accuracy"] = float(found[3])
-        elif found := _HEALTH.search(line):
+        elif found := _MONITOR.search(line):
             for name, value in re.findall(r"([a-zA-Z -]+?) (nan|-?[\d.]+)(?: steps)?(?:  |$)", found[2]):
                 if value != "nan":
                     entry(found[1])["f2c/" + name.strip().replace(" ", "_").replace("-", "_")] = float(value)
-    return [entries[step] for step in sorted(entries)]
+    return [_todays_names(entries[step]) for step in sorted(entries)]
+
+
+def _todays_names(entry):
+    return {_OLD_NAMES.get(name, name): value for name, value in entry.items()}
 
 
 def report(folders, out=None) -> Path:
@@ -148,7 +153,7 @@ def draw_curves(runs: list[Run], path) -> Path:
     panels = [("loss", {"loss": ""}, None),
               ("verification accuracy", {name: _of_accuracy(name) for run in runs for name in run.accuracies}, None),
               ("cosines to the pool", {"f2c/positive_cosine": "own slot", "f2c/hard_negative_cosine": "hardest negatives"}, None),
-              ("pool", {"f2c/pool_fill": "slots taken", "f2c/found": "probes whose identity is in it"}, (0, 1.05)),
+              ("pool", {"f2c/pool_fill": "slots taken", "f2c/pool_hit_rate": "probes whose identity is in the pool"}, (0, 1.05)),
               ("age of the features in the pool, steps", {"f2c/age": ""}, None),
               ("evictions a step", {"f2c/evictions": ""}, None)]
     panels = [panel for panel in panels if any(run.series(name) for run in runs for name in panel[1])]

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from f2c_plugin.data.identities import IdentityIndex
-from f2c_plugin.data.sampler import DualSampler
-from f2c_plugin.data.sampler import ShuffledPasses
+from f2c_plugin.data.sampler import DualSampler, ShuffledPasses
 
 
 def index_of(sizes):
@@ -36,7 +35,7 @@ def split(sampler, step):
     halves = sampler.batch(step).reshape(2, -1)
     pairs = 0
     if sampler.pairs_per_step:
-        first, end = (sampler._identity_places(each) for each in (step, step + 1))
+        first, end = (sampler._identities_before(each) for each in (step, step + 1))
         pairs = len(range(first + sampler.rank, end, sampler.world_size))
     return halves[:, :pairs], halves[:, pairs:].reshape(-1)
 
@@ -92,8 +91,9 @@ def test_batches_depend_on_seed_epoch_rank_and_world_size_alone():
     def epoch(number, seed=1, rank=0, world_size=2):
         sampler = DualSampler(index, 8, 6, seed=seed, rank=rank, world_size=world_size)
         sampler.set_epoch(number)
-        assert len(list(sampler)) == len(sampler) == 6
-        return np.stack(list(sampler))
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == 6
+        return np.array(batches)
 
     assert np.array_equal(epoch(3), epoch(3))
     for other in epoch(4), epoch(3, seed=2), epoch(3, rank=1), epoch(3, world_size=3):

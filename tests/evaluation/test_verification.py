@@ -105,7 +105,9 @@ def doubled_lists(depth):
 def test_a_small_file_cannot_take_much_time_or_memory(tmp_path, bomb):
     (tmp_path / "set.bin").write_bytes(bomb)
     script = ("import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (20, 20));"
-              "from f2c_plugin.tools.verification import VerificationSet, VerificationSetError, _scalar\n"
+              "from f2c_plugin.errors import VerificationSetError\n"
+              "from f2c_plugin.evaluation.safe_pickle import _scalar\n"
+              "from f2c_plugin.evaluation.verification import VerificationSet\n"
               "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
               "try: VerificationSet(sys.argv[1])\n"
               "except VerificationSetError: pass\n"

@@ -107,7 +107,7 @@ def test_files_that_do_not_belong_together_are_refused_with_the_reason_and_nothi
     with pytest.raises(CheckpointError, match="lacks checkpoint_gpu_1.pt: the files of all ranks"):
         merge(tmp_path, tmp_path / "new", 2)
     (tmp_path / "checkpoint_gpu_1.pt").write_bytes((tmp_path / "one").read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: not a whole checkpoint"):
         merge(tmp_path, tmp_path / "new", 2)
     (tmp_path / "one").rename(tmp_path / "checkpoint_gpu_1.pt")
     saved = load_states(tmp_path / "checkpoint_gpu_1.pt")
@@ -127,10 +127,10 @@ def test_inspect_tells_of_both_hosts_files(config, capsys, tmp_path):
                  "F²C, 8 slots of 2 × 4, 0 taken", "weights of 3 classes × 4, 12 of them NOT FINITE"):
         assert line in told, told
     Path("model.pt").write_bytes(b"PK")
-    with pytest.raises(SystemExit, match="f2c-plugin checkpoint: model.pt: no whole checkpoint"):
+    with pytest.raises(SystemExit, match="f2c-plugin checkpoint: model.pt: not a whole checkpoint"):
         cli(["checkpoint", "inspect", "model.pt"])
     torch.save({"weight": torch.zeros(3)}, "model.pt")
-    with pytest.raises(SystemExit, match="model.pt: no checkpoint of arcface_torch or f2c_plugin.train; it holds weight"):
+    with pytest.raises(SystemExit, match="model.pt: not a checkpoint of arcface_torch or f2c_plugin.train; it holds weight"):
         cli(["checkpoint", "inspect", "model.pt"])
 
 

@@ -19,6 +19,7 @@ from f2c_plugin.trainer.checkpoint import Checkpoints
 from f2c_plugin.utils.safe_load import load_states
 from f2c_plugin.config import load_config
 from f2c_plugin.errors import ConfigError
+from f2c_plugin.trainer.logger import TrainingLog
 from f2c_plugin.trainer.signals import Stopped
 from tests.runs import history, launch, losses, refusal, run, start
 
@@ -69,12 +70,12 @@ def run_on(ranks, path):
 
 def run_with_a_signal(path, monkeypatch, number, step):
     """Run, and send a signal to this process while it trains the given step."""
-    def told(self, now, *arguments, tell=train._Log.step):
+    def told(self, now, *arguments, tell=TrainingLog.update):
         if now == step:
             os.kill(os.getpid(), number)
         tell(self, now, *arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(train._Log, "step", told)
+        patch.setattr(TrainingLog, "update", told)
         run(path)
 
 
@@ -249,7 +250,7 @@ def test_half_written_files_of_a_killed_process_are_removed(config):
 
 def test_random_states_are_kept(config):
     torch.manual_seed(3), np.random.seed(3), random.seed(3)
-    from f2c_plugin.checkpoint import _random_state, _set_random_state
+    from f2c_plugin.trainer.checkpoint import _random_state, _set_random_state
     torch.randn(3), np.random.randn(3), random.gauss(0, 1)
     torch.save(_random_state(), "state.pt")
     drawn = torch.rand(4).tolist(), np.random.randn(4).tolist(), [random.gauss(0, 1) for _ in range(4)]
@@ -275,7 +276,7 @@ def small_disk(tmp_path):
 def test_a_disk_too_small_is_refused_before_training_and_one_that_fills_up_keeps_the_last_checkpoint(config, small_disk):
     keys = dict(num_epoch=1, val_targets=[], f2c_save_every=4, output=str(small_disk / "out"))
     message = refusal(config(network="r18", **keys))
-    assert "checkpoints need about" in message and "MB are free: make room, or take another output" in message
+    assert "checkpoints need about" in message and "MB are free: make room, or choose another output" in message
 
     path = config(embedding_size=4, **keys)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from f2c_plugin import train
+from f2c_plugin.errors import TrainingDiverged
 from f2c_plugin.utils.safe_load import load_states
 from f2c_plugin.data.loader import DualLoader
 from f2c_plugin.method.gallery import GalleryNet
@@ -54,10 +54,10 @@ def test_gradients_that_are_not_finite_change_nothing(config, monkeypatch):
     def spoiled(self, *arguments, forward=F2CHead.forward):
         loss = forward(self, *arguments)
         if self.steps == 6:
-            before.update({name: value.clone() for name, value in self._probe_net[0].named_parameters()})
+            before.update({name: value.clone() for name, value in self.probe_net.named_parameters()})
             return loss * torch.inf
         if self.steps == 7:
-            assert all(torch.equal(value, before[name]) for name, value in self._probe_net[0].named_parameters())
+            assert all(torch.equal(value, before[name]) for name, value in self.probe_net.named_parameters())
         return loss
     monkeypatch.setattr(F2CHead, "forward", spoiled)
     run(config(**keys))
@@ -68,7 +68,7 @@ def test_gradients_that_are_not_finite_change_nothing(config, monkeypatch):
 def test_too_many_bad_steps_in_a_row_end_the_training_and_the_last_good_checkpoint_stays(config, monkeypatch):
     spoil_images(monkeypatch, {1, 2, *range(9, 100)}, torch.nan)
     keys = dict(val_targets=[], f2c_save_every=4, f2c_max_bad_steps=5)
-    with pytest.raises(train.TrainingDiverged, match=r"not finite in 5 steps in a row, up to step 14 \(f2c_max_bad_steps=5\)"):
+    with pytest.raises(TrainingDiverged, match=r"not finite in 5 steps in a row, up to step 14 \(f2c_max_bad_steps=5\)"):
         run(config(**keys))
     assert [load_states(file)["step"] for file in checkpoints()] == [4, 8]
     assert_whole()

@@ -28,7 +28,7 @@ def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, faces,
     entries = history()
     steps = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(2, 21, 2))
-    for name in ("learning_rate", "images_per_second", "f2c/pool_fill", "f2c/found", "f2c/evictions",
+    for name in ("learning_rate", "images_per_second", "f2c/pool_fill", "f2c/pool_hit_rate", "f2c/evictions",
                  "f2c/positive_cosine", "f2c/not_finite", "f2c/age", "f2c/scale"):
         assert all(np.isfinite(entry[name]) for entry in steps), name
     assert steps[-1]["f2c/pool_fill"] == 1.0 and steps[-1]["f2c/scale"] == 16.0 and steps[0]["f2c/scale"] < 9
@@ -38,7 +38,7 @@ def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, faces,
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator("out/tensorboard")
     events.Reload()
-    assert {"loss", "f2c/found", "synth/accuracy", "synth/gallery_accuracy"} <= set(events.Tags()["scalars"])
+    assert {"loss", "f2c/pool_hit_rate", "synth/accuracy", "synth/gallery_accuracy"} <= set(events.Tags()["scalars"])
     assert len(events.Scalars("loss")) == len(steps)
 
     net = get_model("tiny", 32)
@@ -118,14 +118,14 @@ def test_the_baseline_takes_odd_batches(config):
 
 @pytest.mark.parametrize("keys, message", [
     (dict(head="f2c_dpc"), "config.head='f2c_dpc' is unknown; installed: f2c_dcp"),
-    (dict(head=None), "head is not set, and the built-in host has no Partial FC"),
+    (dict(head=None), "head is not set, and the built-in trainer has no Partial FC"),
     (dict(sampler="f2c_dula"), "config.sampler='f2c_dula' is unknown; installed: f2c_dual"),
     (dict(batch_size=13), "batch_size=13: F²C splits a batch into two halves"),
     (dict(f2c_pool_rate=0.3), "f2c_pool_rate=0.3 gives 3 slots"),
     (dict(num_classes=11, f2c_pool_rate=1.0), "num_classes=11, but"),
     (dict(num_image=121), "num_image=121, but"),
     (dict(batch_size=122), "num_image=120 is less than one global batch"),
-    (dict(network="r19"), "network='r19': the built-in host has r18"),
+    (dict(network="r19"), "network='r19': must be one of r18"),
     (dict(optimizer="sdg"), "optimizer='sdg': must be 'sgd' or 'adamw'"),
     (dict(resume=True), "resume=True, but there is no checkpoint in out"),
     (dict(val_targets=["lfw"]), "lfw.bin: no such file"),

@@ -1,4 +1,4 @@
-"""What arcface_torch asks the head for at verification and at the end: accuracies of both nets, and the net to ship."""
+"""What arcface_torch asks the head for at verification and at the end: accuracies of both nets, and the net that becomes model.pt."""
 
 import logging
 import re
@@ -16,11 +16,11 @@ from f2c_plugin.trainer.build import margin_loss
 
 
 def head_of(path):
-    """A head as the host has it after some steps, whose two nets differ, and its probe net."""
+    """A head as arcface_torch has it after some steps, whose two nets differ, and its probe net."""
     torch.manual_seed(0)
     cfg = load_config(path)
     probe_net = get_model(cfg.network, cfg.embedding_size)
-    head = f2c_dcp(cfg, probe_net, _margin_loss(cfg))
+    head = f2c_dcp(cfg, probe_net, margin_loss(cfg))
     with torch.no_grad():
         for parameter in probe_net.parameters():
             parameter.normal_(std=0.2)
@@ -28,7 +28,7 @@ def head_of(path):
     return head, probe_net
 
 
-def test_the_gallery_net_is_verified_beside_the_hosts_own_verification(config, caplog):
+def test_the_gallery_net_is_verified_beside_arcface_torchs_own_verification(config, caplog):
     head, _ = head_of(config(output="."))
     with caplog.at_level(logging.INFO):
         head.verify(20)
@@ -37,14 +37,14 @@ def test_the_gallery_net_is_verified_beside_the_hosts_own_verification(config, c
 
 
 @pytest.mark.parametrize("export", ["probe", "gallery", "best"])
-def test_the_net_that_is_chosen_is_shipped_and_both_accuracies_are_told(config, caplog, export):
+def test_the_chosen_net_is_selected_and_both_accuracies_are_logged(config, caplog, export):
     head, probe_net = head_of(config(output=".", f2c_export=export))
     with caplog.at_level(logging.INFO):
-        shipped = head.to_ship()
-    told = {which: float(found) for which, found in re.findall(r"\[(gallery_|)synth\]\[30\]Accuracy-Flip: (\d\.\d+)", caplog.text)}
-    accuracies = {"probe": told[""], "gallery": told["gallery_"]}
+        selected = head.select_net()
+    logged = {which: float(found) for which, found in re.findall(r"\[(gallery_|)synth\]\[30\]Accuracy-Flip: (\d\.\d+)", caplog.text)}
+    accuracies = {"probe": logged[""], "gallery": logged["gallery_"]}
     which = max(accuracies, key=accuracies.get) if export == "best" else export
-    assert shipped is {"probe": probe_net, "gallery": head.gallery.net}[which] and f"model.pt is the {which} net" in caplog.text
+    assert selected is {"probe": probe_net, "gallery": head.gallery.net}[which] and f"model.pt is the {which} net" in caplog.text
     assert accuracies["probe"] != accuracies["gallery"]
     scores = [np.load(name)["scores"] for name in ("synth_scores.npz", "gallery_synth_scores.npz")]
     assert len(scores[0]) == 60 and not np.allclose(*scores)
@@ -56,4 +56,4 @@ def test_best_with_nothing_to_choose_by_is_refused_at_the_start_and_sets_that_ar
             head_of(config(f2c_export="best", val_targets=val_targets))
     head, probe_net = head_of(config(output=".", val_targets=["lfw"]))
     head.verify(20)
-    assert head.to_ship() is probe_net and not list(Path().glob("*_scores.npz"))
+    assert head.select_net() is probe_net and not list(Path().glob("*_scores.npz"))
