@@ -15,78 +15,81 @@ the cache that `f2c-plugin fetch-host` fills.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
-from easydict import EasyDict
 from head_step import host_modules
 
-from f2c_plugin import train
-from f2c_plugin.config import DEFAULTS
-from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.arcface_torch import patching
+from f2c_plugin.arcface_torch.entry_points import f2c_dcp
+from f2c_plugin.build import margin_from
+from f2c_plugin.config import DEFAULTS, TrainConfig
+from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.from_config import steps_per_epoch
-from f2c_plugin.method.margin import Margin
-from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.evaluation.onnx_export import load_net
-from f2c_plugin.synthetic.dataset import write_dataset
 from f2c_plugin.evaluation.verification import embed, tar_at_far
-
-F2C = dict(head="f2c_dcp")
-
-
-def one_row(pool, slots, placement):
-    """In place of ``renewed_at``: the second view shows what the first does."""
-    return torch.zeros_like(slots, dtype=torch.bool)
+from f2c_plugin.method.schedule import Schedule
+from f2c_plugin.synthetic.dataset import write_dataset
+from f2c_plugin.trainer import build
+from f2c_plugin.trainer.loop import train
+from f2c_plugin.trainer.rendezvous import process_group
 
 
-# Of each, config keys and what else is changed: ``patch`` puts values in the place of named ones of the package.
+def f2c(schedule=None, **keys):
+    """Config keys of a variant of F²C, and a function that changes its Schedule."""
+    return dict(head="f2c_dcp" if schedule is None else "f2c_changed", schedule=schedule) | keys
+
+
+def changed(**fields):
+    return lambda schedule: dataclasses.replace(schedule, **fields)
+
+
 VARIANTS = {
     "full FC": dict(head="softmax"),
     "full FC, with the ramp": dict(head="softmax_ramp"),
     "Partial FC 0.1": dict(head="partial_fc", sample_rate=0.1),
     "Partial FC 0.1, with the ramp": dict(head="partial_fc_ramp", sample_rate=0.1),
-    "F²C 100 %": F2C | dict(f2c_pool_rate=1.0),
-    "F²C 10 %": F2C,
-    "F²C 1 %": F2C | dict(f2c_pool_rate=0.01),
-    "F²C 10 %, as published": F2C | dict(f2c_recipe="paper"),
-    "F²C 10 %, not symmetric": F2C | dict(f2c_symmetric=False),
-    "F²C 10 %, identity-based only": F2C | dict(f2c_identity_rate=1.0),
-    "F²C 10 %, instance-based only": F2C | dict(f2c_identity_rate=0.0),
-    "F²C 10 %, one row": F2C | dict(patch={"pool.DynamicClassPool.renewed_at": one_row}),
-    "F²C 10 %, hard negatives instead of twins": F2C | dict(patch={"recipe.TWINS": False}),
-    "F²C 10 %, nothing learnt outside the pool": F2C | dict(patch={"recipe.OUTSIDE_WEIGHT": 0.0}),
-    "F²C 10 %, scale in full from the start": F2C | dict(patch={"recipe.START_SCALE": 1e6}),
-    "F²C 10 %, ramp over 40 %": F2C | dict(patch={"recipe.RAMP_SHARE": 0.4}),
-    "F²C 10 %, momentum in full from the start": F2C | dict(patch={"recipe.MOMENTUM_START": 1}),
-    "F²C 10 %, hard negatives, momentum in full": F2C | dict(patch={"recipe.TWINS": False, "recipe.MOMENTUM_START": 1}),
-    "F²C 10 %, momentum 0.9": F2C | dict(f2c_momentum=0.9),
-    "F²C 10 %, momentum 0.999": F2C | dict(f2c_momentum=0.999),
+    "F²C 100 %": f2c(f2c_pool_rate=1.0),
+    "F²C 10 %": f2c(),
+    "F²C 1 %": f2c(f2c_pool_rate=0.01),
+    "F²C 10 %, as published": f2c(f2c_recipe="paper"),
+    "F²C 10 %, not symmetric": f2c(f2c_symmetric=False),
+    "F²C 10 %, identity-based only": f2c(f2c_identity_rate=1.0),
+    "F²C 10 %, instance-based only": f2c(f2c_identity_rate=0.0),
+    "F²C 10 %, one row": f2c(changed(second_row=False)),
+    "F²C 10 %, hard negatives instead of own-image keys": f2c(changed(own_image_keys=False)),
+    "F²C 10 %, nothing learnt outside the pool": f2c(changed(outside_weight=0.0)),
+    "F²C 10 %, scale in full from the start": f2c(changed(start_scale=1e6)),
+    "F²C 10 %, ramp over 40 %": f2c(lambda schedule: changed(ramp_steps=schedule.ramp_steps * 4 / 7)(schedule)),
+    "F²C 10 %, momentum in full from the start": f2c(changed(momentum_start=1.0)),
+    "F²C 10 %, hard negatives, momentum in full": f2c(changed(own_image_keys=False, momentum_start=1.0)),
+    "F²C 10 %, momentum 0.9": f2c(f2c_momentum=0.9),
+    "F²C 10 %, momentum 0.999": f2c(f2c_momentum=0.999),
 }
 UNSEEN = 500, 10  # people and images of each that TAR and AUC are measured on
 VERIFIED = 4  # times a run
 FEW = ["full FC, with the ramp", "F²C 100 %", "F²C 10 %"]
-COLUMNS = {"lr": "learning rate", "accuracy": "accuracy", "tar_1e-3": "TAR at FAR 1e-3", "tar_1e-4": "TAR at FAR 1e-4", "auc": "AUC",
-           "gallery_accuracy": "accuracy of the gallery net", "images_per_s": "images/s", "peak_mb": "peak MB"}
+COLUMNS = {"lr": "learning rate", "accuracy": "accuracy", "tar_1e-3": "TAR at FAR 1e-3", "tar_1e-4": "TAR at FAR 1e-4",
+           "auc": "AUC", "gallery_accuracy": "accuracy of the gallery net", "images_per_s": "images/s", "peak_mb": "peak MB"}
 
 
 def partial_fc(cfg, backbone, margin_loss):
     """Head factory of the host's Partial FC."""
-    losses, partial_fc_v2 = host_modules(patching.known_host())
+    losses, partial_fc_v2 = host_modules(patching.known_checkout())
     margin = losses.CombinedMarginLoss(margin_loss.s, margin_loss.m1, margin_loss.m2, margin_loss.m3)
     return partial_fc_v2.PartialFC_V2(margin, cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16)
 
 
 def softmax_ramp(cfg, backbone, margin_loss):
     """Head factory of the full FC layer with the scale and margin of F²C's recipe."""
-    head = train.softmax(cfg, backbone, margin_loss)
+    head = build.softmax(cfg, backbone, margin_loss)
     at_every_step(head, cfg, head.margin, lambda margin: setattr(head, "margin", margin))
     return head
 
@@ -97,15 +100,15 @@ def partial_fc_ramp(cfg, backbone, margin_loss):
 
     def set_margin(margin):
         head.margin_softmax.s, head.margin_softmax.m2, head.margin_softmax.m3 = margin.scale, margin.angular, margin.additive
-    at_every_step(head, cfg, Margin.of_host(margin_loss), set_margin)
+    at_every_step(head, cfg, margin_from(margin_loss), set_margin)
     return head
 
 
 def at_every_step(head, cfg, margin, set_margin):
     """Before every step, hand ``set_margin`` the Margin that the ramp has for it."""
-    recipe = Recipe("ramp", margin, cfg.num_epoch * steps_per_epoch(cfg, 1))
+    schedule = Schedule.ramp(margin, cfg.num_epoch * steps_per_epoch(cfg, 1))
     steps = itertools.count()
-    head.register_forward_pre_hook(lambda *_: set_margin(recipe.margin_at(next(steps))))
+    head.register_forward_pre_hook(lambda *_: set_margin(schedule.margin_at(next(steps))))
 
 
 def config(arguments, keys, seed, lr, output):
@@ -115,18 +118,24 @@ def config(arguments, keys, seed, lr, output):
                 network=arguments.network, embedding_size=arguments.embedding_size, batch_size=arguments.batch_size,
                 num_epoch=epochs, lr=lr, margin_list=tuple(arguments.margin_list), scale=arguments.scale, seed=seed,
                 val_targets=["synth"], verbose=-(-steps * epochs // VERIFIED), num_workers=1, output=str(output)) | keys
-    return EasyDict(DEFAULTS | keys)
+    return TrainConfig(DEFAULTS | keys)
 
 
 def run(arguments, variant, seed, lr, output):
     """Train one variant in this process and write what it measured."""
     keys = dict(VARIANTS[variant])
-    for name, value in keys.pop("patch", {}).items():
-        mock.patch(f"f2c_plugin.{name}", value).start()
-    train.BUILT_IN_HEADS |= dict(partial_fc=partial_fc, partial_fc_ramp=partial_fc_ramp, softmax_ramp=softmax_ramp)
+    change = keys.pop("schedule", None)
+
+    def f2c_changed(cfg, backbone, margin_loss):
+        head = f2c_dcp(cfg, backbone, margin_loss)
+        head.schedule = change(head.schedule)
+        return head
+    f2c_changed.sampler = f2c_dcp.sampler
+    build.BUILT_IN_HEADS |= dict(partial_fc=partial_fc, partial_fc_ramp=partial_fc_ramp, softmax_ramp=softmax_ramp,
+                                 f2c_changed=f2c_changed)
     output.mkdir(parents=True, exist_ok=True)
-    with train.process_group():
-        report = train.train(config(arguments, keys, seed, lr, output))
+    with process_group():
+        report = train(config(arguments, keys, seed, lr, output))
     history = [json.loads(line) for line in (output / "history.jsonl").read_text().splitlines()]
     verified = [entry for entry in history if "synth/accuracy" in entry]
     result = {"accuracy": report["verification"]["accuracy"],
@@ -174,7 +183,8 @@ def table(results):
             elif name in ("images_per_s", "peak_mb"):
                 cells.append(f"{np.median(values):,.0f}")
             else:
-                cells.append(f"{100 * np.mean(values):.2f} %" + (f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""))
+                spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+                cells.append(f"{100 * np.mean(values):.2f} %{spread}")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -201,7 +211,7 @@ def plot(results, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--identities", type=int, default=1000)
     parser.add_argument("--images", type=int, default=20, help="of an identity")
     parser.add_argument("--pairs", type=int, default=6000, help="of unseen identities, to verify with")
@@ -231,7 +241,7 @@ def main():
             parser.error(f"--variants {variant}: must be of {', '.join(VARIANTS)}")
     if needing := [variant for variant in variants if variant.startswith("Partial FC")]:
         try:
-            patching.known_host()
+            patching.known_checkout()
         except patching.CheckoutError:
             print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
             variants = [variant for variant in variants if variant not in needing]
@@ -259,13 +269,14 @@ def main():
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         tried = list(itertools.product(variants, arguments.lr))
-        first = list(zip(tried, pool.map(lambda run: result(run[0], 0, run[1]), tried)))
+        first = list(zip(tried, pool.map(lambda run: result(run[0], 0, run[1]), tried), strict=True))
         best = {variant: max((found for (which, _), found in first if which == variant), key=lambda found: found["accuracy"])
                 for variant in variants}
         seeds = range(1, arguments.seeds)
         rest = pool.map(lambda run: result(run[0], run[1], best[run[0]]["lr"]), itertools.product(variants, seeds))
         results = {variant: [best[variant], *itertools.islice(rest, len(seeds))] for variant in variants}
-        accuracies = {variant: {lr: found["accuracy"] for (which, lr), found in first if which == variant} for variant in variants}
+        accuracies = {variant: {lr: found["accuracy"] for (which, lr), found in first if which == variant}
+                      for variant in variants}
     print(table(results))
     if arguments.json:
         arguments.json.write_text(json.dumps(setting | {"seeds": arguments.seeds, "accuracy_by_lr": accuracies,

@@ -10,14 +10,14 @@ import time
 import numpy as np
 import simplejpeg
 
-from f2c_plugin.synthetic.face import draw_face, draw_identity
 from f2c_plugin.synthetic.dataset import JPEG_QUALITY
+from f2c_plugin.synthetic.face import draw_face, draw_identity
 
 BATCH = 100
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -23,7 +23,7 @@ what it had before it built its head (on a GPU, the most that was allocated).
 """
 
 import argparse
-import importlib.util
+import importlib
 import json
 import math
 import multiprocessing
@@ -33,25 +33,23 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import distributed, nn
 from torch.nn.functional import normalize
 
-from f2c_plugin.models import NETWORKS, get_model
-from f2c_plugin.config import F2CConfig, POOL_DTYPES
-from f2c_plugin.method.gallery import GalleryNet
-from f2c_plugin.method.head import F2CHead
 from f2c_plugin.arcface_torch import patching
+from f2c_plugin.build import build_head
+from f2c_plugin.config import POOL_DTYPES, F2CConfig
+from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.loss import default_hard_negatives
 from f2c_plugin.method.margin import Margin
-from f2c_plugin.trainer.full_fc import margin_softmax
-from f2c_plugin.method.pool import DynamicClassPool, NOT_IN_POOL
-from f2c_plugin.utils.distributed import Shard, WHOLE
-from f2c_plugin.method.schedule import Schedule
-from f2c_plugin.trainer.full_fc import FullFC
+from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool
+from f2c_plugin.models import NETWORKS, get_model
 from f2c_plugin.tools.plan import Plan
+from f2c_plugin.trainer.full_fc import FullFC, margin_softmax
 
 EMBEDDING_SIZE = 512
 MARGIN = Margin(scale=64.0, additive=0.4)
@@ -61,10 +59,9 @@ COPIES = {"partial_fc": 4.5, "full_fc": 7}
 
 
 def f2c(net, identities, arguments):
-    shard = Shard(distributed.get_rank(), arguments.ranks) if arguments.shard_pool else WHOLE
-    pool = DynamicClassPool(arguments.slots_of(identities), identities, EMBEDDING_SIZE,
-                            dtype=getattr(torch, arguments.pool_dtype), shard=shard)
-    return F2CHead(net, pool, Recipe("paper", MARGIN, 1), autocast=arguments.fp16)
+    return build_head(net, identities, 1, embedding_size=EMBEDDING_SIZE, margin=MARGIN,
+                      num_slots=arguments.slots_of(identities), pool_dtype=getattr(torch, arguments.pool_dtype),
+                      shard_pool=arguments.shard_pool, recipe="paper", autocast=arguments.fp16, hook=True)
 
 
 class PlainF2C(nn.Module):
@@ -79,31 +76,28 @@ class PlainF2C(nn.Module):
         with torch.no_grad():
             gallery = self.net[0].weight @ self.images.T  # what the linear gallery net makes of them, (D, B)
         halves = [part.chunk(2) for part in (gallery.T, embeddings, labels)]
-        losses, gradients, write = [], [], None
-        for probe, other in (0, 1), (1, 0):
-            if write:
-                self.pool.undo(write)
-            placement = self.pool.place(halves[2][other])
-            write = self.pool.write(placement, halves[0][other])
-            inputs = halves[1][probe].detach().requires_grad_()
-            loss = self._half_step(inputs, self.pool.lookup(halves[2][probe]), placement)
-            gradients.append(torch.autograd.grad(loss, inputs)[0])  # before the pool changes
-            losses.append(loss.detach())
-        return sum(losses) + (embeddings * torch.cat(gradients)).sum()
+        (gallery_x, gallery_y), (probe_x, probe_y), (label_x, label_y) = halves
+        first = self._half_step(probe_x, label_x, self.pool.preview(label_y, gallery_y))
+        view = self.pool.preview(label_x, gallery_x)
+        second = self._half_step(probe_y, label_y, view)
+        self.pool.commit(view)
+        return first + second
 
-    def _half_step(self, inputs, slots, placement):
-        rows = self.pool.rows
-        renewed = placement.slot[placement.renewed]
+    def _half_step(self, probes, labels, view):
+        rows = self.pool.rows.clone()
+        view.write_into(rows, view.assignment.slot)
+        two_keys = view.assignment.slot[view.assignment.has_two_keys]
         second = rows[0].clone()
-        second[renewed] = rows[1, renewed]
-        found = slots != NOT_IN_POOL
+        second[two_keys] = rows[1, two_keys]
+        slots = view.lookup(labels)
+        in_pool = slots != NOT_IN_POOL
         loss = 0
-        for view in rows[0], second:
-            cosine = normalize(inputs) @ view.T
-            if found.any():
-                loss = loss + margin_softmax(cosine[found], slots[found], MARGIN)
-            if not found.all():
-                loss = loss + cosine[~found].topk(default_hard_negatives(len(view))).values.clamp_min(0).mean()
+        for each in rows[0], second:
+            cosine = normalize(probes) @ each.T
+            if in_pool.any():
+                loss = loss + margin_softmax(cosine[in_pool], slots[in_pool], MARGIN)
+            if not in_pool.all():
+                loss = loss + cosine[~in_pool].topk(default_hard_negatives(len(each))).values.clamp_min(0).mean()
         return loss
 
 
@@ -123,9 +117,8 @@ def host_modules(host):
         shutil.copytree(host, copy)
         patching.apply(copy, patching.plan_install(copy))
         for name in "losses", "partial_fc_v2":
-            spec = importlib.util.spec_from_file_location(name, copy / f"{name}.py")
-            modules.append(importlib.util.module_from_spec(spec))
-            spec.loader.exec_module(modules[-1])
+            with mock.patch.object(sys, "path", [str(copy), *sys.path]):
+                modules.append(importlib.import_module(name))
     return modules
 
 
@@ -369,11 +362,11 @@ def plot(results, path):
 
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, suffix, label in zip(axes, ("_ms", "_peak_mb"), ("ms a step", "peak MB")):
+    for axis, suffix, label in zip(axes, ("_ms", "_peak_mb"), ("ms a step", "peak MB"), strict=True):
         for name, title in (("f2c", "F²C"), ("partial_fc", "Partial FC"), ("full_fc", "full FC")):
             points = [(result["identities"], result[name + suffix]) for result in results if name + suffix in result]
             if points:
-                axis.loglog(*zip(*points), "o-", label=title)
+                axis.loglog(*zip(*points, strict=True), "o-", label=title)
         low, high = axis.get_ylim()
         axis.set(xlabel="identities", ylabel=label, ylim=(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))))
         axis.grid(alpha=0.3, which="both")
@@ -391,7 +384,7 @@ class Arguments(argparse.Namespace):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--identities", type=int, nargs="+", default=[200_000])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--pool-rate", type=float, default=0.1, help="also Partial FC's sample rate")
@@ -412,7 +405,7 @@ def main():
     if smallest < arguments.batch_size // 2 * arguments.ranks:
         parser.error("the pool must hold the identities of half a global batch: raise --identities, --pool-rate or --slots")
     try:
-        arguments.host = patching.known_host()
+        arguments.host = patching.known_checkout()
     except patching.CheckoutError:
         print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
         arguments.heads = [name for name in arguments.heads if name != "partial_fc"]
@@ -432,7 +425,8 @@ def main():
     results = [summary(arguments, identities, measured) for identities in arguments.identities]
     if arguments.plot:
         plot(results, arguments.plot)
-    setting = {key: getattr(arguments, key) for key in ("batch_size", "ranks", "shard_pool", "pool_dtype", "fp16", "network", "repeats")}
+    keys = ("batch_size", "ranks", "shard_pool", "pool_dtype", "fp16", "network", "repeats")
+    setting = {key: getattr(arguments, key) for key in keys}
     setting["machine"] = (torch.cuda.get_device_name() if arguments.device == "cuda"
                           else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     setting["torch"] = torch.__version__

@@ -67,7 +67,8 @@ def write_pack(folder, num_images, num_identities):
             records["magic"], records["length"] = MAGIC, length - 8
             rec.write(records.tobytes())
             offsets = offset + length * np.arange(len(records))
-            idx.write("".join(map("%d\t%d\n".__mod__, zip(range(first_key, first_key + len(records)), offsets.tolist()))))
+            keys = range(first_key, first_key + len(records))
+            idx.write("".join(f"{key}\t{offset}\n" for key, offset in zip(keys, offsets.tolist(), strict=True)))
             offset += length * len(records)
 
         def ranges(first, end):
@@ -85,7 +86,7 @@ def write_pack(folder, num_images, num_identities):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--images", type=int, default=42_474_557)
     parser.add_argument("--identities", type=int, default=2_059_906)
     parser.add_argument("--repeats", type=int, default=3)

@@ -16,6 +16,7 @@ and quartiles are over the repeats.
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -110,13 +111,13 @@ def workers(folder, count):
     for _ in range(len(sampler) - 10):
         next(batches)
     rate = (len(sampler) - 10) * BATCH / (time.perf_counter() - start)
-    private, shared = memory_mb(loader._iterator._workers[0].pid)
+    private, shared = memory_mb(multiprocessing.active_children()[0].pid)
     return {"workers": count, "first_batch_s": round(first, 2), "images_per_s": round(rate),
             "worker_private_mb": private, "worker_shared_mb": shared}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("pack", help="folder of train.rec and train.idx")
     parser.add_argument("--host-python", default=os.environ.get("MXNET_PYTHON", ".venv-mxnet/bin/python"))
     parser.add_argument("--images", type=int, default=1280, help="in each repeat")
@@ -138,21 +139,21 @@ def main():
         print("without the host's way of reading: run `make mxnet`, or give --host-python", file=sys.stderr)
 
     rates = {name: [] for name in ("ours", "ours_normalized", "pil", "bare")} | ({"host": []} if host else {})
-    for repeat in range(arguments.repeats + 1):
+    jpegs = []
+    for _ in range(arguments.repeats + 1):
         positions = rng.permutation(len(dataset))[:arguments.images]
         jpegs = [bytes(unpack_image_record(dataset.records.read(int(dataset.index.offsets[i]))).image) for i in positions]
-        for name, run in (("ours", lambda: ours(dataset, positions, False)), ("bare", lambda: bare(jpegs)),
-                          ("ours_normalized", lambda: ours(dataset, positions, True)), ("pil", lambda: by_pil(dataset, positions))):
+        for name, function, *inputs in (("ours", ours, dataset, positions, False), ("bare", bare, jpegs),
+                                        ("ours_normalized", ours, dataset, positions, True), ("pil", by_pil, dataset, positions)):
             start = time.perf_counter()
-            run()
+            function(*inputs)
             rates[name].append(len(positions) / (time.perf_counter() - start))
-        if host:
+        if host and host.stdin and host.stdout:
             host.stdin.write("\n")
             host.stdin.flush()
             rates["host"].append(float(host.stdout.readline()))
     if host:
-        host.stdin.close()
-        host.wait()
+        host.communicate()
     rates = {name: values[1:] for name, values in rates.items()}  # the first warms the caches
     median = {name: float(np.median(values)) for name, values in rates.items()}
 

@@ -1,6 +1,6 @@
 """A ready F²C head from plain arguments, for the training loops of arcface_torch, of this package and of others."""
 
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -13,13 +13,15 @@ from f2c_plugin.method.pool import DynamicClassPool
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.utils.distributed import WHOLE, Shard, this_rank
 
+Head = TypeVar("Head", bound=F2CHead)
+
 
 def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, embedding_size: int = 512,
                margin: Margin = Margin(64.0, angular=0.5), pool_rate: float = 0.1, num_slots: int | None = None,
                pool_dtype: torch.dtype = torch.float32, shard_pool: bool = False, momentum: float = 0.99,
                recipe: str = "ramp", symmetric: bool = True, num_hard_negatives: int | None = None, seed: int = 0,
                gradient_acc: int = 1, autocast: bool = False, hook: bool = False,
-               head_class: type[F2CHead] = F2CHead) -> F2CHead:
+               head_class: type[Head] = F2CHead) -> Head:
     """A head with its pool and schedule, on the backbone's device. The defaults are those of the config keys.
 
     Args:
@@ -44,7 +46,8 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
     slots = slots_for(pool_rate, num_identities) if num_slots is None else num_slots
     if not 0 < slots <= num_identities:
         given = f"pool_rate={pool_rate}" if num_slots is None else f"num_slots={num_slots}"
-        raise ConfigError(f"{given}: gives a pool of {slots} slots for {num_identities} identities; it needs 1 to {num_identities}")
+        raise ConfigError(f"{given}: gives a pool of {slots} slots for {num_identities} identities; it needs 1 to "
+                          f"{num_identities}")
     shard = Shard(*this_rank()) if shard_pool else WHOLE
     pool = DynamicClassPool(slots, num_identities, embedding_size, seed, pool_dtype, shard)
     head = head_class(backbone, pool, schedule, symmetric, num_hard_negatives, gradient_acc, autocast, hook)

@@ -1,12 +1,12 @@
-"""Configs: the ``f2c_`` keys, their defaults and what is wrong with them; loading config files."""
+"""Config files and their keys: the ``f2c_`` keys, defaults, valid values, loading."""
 
 import difflib
 import math
 import runpy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from easydict import EasyDict
 
@@ -14,6 +14,14 @@ from f2c_plugin.errors import ConfigError
 from f2c_plugin.utils.paths import data_folder
 
 Config = Mapping[str, Any]  # the keys of a config file
+
+
+class TrainConfig(EasyDict):
+    """A config as ``load_config`` returns it: keys are attributes, too."""
+
+    if TYPE_CHECKING:
+        def __getattr__(self, key: str) -> Any: ...
+
 
 PREFIX = "f2c_"
 RECIPES = ("ramp", "paper")
@@ -28,22 +36,22 @@ class F2CConfig:
     Attributes:
         pool_rate: slots of the pool as a share of ``num_classes``.
         momentum: m of the gallery net.
-        symmetric: whether a step does both half-steps, or only the second with half the images
-            of a batch as probes.
+        symmetric: whether a step does both half-steps. If not, it does the second only, with half of
+            the batch as probes.
         identity_rate: share of a batch that the identity-based loader fills.
-        hard_negatives: h, per probe that is not in the pool, where these are pushed off hard negatives:
-            with the recipe "paper", or not symmetric. None takes it from the pool's size.
-        recipe: "ramp" or "paper", see ``Recipe``.
+        hard_negatives: h for each probe outside the pool, where hard negatives are used: with the recipe
+            "paper", or if not symmetric. None derives it from the pool's size.
+        recipe: "ramp" or "paper", see ``Schedule``.
         pool_dtype: "float32", "bfloat16" or "float16", in which the pool keeps its rows.
-        shard_pool: whether the ranks share out the slots' rows, instead of each holding all.
-        skip_damaged: whether an image that cannot be decoded is replaced by another of its identity,
-            and counted in the log, instead of ending the training; a record so damaged that its
-            identity is unknown is left out.
-        save_every: steps between two checkpoints of the built-in host; None for none but those that
-            ``save_all_states`` asks for, after every epoch.
-        max_bad_steps: so many steps in a row whose gradient is not finite end a training of the
-            built-in host; in arcface_torch, as many whose loss is not finite.
-        export: which net ends as model.pt: "probe", "gallery", or, with "best", the one that is more
+        shard_pool: whether the ranks share the slots' rows, instead of each holding all of them.
+        skip_damaged: whether an image that cannot be decoded is replaced by another of its identity, and
+            counted in the log, instead of ending the training. A record so damaged that its identity is
+            unknown is left out.
+        save_every: steps between two checkpoints of the built-in trainer. None saves only when
+            ``save_all_states`` asks for it, after every epoch.
+        max_bad_steps: steps in a row with a gradient that is not finite that end a training of the
+            built-in trainer; in arcface_torch, with a loss that is not finite.
+        export: the net that becomes model.pt: "probe", "gallery" or "best", the one that is more
             accurate on the first of ``val_targets``.
     """
 
@@ -61,11 +69,11 @@ class F2CConfig:
     max_bad_steps: int = 50
 
     @classmethod
-    def read(cls, cfg, world_size: int = 1) -> "F2CConfig":
-        """Take the ``f2c_`` keys from a host's config and check them with what they depend on.
+    def read(cls, cfg: Config, world_size: int = 1) -> "F2CConfig":
+        """Take the ``f2c_`` keys from a config, and check them together with the keys that they depend on.
 
         Args:
-            cfg: mapping of the host's config keys.
+            cfg: the keys of the config.
             world_size: number of ranks.
         Raises:
             ConfigError: lists everything that is wrong.
@@ -85,24 +93,25 @@ def slots_for(pool_rate: float, num_identities: int) -> int:
 
 
 class _Values(NamedTuple):
-    """What a key may be: of which types, which of their values, and how that is said."""
+    """The values that a key may have: their types, which values of these types, and a description."""
 
-    types: tuple
+    types: tuple[type, ...]
     valid: Callable[[Any], bool]
-    said: str
+    description: str
 
-    def problem(self, key, value):
-        """What is wrong with a value, or None. A bool is no number, though Python takes it for one."""
-        if isinstance(value, bool) and bool not in self.types or not isinstance(value, self.types) or not self.valid(value):
-            return f"{key}={value!r}: must be {self.said}"
+    def problem(self, key: str, value: Any) -> str | None:
+        """What is wrong with a value, or None. A bool is not a number, although Python takes it for one."""
+        is_stray_bool = isinstance(value, bool) and bool not in self.types
+        if is_stray_bool or not isinstance(value, self.types) or not self.valid(value):
+            return f"{key}={value!r}: must be {self.description}"
         return None
 
 
-def _one_of(*values):
+def _one_of(*values: str) -> _Values:
     return _Values((str,), lambda v: v in values, "one of " + ", ".join(map(repr, values)))
 
 
-def _margins(values):
+def _is_margin_list(values: Any) -> bool:
     return len(values) == 3 and all(_NUMBER.problem("", value) is None for value in values)
 
 
@@ -120,8 +129,8 @@ _NAME_OR_NONE = _Values((str, type(None)), lambda v: v != "", "a name, or None")
 
 _KEYS = {
     "rec": _NAME, "output": _NAME_OR_NONE, "head": _NAME_OR_NONE, "sampler": _NAME_OR_NONE, "network": _NAME,
-    "num_classes": _POSITIVE_INT, "num_image": _POSITIVE_INT, "batch_size": _POSITIVE_INT, "num_epoch": _POSITIVE_INT, "gradient_acc": _POSITIVE_INT,
-    "verbose": _POSITIVE_INT, "frequent": _POSITIVE_INT, "embedding_size": _SIZE,
+    "num_classes": _POSITIVE_INT, "num_image": _POSITIVE_INT, "batch_size": _POSITIVE_INT, "num_epoch": _POSITIVE_INT,
+    "gradient_acc": _POSITIVE_INT,    "verbose": _POSITIVE_INT, "frequent": _POSITIVE_INT, "embedding_size": _SIZE,
     "num_workers": _NON_NEGATIVE_INT, "warmup_epoch": _NON_NEGATIVE_INT,
     "seed": _Values((int,), lambda v: 0 <= v < 1 << 32, "a whole number from 0 to below 2**32"),
     "lr": _POSITIVE, "scale": _POSITIVE, "weight_decay": _NON_NEGATIVE, "momentum": _UNIT_INTERVAL_OPEN,
@@ -129,7 +138,7 @@ _KEYS = {
     "fp16": _FLAG, "save_all_states": _FLAG,
     "resume": _Values((bool, str), lambda v: v in (True, False, "auto"), "True, False or 'auto'"),
     "dali": _Values((bool,), lambda v: not v, "False: this package's loader decodes by itself"),
-    "margin_list": _Values((list, tuple), _margins, "three numbers, (m1, m2, m3)"),
+    "margin_list": _Values((list, tuple), _is_margin_list, "three numbers, (m1, m2, m3)"),
     "val_targets": _Values((list, tuple), lambda v: all(isinstance(name, str) and name for name in v), "a list of names"),
     "f2c_pool_rate": _Values((int, float), lambda v: 0 < v <= 1, "above 0, up to 1"),
     "f2c_momentum": _UNIT_INTERVAL_OPEN,
@@ -140,28 +149,25 @@ _KEYS = {
 }
 
 
-def problems(cfg, world_size: int = 1) -> list[str]:
-    """Everything that is wrong with the keys of a config, each by itself and together.
-
-    Keys that are not there are not asked for.
-    """
+def problems(cfg: Config, world_size: int = 1) -> list[str]:
+    """Everything that is wrong with the keys of a config, each by itself and together. No key is required."""
     bad = bad_keys(cfg)
     found = _unknown_keys(cfg) + list(bad.values())
     good = {key: value for key, value in cfg.items() if key not in bad}
     if good.get("warmup_epoch", 0) > good.get("num_epoch", math.inf):
         found.append(f"warmup_epoch={good['warmup_epoch']}: is more than num_epoch={good['num_epoch']}: lower it")
-    if cfg.get("head") != "softmax":  # a host calls F²C by whatever name it is installed under
+    if cfg.get("head") != "softmax":  # F²C may be installed under another name than f2c_dcp
         found += _problems_together(good, PREFIX + "pool_rate" in bad, world_size)
     return found
 
 
-def bad_keys(cfg) -> dict[str, str]:
+def bad_keys(cfg: Config) -> dict[str, str]:
     """What is wrong with the value of each key that has a wrong one, {key: problem}."""
     return {key: problem for key in _KEYS if key in cfg and (problem := _KEYS[key].problem(key, cfg[key]))}
 
 
-def _problems_together(good, no_rate, world_size):
-    """What is wrong with F²C's keys together; those that are wrong in themselves are not among ``good``."""
+def _problems_together(good: Config, no_rate: bool, world_size: int) -> Iterator[str]:
+    """What is wrong with F²C's keys together, given those that are right by themselves."""
     batch, classes = good.get("batch_size"), good.get("num_classes")
     if batch and batch % 2:
         nearest = "2" if batch < 2 else f"{batch - 1} or {batch + 1}"
@@ -176,12 +182,12 @@ def _problems_together(good, no_rate, world_size):
         yield (f"{PREFIX}pool_rate={settings.pool_rate} gives {slots} slots for num_classes={classes}, but a gathered batch "
                f"holds up to {gathered} identities: raise it to at least {needed:g}")
     if good.get(PREFIX + "shard_pool") and slots < world_size:
-        yield f"{PREFIX}shard_pool=True: {slots} slots cannot be shared out over {world_size} ranks: set it to False"
+        yield f"{PREFIX}shard_pool=True: {slots} slots cannot be split over {world_size} ranks: set it to False"
 
 
-def _unknown_keys(cfg):
+def _unknown_keys(cfg: Config) -> list[str]:
     known = [field.name for field in fields(F2CConfig)]
-    problems = []
+    problems: list[str] = []
     for key in cfg:
         name = key.removeprefix(PREFIX)
         if name != key and name not in known:
@@ -191,11 +197,11 @@ def _unknown_keys(cfg):
     return problems
 
 
-# Keys that arcface_torch's configs/base.py sets, as far as the built-in host knows them, and its own.
-DEFAULTS = dict(
+# The keys of arcface_torch's configs/base.py that the built-in trainer uses, and its own.
+DEFAULTS: dict[str, Any] = dict(
     head=None, sampler=None, output=None, resume=False, save_all_states=False, seed=2048,
     network="r50", embedding_size=512, fp16=False, margin_list=(1.0, 0.5, 0.0), interclass_filtering_threshold=0,
-    scale=64.0,  # the host has it in its code
+    scale=64.0,  # fixed in arcface_torch's code
     batch_size=128, gradient_acc=1, num_workers=2, dali=False,
     optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, num_epoch=20, warmup_epoch=0,
     val_targets=[], verbose=2000, frequent=10,
@@ -203,39 +209,39 @@ DEFAULTS = dict(
 REQUIRED = ("rec", "num_classes", "num_image")
 
 
-def load_config(name: str) -> EasyDict:
-    """Load a config file of arcface_torch's kind: Python that sets ``config``.
+def load_config(name: str) -> TrainConfig:
+    """Load a config file in arcface_torch's form: Python that sets ``config``.
 
-    A ``base.py`` beside the file is loaded first, as the host does.
+    A ``base.py`` beside the file is loaded first, as arcface_torch does.
 
     Args:
         name: path of the file, with or without ``.py``, or the name of a config that comes with
             this package.
     Raises:
-        ConfigError: there is no such file, it does not set ``config``, or lacks what has no default. What
-            it sets is looked at by ``train.check``.
+        ConfigError: there is no such file, it does not set ``config``, or it lacks a key without default.
+            ``check`` looks at the values.
     """
     path = _find_config(name)
-    cfg = EasyDict(DEFAULTS)
+    cfg = TrainConfig(DEFAULTS)
     base = path.with_name("base.py")
-    for file in ([base] if base.is_file() and base != path else []) + [path]:
+    for file in (*([base] if base.is_file() and base != path else []), path):
         found = runpy.run_path(str(file)).get("config")
         if not isinstance(found, dict):
             raise ConfigError(f"{file}: sets no `config`; a config file ends with one, config = EasyDict()")
         cfg.update(found)
-    if lacking := [key for key in REQUIRED if key not in cfg]:
-        raise ConfigError("\n".join(f"{path}: lacks {key}" for key in lacking))
+    if missing := [key for key in REQUIRED if key not in cfg]:
+        raise ConfigError("\n".join(f"{path}: lacks {key}" for key in missing))
     if cfg.output is None:
         cfg.output = str(Path("work_dirs") / path.stem)
     return cfg
 
 
-def _find_config(name):
+def _find_config(name: str) -> Path:
     given = Path(name if name.endswith(".py") else name + ".py")
-    shipped = data_folder("configs") / given.name
+    bundled = data_folder("configs") / given.name
     if given.is_file():
         return given
-    if given.name == str(given) and shipped.is_file():
-        return shipped
-    known = sorted(file.stem for file in shipped.parent.glob("*.py") if file.stem != "__init__")
+    if given.name == str(given) and bundled.is_file():
+        return bundled
+    known = sorted(file.stem for file in bundled.parent.glob("*.py") if file.stem != "__init__")
     raise ConfigError(f"{name}: no such config file, nor one of those that come with the package: {', '.join(known)}")

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from f2c_plugin import train
+from f2c_plugin.arcface_torch.patching import arcface_torch_configs
 from f2c_plugin.config import F2CConfig, load_config
 from f2c_plugin.errors import ConfigError
-from f2c_plugin.arcface_torch.patching import host_configs
 
 GOOD = dict(batch_size=128, num_classes=10_000, dali=False)
 
@@ -54,7 +54,7 @@ def test_a_pool_smaller_than_a_gathered_batch_is_refused_with_the_rate_that_woul
 
 
 def test_a_pool_with_fewer_slots_than_ranks_is_not_sharded():
-    with pytest.raises(ConfigError, match="f2c_shard_pool=True: 4 slots cannot be shared out over 8 ranks"):
+    with pytest.raises(ConfigError, match="f2c_shard_pool=True: 4 slots cannot be split over 8 ranks"):
         F2CConfig.read(dict(batch_size=4, num_classes=4, f2c_pool_rate=1.0, f2c_shard_pool=True), world_size=8)
 
 
@@ -64,7 +64,7 @@ def test_all_that_is_wrong_is_said_at_once():
     assert all(word in str(error.value) for word in ("f2c_zebra", "f2c_momentum=2", "f2c_pool_rate=1e-05", "batch_size=3"))
 
 
-@pytest.mark.parametrize("name", [config.stem for config in host_configs()] + ["f2c_demo"])
+@pytest.mark.parametrize("name", [config.stem for config in arcface_torch_configs()] + ["f2c_demo"])
 def test_configs_that_come_with_the_package_are_in_order(name):
     cfg = load_config(name)
     assert cfg.head == "f2c_dcp" and cfg.output == f"work_dirs/{name}"
@@ -136,7 +136,7 @@ def test_whatever_a_config_says_each_wrong_key_is_named_with_its_value_and_nothi
         if DEPENDS.get(key) == value or {"rec", "num_classes", "num_image", "val_targets"} & given.keys() - {key}:
             continue  # nothing is told of a pack that is not there
         told = [line for line in said.splitlines() if key in line]
-        assert told and (key.startswith("f2c_") and "unknown" in told[0] or repr(value).strip("[]'") in " ".join(told)), (key, value, said)
+        assert told and ((key.startswith("f2c_") and "unknown" in told[0]) or repr(value).strip("[]'") in " ".join(told)), (key, value, said)
     if not wrong and "resume" not in right and "f2c_export" not in right:
         assert not said or "batch_size" in said or "f2c_shard_pool" in said
 

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from f2c_plugin.utils.backbone import embeddings_in
@@ -44,4 +44,4 @@ class GalleryNet(nn.Module):
         own = list(self.net.parameters())
         finite = [torch.where(theirs.isfinite(), theirs, mine)
                   for mine, theirs in zip(own, probe_net.parameters(), strict=True)]
-        get_ema_multi_avg_fn(momentum)(own, finite, None)
+        get_ema_multi_avg_fn(momentum)(own, finite, None)  # pyright: ignore[reportArgumentType]

@@ -6,13 +6,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from f2c_plugin.errors import ConfigError, InputError
+from f2c_plugin.errors import InputError
 from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.loss import HalfStep, PoolLoss, default_hard_negatives, pool_loss
 from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool, PoolView
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.utils.backbone import ImageHook, embeddings_in, unwrapped
-from f2c_plugin.utils.distributed import gather, this_rank
+from f2c_plugin.utils.batch import check_batch, check_room
+from f2c_plugin.utils.distributed import gather
 from f2c_plugin.utils.tensors import at_least_float32
 
 
@@ -119,7 +120,8 @@ class F2CHead(nn.Module):
         probes = at_least_float32(embeddings_in(local_embeddings))
         if not self.symmetric and len(probes) == num_images:
             probes = probes.chunk(2)[1]
-        self._check(num_images, probes, labels)
+        check_batch(num_images, probes, labels, self.symmetric, self.pool.embedding_size, self.pool.num_identities)
+        check_room(num_images, self.pool.num_identities, self.pool.num_slots)
 
         half_steps = self._half_steps(probes, labels, gallery)
         margin = self.schedule.margin_at(self.steps)
@@ -186,25 +188,6 @@ class F2CHead(nn.Module):
             finite=result.loss.detach().isfinite().float(), scale=scale)
         if self.monitor:
             self.monitor.update(self.steps, self.statistics, self.pool, len(evicted))
-
-    def _check(self, num_images: int, probes: Tensor, labels: Tensor):
-        if num_images % 2 or len(labels) != num_images:
-            raise InputError(f"a batch of {num_images} images and {len(labels)} labels: "
-                             "F²C needs an even batch with a label for each image")
-        if len(probes) != num_images // (1 if self.symmetric else 2):
-            raise InputError(f"{len(probes)} embeddings for {num_images} images with symmetric={self.symmetric}: "
-                             "the head takes what the backbone made of the same batch")
-        if probes.size(1) != self.pool.embedding_size:
-            raise InputError(f"embeddings of {probes.size(1)} numbers for a pool of {self.pool.embedding_size}: set "
-                             "embedding_size to what the backbone returns")
-        num_identities, num_slots = self.pool.num_identities, self.pool.num_slots
-        gathered = min(num_images // 2 * this_rank()[1], num_identities)
-        if gathered > num_slots:
-            raise ConfigError(f"a pool of {num_slots} slots, but a gathered batch holds up to {gathered} identities: give the "
-                              f"pool at least {gathered} slots (pool_rate={gathered / num_identities:.3g}), or lower the batch size")
-        if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < num_identities:
-            raise InputError(f"labels from {labels.min()} to {labels.max()}, but num_classes={num_identities}: "
-                             "identities are numbered from 0")
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.steps)

@@ -110,13 +110,6 @@ def _touched_slots(half_steps: list[HalfStep], pool: DynamicClassPool) -> Tensor
     return torch.cat([pool.lookup(labels), *(each.view.assignment.slot for each in half_steps)]).sort().values
 
 
-def _first_of_each(touched: Tensor) -> Tensor:
-    """Which of the sorted slots (A,) count: of equal ones the first, and NOT_IN_POOL never."""
-    first = torch.ones_like(touched, dtype=torch.bool)
-    first[1:] = touched[1:] != touched[:-1]
-    return first & (touched != NOT_IN_POOL)
-
-
 def _touched_rows(half_steps: list[HalfStep], touched: Tensor, pool: DynamicClassPool, second_row: bool) -> Tensor:
     """The rows of the touched slots in both views of every half-step, (H, 2, A, D)."""
     rows = pool.rows_at(touched)  # (2, A, D)
@@ -151,7 +144,8 @@ def _score_untouched(probes: Tensor, touched: Tensor, pool: DynamicClassPool, ma
 
 def _score_touched(probes: Tensor, slots: Tensor, touched: Tensor, views: Tensor, margin: Margin,
                    dtype: torch.dtype) -> _Touched:
-    counted = _first_of_each(touched)  # (A,)
+    counted = touched != NOT_IN_POOL  # (A,), and of equal ones the first
+    counted[1:] &= touched[1:] != touched[:-1]
     cosine = probes[:, None].to(dtype) @ views.mT.to(dtype)  # (H, 1, P, D) @ (H, 2, D, A) -> (H, 2, P, A)
     cosine = cosine.to(probes.dtype)
     is_target = (counted & (touched == slots[:, :, None]))[:, None]  # (H, 1, P, A)

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from f2c_plugin.errors import PoolStateError
 from f2c_plugin.utils.distributed import WHOLE, Shard
 from f2c_plugin.utils.sharded_rows import ShardedRows
-from f2c_plugin.utils.tensors import occurrences
+from f2c_plugin.utils.tensors import all_different, lengths, occurrences
 
 NOT_IN_POOL = -1
 _UNIT_TOLERANCE = 0.02  # of the length of a row; bfloat16 rounds by less
@@ -130,7 +130,7 @@ class DynamicClassPool(ShardedRows):
         # that are meant for no identity.
         self.register_buffer("slot_of", torch.full((num_identities + 1,), NOT_IN_POOL, dtype=torch.int32),
                              persistent=False)
-        self.register_load_state_dict_post_hook(DynamicClassPool._after_loading)
+        self.register_load_state_dict_post_hook(DynamicClassPool._after_loading)  # pyright: ignore[reportUnknownMemberType]
 
     @property
     def num_slots(self) -> int:
@@ -189,7 +189,7 @@ class DynamicClassPool(ShardedRows):
             features: (B, D); normalised here.
         """
         unit = normalize(features)
-        finite = unit.isfinite().all(1) & features.norm(dim=1).isfinite()
+        finite = unit.isfinite().all(1) & lengths(features).isfinite()  # (B,)
         assignment = self.assign_slots(identities)
         return PoolView(assignment, unit[assignment.last].to(self.rows.dtype), finite[assignment.last], (~finite).sum(),
                         self.slot_of)
@@ -219,30 +219,26 @@ class DynamicClassPool(ShardedRows):
             PoolStateError: lists the broken invariants.
         """
         taken = self.slot_identity != NOT_IN_POOL
+        slots = torch.arange(self.num_slots, device=taken.device)
         identities, recency = self.slot_identity[taken], self.last_used[taken]
-        self._raise_unless({
+        table = self.slot_of[identities.clamp(0, self.num_identities)]
+        holds = {
             "the clock is not negative": self.clock >= 0,
-            "identities of slots are numbers from 0 to num_identities": ((identities >= 0)
-                                                                         & (identities < self.num_identities)).all(),
-            "no identity has two slots": identities.unique().numel() == identities.numel(),
-            "every slot was used at a different time, before the clock": (recency.unique().numel() == recency.numel()
-                                                                          and ((recency >= 0) & (recency < self.clock)).all()),
+            "identities of slots are numbers from 0 to num_identities": (
+                (identities >= 0) & (identities < self.num_identities)).all(),
+            "no identity has two slots": all_different(identities),
+            "every slot was used at a different time, before the clock": (
+                all_different(recency) and bool(((recency >= 0) & (recency < self.clock)).all())),
             "slots not yet taken are in the order of their numbers": (
-                self.last_used[~taken] == torch.arange(-self.num_slots, 0, device=taken.device)[~taken]).all(),
+                self.last_used[~taken] == (slots - self.num_slots)[~taken]).all(),
             "next rows are 0 or 1": ((self.next_row == 0) | (self.next_row == 1)).all(),
             "rows are finite": self.rows.isfinite().all(),
-            "rows are unit vectors or 0": ((self.rows.float().norm(dim=2) - 1).abs() < _UNIT_TOLERANCE).logical_or(
-                (self.rows == 0).all(2)).all(),
-        })
-        slots = torch.arange(self.num_slots, device=taken.device)
-        self._raise_unless({
-            "the table finds every identity in its slot": (self.slot_of[identities] == slots[taken]).all(),
-            "the table finds no other": (self.slot_of != NOT_IN_POOL).sum() == identities.numel(),
-        })
-
-    def _raise_unless(self, holds: dict[str, Tensor | bool]):
-        broken = [what for what, true in holds.items() if not true]
-        if broken:
+            "rows are unit vectors or 0": (
+                ((lengths(self.rows.float()) - 1).abs() < _UNIT_TOLERANCE) | (self.rows == 0).all(2)).all(),
+            "the table finds every identity in its slot": (table == slots[taken]).all(),
+            "the table finds no other": (self.slot_of != NOT_IN_POOL).sum() == len(identities),
+        }
+        if broken := [what for what, true in holds.items() if not true]:
             raise PoolStateError(f"the pool is damaged; it does not hold that {'; that '.join(broken)}")
 
     def _after_loading(self, _: Any = None):

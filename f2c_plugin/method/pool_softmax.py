@@ -8,12 +8,14 @@ Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867; in chunk
 Rabe and Staats, arXiv 2112.05682.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from f2c_plugin.utils.autograd import with_gradient
 from f2c_plugin.utils.distributed import WHOLE, Shard
+from f2c_plugin.utils.tensors import largest_of_columns
 
 # The logit of a slot that is left out. Finite, so that a chunk with no other slot has a softmax, too.
 LEFT_OUT = -1e30
@@ -21,7 +23,6 @@ LEFT_OUT = -1e30
 # Entries of a chunk of logits. On the CPU a chunk and its rows stay in the cache; a GPU needs enough
 # work for each kernel.
 CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 24}
-_GROUP = 32  # slots whose maximum is compared before they are
 
 
 class PoolSoftmax(NamedTuple):
@@ -69,7 +70,7 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, n
                            for found in (hardest + first_slot, values))  # (B, W·h)
         values, best = values.topk(num_hardest, dim=1)
         hardest = hardest.gather(1, best)
-    return PoolSoftmax(_WithGradient.apply(probes, log_sum_exp, scale * mean_row), hardest, values / scale)
+    return PoolSoftmax(with_gradient(probes, log_sum_exp, scale * mean_row), hardest, values / scale)
 
 
 def _one_pass(queries: Tensor, rows: Tensor, bias: Tensor, filter_threshold: float, num_hardest: int,
@@ -90,7 +91,7 @@ def _one_pass(queries: Tensor, rows: Tensor, bias: Tensor, filter_threshold: flo
             logits.masked_fill_(filtered, 0)
         logits += bias[start:start + chunk, None]
 
-        top, where = _largest(logits, num_hardest)  # (h, B)
+        top, where = largest_of_columns(logits, num_hardest)  # (h, B)
         softmax = logits.softmax(0)
         here = top[0] - softmax.gather(0, where[:1])[0].log()  # log-sum-exp of this chunk
         if filtered is not None:
@@ -104,33 +105,3 @@ def _one_pass(queries: Tensor, rows: Tensor, bias: Tensor, filter_threshold: flo
         hardest.append(where + start)
     largest, best = torch.cat(values).topk(num_hardest, dim=0)
     return log_sum_exp, mean_row, torch.cat(hardest).gather(0, best).T, largest.T
-
-
-def _largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Values and rows of the ``count`` largest of every column of logits (C, B), descending, (count, B) each.
-
-    They lie within the groups with the ``count`` largest maxima, so the rest need not be compared.
-    """
-    whole = len(logits) // _GROUP * _GROUP
-    rows = torch.arange(len(logits), device=logits.device)
-    maxima = logits[:whole].unflatten(0, (-1, _GROUP)).amax(1)  # (C / group, B)
-    groups = maxima.topk(min(count, len(maxima)), dim=0).indices
-    inside = (groups[:, None] * _GROUP + rows[:_GROUP, None]).flatten(0, 1)  # (count · group, B)
-    candidates = torch.cat([inside, rows[whole:, None].expand(-1, logits.size(1))])
-    values, best = logits.gather(0, candidates).topk(min(count, len(candidates)), dim=0)
-    return values, candidates.gather(0, best)
-
-
-class _WithGradient(torch.autograd.Function):
-    """A value (B,) whose gradient to ``inputs`` (B, D) is already known."""
-
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, value_gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        gradient, = ctx.saved_tensors
-        return gradient * value_gradient[:, None], None, None

@@ -56,16 +56,10 @@ class Schedule:
 
     @classmethod
     def named(cls, recipe: str, margin: Margin, total_steps: int, momentum: float = 0.99) -> "Schedule":
-        """The schedule of a recipe, "ramp" or "paper".
-
-        Raises:
-            ConfigError: an unknown recipe.
-        """
-        if recipe == "ramp":
-            return cls.ramp(margin, total_steps, momentum)
-        if recipe == "paper":
-            return cls.paper(margin, momentum)
-        raise ConfigError(f"recipe={recipe!r}: must be 'ramp' or 'paper'")
+        """The schedule of a recipe. Raises ConfigError unless it is "ramp" or "paper"."""
+        if recipe not in ("ramp", "paper"):
+            raise ConfigError(f"recipe={recipe!r}: must be 'ramp' or 'paper'")
+        return cls.ramp(margin, total_steps, momentum) if recipe == "ramp" else cls.paper(margin, momentum)
 
     def margin_at(self, step: int) -> Margin:
         """Scale and margin of a step, counted from 0."""

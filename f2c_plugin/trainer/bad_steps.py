@@ -32,9 +32,9 @@ class BadSteps:
         """
         if torch.isfinite(gradient_norm):
             self.in_a_row = 0
-            torch._foreach_copy_(self.good, self.buffers)
+            _copy(self.buffers, self.good)
             return False
-        torch._foreach_copy_(self.buffers, self.good)
+        _copy(self.good, self.buffers)
         self.in_a_row += 1
         self.total += 1
         log.info("step %d is skipped because its gradient is not finite (%d so far)", step, self.total)
@@ -43,3 +43,7 @@ class BadSteps:
                                    f"(f2c_max_bad_steps={self.limit}): try a smaller lr or fp16=False. The nets are as they "
                                    "were before, and checkpoints stay")
         return True
+
+
+def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
+    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]  # one kernel for all of them

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -90,8 +90,9 @@ def seed_everything(seed: int) -> None:
 def margin_loss(cfg: Config) -> CombinedMargin:
     """The attributes of arcface_torch's CombinedMarginLoss that head factories read."""
     m1, m2, m3 = cfg["margin_list"]
-    return SimpleNamespace(s=cfg["scale"], m1=m1, m2=m2, m3=m3,
-                           interclass_filtering_threshold=cfg["interclass_filtering_threshold"])
+    margin = SimpleNamespace(s=cfg["scale"], m1=m1, m2=m2, m3=m3,
+                             interclass_filtering_threshold=cfg["interclass_filtering_threshold"])
+    return cast(CombinedMargin, margin)
 
 
 def build_optimizer(cfg: Config, parameters: Iterable[Any]) -> torch.optim.Optimizer:

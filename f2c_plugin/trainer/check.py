@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from easydict import EasyDict
 
 from f2c_plugin.build import margin_from
-from f2c_plugin.config import DEFAULTS, bad_keys, problems
+from f2c_plugin.config import DEFAULTS, TrainConfig, bad_keys, problems
 from f2c_plugin.data.from_config import open_pack, steps_per_epoch
 from f2c_plugin.errors import ConfigError, F2CError
 from f2c_plugin.models import get_model
@@ -15,7 +14,7 @@ from f2c_plugin.trainer.build import build_optimizer, head_factory, margin_loss,
 from f2c_plugin.utils.registry import SAMPLERS, load_plugin
 
 
-def check(cfg: EasyDict, world_size: int = 1) -> None:
+def check(cfg: TrainConfig, world_size: int = 1) -> None:
     """Try everything that the training is going to need, except the other ranks.
 
     Args:
@@ -26,7 +25,7 @@ def check(cfg: EasyDict, world_size: int = 1) -> None:
     """
     found, bad = problems(cfg, world_size), bad_keys(cfg)
     # Defaults in place of bad values, so that each key is judged by itself.
-    rest = EasyDict(cfg | {key: DEFAULTS[key] for key in bad.keys() & DEFAULTS.keys()})
+    rest = TrainConfig(cfg | {key: DEFAULTS[key] for key in bad.keys() & DEFAULTS.keys()})
     attempts: list[tuple[list[str], Callable[[], Any]]] = [
         (["head"], lambda: head_factory(cfg.head)),
         (["sampler"], lambda: cfg.sampler and load_plugin(SAMPLERS, cfg.sampler)),

@@ -4,17 +4,15 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from easydict import EasyDict
 from torch import distributed
 
-from f2c_plugin.config import Config
+from f2c_plugin.config import Config, TrainConfig
 from f2c_plugin.data.sampler import DualSampler, Position
 from f2c_plugin.errors import CheckpointError, ConfigError
 from f2c_plugin.utils.atomic import PARTIAL, written_whole
@@ -33,7 +31,8 @@ _Layout = tuple[int, int, int, int]  # ranks, batch size, pairs per step, seed
 # A checkpoint with another value of one of these does not fit.
 SAME_TRAINING = ("head", "network", "embedding_size", "num_classes", "num_image", "optimizer", "f2c_pool_rate")
 # Other changes are reported, except those that change nothing in the training.
-NOT_REPORTED = ("resume", "output", "rec", "val_targets", "frequent", "verbose", "num_workers", "save_all_states", "f2c_save_every")
+NOT_REPORTED = ("resume", "output", "rec", "val_targets", "frequent", "verbose", "num_workers", "save_all_states",
+                "f2c_save_every")
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
@@ -44,7 +43,7 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 def save_due(cfg: Config, step: int, num_steps: int, total_steps: int) -> bool:
     """Whether the config asks for a checkpoint after ``step``, with ``num_steps`` in an epoch."""
     every = cfg.get("f2c_save_every")
-    return bool(every and (step % every == 0 or step == total_steps) or cfg["save_all_states"] and step % num_steps == 0)
+    return bool((every and (step % every == 0 or step == total_steps)) or (cfg["save_all_states"] and step % num_steps == 0))
 
 
 class Checkpoints:
@@ -60,7 +59,7 @@ class Checkpoints:
         sampler: the DualSampler.
     """
 
-    def __init__(self, cfg: EasyDict, parts: dict[str, Any], sampler: DualSampler):
+    def __init__(self, cfg: TrainConfig, parts: dict[str, Any], sampler: DualSampler):
         self.cfg, self.parts, self.sampler = cfg, parts, sampler
         self.folder = Path(cfg.output)
         self.rank, world_size = this_rank()
@@ -113,9 +112,9 @@ class Checkpoints:
             except CheckpointError as error:
                 log.warning("%s; the one before it is taken", error)
         if self.cfg.resume is True:
-            raise ConfigError(f"resume=True, but there is no {'whole ' if files else ''}checkpoint in {self.folder}: train with "
-                              "f2c_save_every or save_all_states=True first, or set resume='auto' to start anew where there "
-                              "is none")
+            raise ConfigError(f"resume=True, but there is no {'whole ' if files else ''}checkpoint in {self.folder}: train "
+                              "with f2c_save_every or save_all_states=True first, or set resume='auto' to start anew where "
+                              "there is none")
         return None
 
     def _load(self, path: Path) -> tuple[int, float]:
@@ -196,12 +195,16 @@ def _check(saved: dict[str, Any], path: Path) -> None:
     """Raise CheckpointError unless ``saved`` is a checkpoint of the built-in trainer, with finite nets."""
     if saved.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of f2c_plugin.train")
-    kinds = dict(settings=dict, images=int, step=int, seconds=float, layout=list, origin=list, position=list, random=list,
-                 backbone=dict, head=dict, optimizer=dict)
+    kinds: dict[str, type] = dict(settings=dict, images=int, step=int, seconds=float, layout=list, origin=list, position=list,
+                                  random=list, backbone=dict, head=dict, optimizer=dict)
     wrong = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
-    if wrong or saved["images"] < 0 or len(saved["layout"]) != 4 or len(saved["origin"]) != 3 or len(saved["position"]) != 3 or not all(
-            isinstance(each, int) and each >= 0 for each in saved["layout"] + saved["origin"] + saved["position"]):
-        raise CheckpointError(f"{path}: not a whole checkpoint: {', '.join(wrong) or 'its position'} is not what it should be")
+    lengths = {} if wrong else {"layout": 4, "origin": 3, "position": 3}
+    wrong += [name for name, length in lengths.items() if len(saved[name]) != length or not all(
+        isinstance(each, int) and each >= 0 for each in saved[name])]
+    if not wrong and saved["images"] < 0:
+        wrong = ["images"]
+    if wrong:
+        raise CheckpointError(f"{path}: not a whole checkpoint: {', '.join(wrong)} not as it should be")
     for name in "backbone", "head":
         for key, value in saved[name].items():
             if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
@@ -224,8 +227,8 @@ def _load_part(part: Any, state: dict[str, Any]) -> None:
 
 
 def _random_state() -> dict[str, Any]:
-    _, keys, *rest = np.random.get_state()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": [torch.from_numpy(keys.astype(np.int64)), *rest],
+    _, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
                              "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from easydict import EasyDict
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
+from f2c_plugin.config import TrainConfig
 from f2c_plugin.evaluation.model_selection import PREFIX, Results, verify
 from f2c_plugin.evaluation.verification import VerificationSet
 from f2c_plugin.trainer.checkpoint import checkpoints_in
@@ -31,12 +31,12 @@ class TrainingLog:
         step: that it resumes from, or 0.
     """
 
-    def __init__(self, cfg: EasyDict, total_steps: int, step: int):
+    def __init__(self, cfg: TrainConfig, total_steps: int, step: int):
         self.cfg = cfg
         self.images_per_step = cfg.batch_size * distributed.get_world_size()
         self.folder = Path(cfg.output)
         self._keep_history(step * self.images_per_step)
-        self.history = open(self.folder / "history.jsonl", "a")
+        self.history = open(self.folder / "history.jsonl", "a")  # noqa: SIM115  # closed by close()
         if not step:  # a run's scalars do not mix with those of the run it replaces
             for events in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
                 events.unlink()

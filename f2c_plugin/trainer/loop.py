@@ -6,26 +6,34 @@ import os
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from easydict import EasyDict
 from torch import Tensor, distributed, nn
 
-from f2c_plugin.config import F2CConfig
+from f2c_plugin.config import F2CConfig, TrainConfig
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.data.from_config import steps_per_epoch, training_device
 from f2c_plugin.data.loader import DualLoader
 from f2c_plugin.evaluation.model_selection import Results, select_net
 from f2c_plugin.evaluation.onnx_export import export_onnx, onnx_cosine, require_same_embedding
 from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.models import get_model
 from f2c_plugin.trainer.bad_steps import BadSteps
-from f2c_plugin.trainer.build import (build_loader, build_optimizer, head_factory, learning_rate, margin_loss, seed_everything,
-                                      verification_sets, wrap)
+from f2c_plugin.trainer.build import (
+    build_loader,
+    build_optimizer,
+    head_factory,
+    learning_rate,
+    margin_loss,
+    seed_everything,
+    verification_sets,
+    wrap,
+)
 from f2c_plugin.trainer.checkpoint import Checkpoints, save_due
 from f2c_plugin.trainer.logger import TrainingLog
 from f2c_plugin.trainer.signals import Request, Stopped, listening
@@ -48,21 +56,21 @@ class TrainState:
         total_steps: of the whole training.
     """
 
-    cfg: EasyDict
+    cfg: TrainConfig
     backbone: nn.Module
     net: nn.Module
     head: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    bad_steps: BadSteps
     total_steps: int
     step: int = 0
+    bad_steps: BadSteps = field(init=False)
 
     @property
     def nets(self) -> dict[str, nn.Module]:
         """The nets to verify, by name."""
         gallery = getattr(self.head, "gallery", None)
-        return {"probe": self.net} | ({"gallery": gallery} if gallery is not None else {})
+        return {"probe": self.net} if gallery is None else {"probe": self.net, "gallery": gallery}
 
     @property
     def between_optimizer_steps(self) -> bool:
@@ -75,16 +83,16 @@ class TrainState:
                     scaler=self.scaler)
 
 
-def build_state(cfg: EasyDict, device: torch.device, total_steps: int) -> TrainState:
+def build_state(cfg: TrainConfig, device: torch.device, total_steps: int) -> TrainState:
     """Nets, head and optimizer at the beginning of a training."""
     net = get_model(cfg.network, cfg.embedding_size, fp16=cfg.fp16).to(device)
     backbone = wrap(net).train()
     head = head_factory(cfg.head)(cfg, backbone, margin_loss(cfg)).train()
     optimizer = build_optimizer(cfg, [{"params": backbone.parameters()}, {"params": head.parameters()}])
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.fp16, growth_interval=100)
-    nets = [net] + ([head.gallery] if hasattr(head, "gallery") else [])
-    bad_steps = BadSteps(cfg.get("f2c_max_bad_steps", F2CConfig.max_bad_steps), nets)
-    return TrainState(cfg, backbone, net, head, optimizer, scaler, bad_steps, total_steps)
+    state = TrainState(cfg, backbone, net, head, optimizer, scaler, total_steps)
+    state.bad_steps = BadSteps(cfg.get("f2c_max_bad_steps", F2CConfig.max_bad_steps), state.nets.values())
+    return state
 
 
 def train_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
@@ -105,7 +113,7 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
     return loss.detach()
 
 
-def train(cfg: EasyDict) -> dict[str, Any]:
+def train(cfg: TrainConfig) -> dict[str, Any]:
     """Run one training and return the report that also goes to ``report.json``; {} on ranks other than 0.
 
     Every rank calls this, with the process group set up; see ``process_group``.
@@ -124,7 +132,7 @@ def train(cfg: EasyDict) -> dict[str, Any]:
     num_steps = steps_per_epoch(cfg, world_size)
     state = build_state(cfg, training_device(local_rank), num_steps * cfg.num_epoch)
 
-    checkpoints = Checkpoints(cfg, state.parts(), loader.sampler)
+    checkpoints = Checkpoints(cfg, state.parts(), loader.dual_sampler)
     state.step, seconds = checkpoints.begin()
     if cfg.save_all_states or cfg.get("f2c_save_every"):
         checkpoints.require_room()
@@ -147,7 +155,7 @@ def _run(state: TrainState, loader: DualLoader, num_steps: int, sets: dict[str, 
     save_is_due = False
     with listening() as requests:
         for epoch in range(state.step // num_steps, cfg.num_epoch):
-            loader.sampler.set_epoch(epoch, state.step % num_steps)
+            loader.dual_sampler.set_epoch(epoch, state.step % num_steps)
             for images, labels in loader:
                 loss = train_step(state, images, labels)
                 if training_log:
@@ -163,7 +171,7 @@ def _run(state: TrainState, loader: DualLoader, num_steps: int, sets: dict[str, 
                     save_is_due = False
                     requests.done()
                 if request is Request.SAVE_AND_STOP:
-                    raise Stopped(f"stopped by a signal after step {state.step}, which is saved: resume=True goes on from there")
+                    raise Stopped(f"stopped by a signal after step {state.step}, which is saved: resume=True goes on from it")
             if training_log:
                 save_net(state.net, Path(cfg.output) / "model.pt")
     return time.perf_counter() - begin
@@ -175,7 +183,7 @@ def _finish(state: TrainState, results: Results, images_seen: int, seconds: floa
     cfg, folder = state.cfg, Path(state.cfg.output)
     nets = state.nets
     which = select_net(cfg.get("f2c_export", "probe"), results) if "gallery" in nets else "probe"
-    net = nets["gallery"].net if which == "gallery" else nets["probe"]
+    net = cast(GalleryNet, nets["gallery"]).net if which == "gallery" else nets["probe"]
     save_net(net, folder / "model.pt")
     exported = get_model(cfg.network, cfg.embedding_size)  # in float32, and without hooks
     exported.load_state_dict(net.state_dict())

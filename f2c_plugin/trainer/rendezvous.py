@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import distributed
+from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 _POLL_SECONDS = 0.1
 
@@ -19,17 +20,17 @@ def process_group() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
-        store, rank, world_size = next(distributed.rendezvous("env://"))
+        store, rank, world_size = next(distributed.rendezvous("env://"))  # pyright: ignore[reportPrivateImportUsage]
         distributed.init_process_group(backend, store=rendezvous(store, rank, world_size), rank=rank, world_size=world_size)
     else:
-        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
         distributed.destroy_process_group()
 
 
-def rendezvous(store: distributed.Store, rank: int, world_size: int) -> distributed.Store:
+def rendezvous(store: Store, rank: int, world_size: int) -> Store:
     """A part of ``store`` that nobody has written to yet, the same for all ranks of one start.
 
     torchrun keeps its store over restarts, and with it the addresses of dead processes: a rank that
@@ -46,13 +47,14 @@ def rendezvous(store: distributed.Store, rank: int, world_size: int) -> distribu
         store.set("f2c/rendezvous", me)
         others = [store.get(f"f2c/{me}/{other}").decode() for other in range(1, world_size)]  # waits for each
         store.set(f"f2c/{me}/present", ",".join(others))
-        return distributed.PrefixStore(f"f2c/{me}", store)
-    deadline = time.monotonic() + store.timeout.total_seconds()
+        return PrefixStore(f"f2c/{me}", store)
+    timeout = store.timeout  # pyright: ignore[reportAttributeAccessIssue]  # missing in torch's stubs
+    deadline = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < deadline:
         name = store.get("f2c/rendezvous").decode()
         store.set(f"f2c/{name}/{rank}", me)
         present = f"f2c/{name}/present"
         if store.check([present]) and me in store.get(present).decode():
-            return distributed.PrefixStore(f"f2c/{name}", store)
+            return PrefixStore(f"f2c/{name}", store)
         time.sleep(_POLL_SECONDS)
-    raise TimeoutError(f"rank {rank} has not met rank 0 in {store.timeout}: is it running and reachable?")
+    raise TimeoutError(f"rank {rank} has not met rank 0 in {timeout}: is it running and reachable?")

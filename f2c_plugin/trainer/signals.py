@@ -20,7 +20,7 @@ class Request(IntEnum):
     SAVE_AND_STOP = 2
 
 
-_SIGNALS = {signal.SIGUSR1: Request.SAVE, signal.SIGTERM: Request.SAVE_AND_STOP}
+_SIGNALS: dict[int, Request] = {signal.SIGUSR1: Request.SAVE, signal.SIGTERM: Request.SAVE_AND_STOP}
 
 
 class Stopped(Exception):

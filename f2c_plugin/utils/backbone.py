@@ -33,8 +33,8 @@ def embeddings_in(output: object) -> Tensor:
         return output
     found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
     keys = f" with {', '.join(map(str, cast(Mapping[Any, Any], output)))}" if isinstance(output, Mapping) else ""
-    raise InputError(f"the backbone returns {found}{keys}: F²C needs embeddings (B, D), or a tuple that begins with them; "
-                     "wrap the backbone in a module that returns them")
+    raise InputError(f"the backbone returns {found}{keys}: F²C needs embeddings (B, D), or a tuple that begins with them; wrap "
+                     "the backbone in a module that returns them")
 
 
 class ImageHook:
@@ -52,8 +52,8 @@ class ImageHook:
     def __init__(self, backbone: nn.Module, take: Callable[[Tensor], Tensor]):
         hooks = cast(dict[int, Any], backbone._forward_pre_hooks)  # type: ignore[reportPrivateUsage]
         if any(isinstance(getattr(hook, "__self__", None), ImageHook) for hook in hooks.values()):
-            raise ConfigError("this backbone already has an F²C head with a hook, which would embed every batch, too: call that "
-                              "head's remove_hook() first, or build both with hook=False")
+            raise ConfigError("this backbone already has an F²C head with a hook, which would embed every batch, too: call its "
+                              "remove_hook() first, or build both with hook=False")
         self._take = take
         self._handle = backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
@@ -65,8 +65,8 @@ class ImageHook:
             return None
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim() >= 2]
         if len(tensors) != 1:
-            raise InputError(f"the backbone is called with {len(tensors)} tensors that could be the images: build the head with "
-                             "hook=False and pass it the images, head(embeddings, labels, images=images)")
+            raise InputError(f"the backbone is called with {len(tensors)} tensors that could be the images: build the head "
+                             "with hook=False and pass it the images, head(embeddings, labels, images=images)")
         images = tensors[0]
         seen = self._take(images)
         return (tuple(seen if each is images else each for each in args),

@@ -43,7 +43,8 @@ def load_states(path: str | Path) -> dict[str, Any]:
             OverflowError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: not a whole checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: not a whole checkpoint: {reason}") from error
     if not isinstance(states, dict):
         raise CheckpointError(f"{path}: holds a {type(states).__name__}, not the states of a training")
     return cast(dict[str, Any], states)
@@ -52,7 +53,8 @@ def load_states(path: str | Path) -> dict[str, Any]:
 def _check_names(pickled: bytes, path: Path) -> None:
     """Refuse what states are not made of: weights_only=True accepts more, some of which takes any memory it is told to."""
     for opcode, what, _ in pickletools.genops(pickled):
-        if opcode.name == "STACK_GLOBAL" or opcode.name in ("GLOBAL", "INST") and not _IN_STATES.fullmatch(what):
+        known = opcode.name not in ("GLOBAL", "INST") or _IN_STATES.fullmatch(str(what))
+        if opcode.name == "STACK_GLOBAL" or not known:
             raise CheckpointError(f"{path}: holds {what or 'a name that is made up as it is read'}, which states of a training "
                                   "do not")
 
@@ -70,7 +72,10 @@ def _check_sizes(states: Any, path: Path) -> None:
             stack += [*each.keys(), *each.values()]
         elif isinstance(each, (list, tuple)):
             stack += each
-        elif isinstance(each, torch.Tensor):
-            if each.layout != torch.strided or each.device.type != "cpu" or (
-                    math.prod(each.shape) * each.element_size() > each.untyped_storage().nbytes()):
-                raise CheckpointError(f"{path}: a tensor of shape {tuple(each.shape)} stands for more than the file holds")
+        elif isinstance(each, torch.Tensor) and _stands_for_more(each):
+            raise CheckpointError(f"{path}: a tensor of shape {tuple(each.shape)} stands for more than the file holds")
+
+
+def _stands_for_more(tensor: torch.Tensor) -> bool:
+    return (tensor.layout != torch.strided or tensor.device.type != "cpu"
+            or math.prod(tensor.shape) * tensor.element_size() > tensor.untyped_storage().nbytes())

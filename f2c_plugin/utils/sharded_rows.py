@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.functional import normalize
 
-from f2c_plugin.utils.distributed import Shard, WHOLE
+from f2c_plugin.utils.distributed import WHOLE, Shard
 from f2c_plugin.utils.tensors import at_least_float32
 
 _BLOCK = 1 << 10  # places whose first random rows come from one generator

@@ -1,12 +1,24 @@
-"""Operations on tensors of fixed shapes, without a wait for the device."""
+"""Operations on tensors; of fixed shapes and without a wait for the device unless said."""
 
 import torch
 from torch import Tensor
+
+_GROUP = 32  # numbers of which the maximum is compared first
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor as it is, or in float32 if it is in half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def lengths(vectors: Tensor) -> Tensor:
+    """Euclidean lengths of vectors (…, D), (…)."""
+    return vectors.norm(dim=-1)
+
+
+def all_different(values: Tensor) -> bool:
+    """Whether no two of ``values`` (n,) are equal. Waits for the device."""
+    return len(values.unique()) == len(values)
 
 
 def occurrences(identities: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -31,3 +43,18 @@ def occurrences(identities: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     in_batch_order = torch.empty_like(index).scatter_(0, position, index)
     return (occurrence[in_batch_order], count[in_batch_order],
             position[start][in_batch_order], position[same_parity_last][in_batch_order])
+
+
+def largest_of_columns(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and rows of the ``count`` largest of every column of ``values`` (C, B), descending, (count, B) each.
+
+    They lie within the groups with the ``count`` largest maxima, so the rest need not be compared.
+    """
+    whole = len(values) // _GROUP * _GROUP
+    rows = torch.arange(len(values), device=values.device)
+    maxima: Tensor = values[:whole].unflatten(0, (-1, _GROUP)).amax(1)  # (C / group, B)
+    groups = maxima.topk(min(count, len(maxima)), dim=0).indices
+    inside = (groups[:, None] * _GROUP + rows[:_GROUP, None]).flatten(0, 1)  # (count · group, B)
+    candidates = torch.cat([inside, rows[whole:, None].expand(-1, values.size(1))])
+    found, best = values.gather(0, candidates).topk(min(count, len(candidates)), dim=0)
+    return found, candidates.gather(0, best)
