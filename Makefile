@@ -1,5 +1,6 @@
 # make demo: from nothing to a verified face recognition model on a CPU
-# make test: the tests
+# make test: lint and tests
+# make lint: ruff and pyright
 # make mxnet: mxnet in an environment of its own, for the tests that compare with it
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 DEMO := data/f2c_demo
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: demo test mxnet clean
+.PHONY: demo test lint mxnet clean
 
 demo: .venv/ready-demo $(DEMO)/train.rec
 	$(BIN)/python -m f2c_plugin.train f2c_demo
@@ -18,11 +19,15 @@ demo: .venv/ready-demo $(DEMO)/train.rec
 $(DEMO)/train.rec: | .venv/ready-demo
 	$(BIN)/f2c-plugin synth $(DEMO) --identities 800 --images-per-identity 20 --pairs 2000
 
-test: .venv/ready-test
+test: .venv/ready-test lint
 	$(BIN)/python -m pytest
 
-# torch comes first and by itself: the version in constraints.txt, not what an extra would draw in.
-# Nothing is byte-compiled that no test or demo imports, for that takes longer than the download.
+lint: .venv/ready-test
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# torch comes first and by itself: the version in constraints.txt, not the one that an extra would draw in.
+# Nothing is byte-compiled that no test or demo imports, because that takes longer than the download.
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --no-compile -c constraints.txt torch

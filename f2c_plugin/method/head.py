@@ -19,7 +19,7 @@ from f2c_plugin.utils.tensors import at_least_float32
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """Statistics of one step on this rank. float () tensors on the device: keeping them costs no wait.
+    """Statistics of one step on this rank; float () tensors on the device, which cost no wait.
 
     Attributes:
         pool_hit_rate, positive_cosine, hard_negative_cosine: as in PoolLoss.
@@ -73,7 +73,7 @@ class F2CHead(nn.Module):
         statistics: StepStatistics of the last batch, or None.
         monitor: receives the statistics of every step, if set.
     Raises:
-        ConfigError: the backbone already has a head with a hook, or is wrapped in a way that cannot be copied.
+        ConfigError: the backbone already has a head with a hook, or a copy of it would run the original.
     """
 
     def __init__(self, backbone: nn.Module, pool: DynamicClassPool, schedule: Schedule, symmetric: bool = True,
@@ -110,10 +110,9 @@ class F2CHead(nn.Module):
         Returns:
             Scalar, with gradient to the embeddings.
         Raises:
-            InputError: there are no images; an odd batch; embeddings or labels that do not fit the images or
-                the pool. Labels beyond num_identities are only noticed on the CPU: reading them from a GPU
-                would stall the step.
-            ConfigError: a pool with fewer slots than the batch may bring identities.
+            InputError: no images, an odd batch, or embeddings or labels that do not fit them or the pool. Wrong
+                labels are noticed on the CPU only: reading them from a GPU would stall the step.
+            ConfigError: a pool with fewer slots than the gathered batch may hold identities.
         """
         num_images, gallery = self._gallery_features(images)
         labels = local_labels.reshape(-1).long()
@@ -122,7 +121,6 @@ class F2CHead(nn.Module):
             probes = probes.chunk(2)[1]
         check_batch(num_images, probes, labels, self.symmetric, self.pool.embedding_size, self.pool.num_identities)
         check_room(num_images, self.pool.num_identities, self.pool.num_slots)
-
         half_steps = self._half_steps(probes, labels, gallery)
         margin = self.schedule.margin_at(self.steps)
         result = pool_loss(half_steps, self.pool, margin, self.num_hard_negatives, self.autocast,

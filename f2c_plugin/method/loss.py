@@ -65,13 +65,12 @@ def pool_loss(half_steps: list[HalfStep], pool: DynamicClassPool, margin: Margin
     each view shows them. The target slots count as touched, too, because they take the margin.
     Nothing is ever subtracted from a sum, so nothing can cancel.
 
-    The pool may change before ``backward``: no row of it is kept, only copies.
+    The pool may change before ``backward``: only copies of its rows are kept.
 
     Args:
         half_steps: with the same number of probes each.
         pool: the pool of their views, unchanged. If it is sharded, all ranks call this together.
-        margin: scale and margin of this step.
-        num_hard_negatives: h.
+        margin, num_hard_negatives: of this step; h.
         autocast: whether matrix products run in the autocast type of the device.
         outside_weight: factor of the loss of probes whose identity is not in the pool.
         second_row: whether view 2 shows row 1 of the slots that have two keys; else it equals view 1.
@@ -83,22 +82,10 @@ def pool_loss(half_steps: list[HalfStep], pool: DynamicClassPool, margin: Margin
     touched = _touched_slots(half_steps, pool)  # (A,)
     views = _touched_rows(half_steps, touched, pool, second_row)  # (H, 2, A, D)
     untouched = _score_untouched(probes, touched, pool, margin, min(num_hard_negatives, pool.num_slots), dtype)
-    scores = _score_touched(probes, slots, touched, views, margin, dtype)
-    return _combine(half_steps, probes, slots, untouched, scores, margin, outside_weight)
-
-
-class _Untouched(NamedTuple):
-    """Scores of the probes against all untouched slots."""
-
-    log_sum_exp: Tensor  # (H, P) of s · cosine
-    hardest: Tensor  # (H, P, h) largest cosines; -inf where there are fewer slots
-
-
-class _Touched(NamedTuple):
-    """Scores of the probes against the touched slots in both views."""
-
-    target_cosine: Tensor  # (H, 2, P); 0 where there is no target slot
-    others: Tensor  # (H, 2, P, A) cosines; -inf for the target and for repetitions
+    target_cosine, others = _score_touched(probes, slots, touched, views, margin, dtype)  # (H, 2, P), (H, 2, P, A)
+    keys = [each.own_image_keys for each in half_steps if each.own_image_keys is not None]
+    key_cosine = (probes * normalize(torch.stack(keys).nan_to_num(0, 0, 0), dim=2)).sum(2) if keys else None  # (H, P)
+    return _combine(slots != NOT_IN_POOL, *untouched, target_cosine, others, key_cosine, margin, outside_weight)
 
 
 def _touched_slots(half_steps: list[HalfStep], pool: DynamicClassPool) -> Tensor:
@@ -126,7 +113,8 @@ def _touched_rows(half_steps: list[HalfStep], touched: Tensor, pool: DynamicClas
 
 
 def _score_untouched(probes: Tensor, touched: Tensor, pool: DynamicClassPool, margin: Margin, num_hardest: int,
-                     dtype: torch.dtype) -> _Untouched:
+                     dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of s · cosine over the untouched slots (H, P); the largest cosines (H, P, h), -inf where there are fewer."""
     is_touched = torch.zeros(pool.num_slots + 1, dtype=torch.bool, device=probes.device)  # the last is for NOT_IN_POOL
     is_touched.index_fill_(0, touched, True)
     flat = probes.flatten(0, 1)  # (H·P, D)
@@ -139,41 +127,36 @@ def _score_untouched(probes: Tensor, touched: Tensor, pool: DynamicClassPool, ma
     hardest = torch.where(found.hardest_cosine < -2, -torch.inf, hardest)
     if margin.filter_threshold > 0:  # decided in the pass: half precision may see another side of the threshold
         hardest = torch.where(found.hardest_cosine == 0, 0.0, hardest)
-    return _Untouched(found.log_sum_exp.view(probes.shape[:2]), hardest.view(*probes.shape[:2], -1))
+    return found.log_sum_exp.view(probes.shape[:2]), hardest.view(*probes.shape[:2], -1)
 
 
 def _score_touched(probes: Tensor, slots: Tensor, touched: Tensor, views: Tensor, margin: Margin,
-                   dtype: torch.dtype) -> _Touched:
+                   dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines to the target slots (H, 2, P), 0 where there is none; and to the other touched slots (H, 2, P, A), else -inf."""
     counted = touched != NOT_IN_POOL  # (A,), and of equal ones the first
     counted[1:] &= touched[1:] != touched[:-1]
     cosine = probes[:, None].to(dtype) @ views.mT.to(dtype)  # (H, 1, P, D) @ (H, 2, D, A) -> (H, 2, P, A)
     cosine = cosine.to(probes.dtype)
     is_target = (counted & (touched == slots[:, :, None]))[:, None]  # (H, 1, P, A)
     others = margin.filtered(cosine).masked_fill(is_target | ~counted, -torch.inf)
-    return _Touched(torch.where(is_target, cosine, 0).sum(3), others)
+    return torch.where(is_target, cosine, 0).sum(3), others
 
 
-def _combine(half_steps: list[HalfStep], probes: Tensor, slots: Tensor, untouched: _Untouched, touched: _Touched,
-             margin: Margin, outside_weight: float) -> PoolLoss:
+def _combine(in_pool: Tensor, log_sum_exp: Tensor, hardest: Tensor, target_cosine: Tensor, others: Tensor,
+             key_cosine: Tensor | None, margin: Margin, outside_weight: float) -> PoolLoss:
     def softmax_loss(target: Tensor) -> Tensor:  # (H, 1 or 2, P) logits of the targets -> (H, 2, P)
         target = target.expand(-1, 2, -1)
-        logits = [untouched.log_sum_exp[:, None, :, None].expand(-1, 2, -1, -1), margin.scale * touched.others,
-                  target[..., None]]
+        logits = [log_sum_exp[:, None, :, None].expand(-1, 2, -1, -1), margin.scale * others, target[..., None]]
         return torch.cat(logits, 3).logsumexp(3) - target
 
-    positive = softmax_loss(margin.scale * margin.target(touched.target_cosine))
-    hardest = torch.cat([untouched.hardest[:, None].expand(-1, 2, -1, -1), touched.others], 3)  # (H, 2, P, h + A)
-    negative = hardest.topk(untouched.hardest.size(2), dim=3).values.clamp_min(0).mean(3)  # (H, 2, P)
+    positive = softmax_loss(margin.scale * margin.target(target_cosine))
+    cosines = torch.cat([hardest[:, None].expand(-1, 2, -1, -1), others], 3)  # (H, 2, P, h + A)
+    negative = cosines.topk(hardest.size(2), dim=3).values.clamp_min(0).mean(3)  # (H, 2, P)
+    outside = negative if key_cosine is None else softmax_loss(margin.scale * key_cosine[:, None])
 
-    outside = negative
-    keys = [each.own_image_keys for each in half_steps if each.own_image_keys is not None]
-    if keys:
-        own_image = normalize(torch.stack(keys).nan_to_num(0, 0, 0), dim=2)  # (H, P, D)
-        outside = softmax_loss(margin.scale * (probes * own_image).sum(2)[:, None])
-
-    in_pool = (slots != NOT_IN_POOL)[:, None]  # (H, 1, P)
+    in_pool = in_pool[:, None]  # (H, 1, P)
     loss = _mean(positive, in_pool, least=1).sum() + outside_weight * _mean(outside, ~in_pool, least=1).sum()
-    statistics = (in_pool.to(loss.dtype), _mean(touched.target_cosine[:, :1], in_pool), _mean(negative[:, :1], ~in_pool))
+    statistics = (in_pool.to(loss.dtype), _mean(target_cosine[:, :1], in_pool), _mean(negative[:, :1], ~in_pool))
     return PoolLoss(loss, *(each.detach().nanmean() for each in statistics))
 
 

@@ -43,9 +43,7 @@ class SlotAssignment(NamedTuple):
 
 @dataclass(frozen=True)
 class PoolView:
-    """The pool as a batch of B gallery features leaves it, while the pool itself is unchanged.
-
-    Good until the pool changes.
+    """The pool as a batch of B gallery features leaves it. Valid until the pool itself changes.
 
     Attributes:
         assignment: where the features go.
@@ -91,10 +89,9 @@ class PoolView:
 class DynamicClassPool(ShardedRows):
     """K slots, each of one identity with its last two gallery features; assigned by exact LRU.
 
-    All state is in buffers. Every operation works on whole tensors of fixed shapes on the pool's
-    device, so none makes the CPU wait for the GPU. Only the table ``slot_of`` grows with the number
-    of identities. The same commits on the same state give the same state, bit for bit, so ranks that
-    commit the same gathered features keep equal pools.
+    All state is in buffers. Operations work on whole tensors of fixed shapes on the pool's device, so
+    none makes the CPU wait for the GPU. Only ``slot_of`` grows with the number of identities. Equal
+    commits on equal states give equal states, bit for bit, so all ranks keep equal pools.
 
     Args:
         num_slots: K.

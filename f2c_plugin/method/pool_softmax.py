@@ -20,8 +20,7 @@ from f2c_plugin.utils.tensors import largest_of_columns
 # The logit of a slot that is left out. Finite, so that a chunk with no other slot has a softmax, too.
 LEFT_OUT = -1e30
 
-# Entries of a chunk of logits. On the CPU a chunk and its rows stay in the cache; a GPU needs enough
-# work for each kernel.
+# Entries of a chunk of logits. On the CPU a chunk stays in the cache; a GPU needs work for each kernel.
 CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 

@@ -17,12 +17,11 @@ class Schedule:
     soon as the probe net does. Losses are averaged over views and half-steps. A probe whose
     identity is not in the pool takes the gallery feature of its own image as target.
 
-    ``Schedule.paper``: scale, margin and momentum as configured from the first step, losses summed;
-    probes whose identity is not in the pool are pushed off their hardest negatives.
+    ``Schedule.paper``: scale, margin and momentum in full from the first step, losses summed; probes
+    whose identity is not in the pool are pushed off their hardest negatives.
 
     Attributes:
-        margin: the configured one.
-        momentum: the configured m of the gallery net.
+        margin, momentum: the configured ones.
         ramp_steps: steps until scale and margin reach the configured ones; 0 is from the start.
         start_scale: the scale of the first step.
         momentum_start: after t steps the momentum is at most (1 + t) / (momentum_start + t).

@@ -1,35 +1,38 @@
-"""What the heads need of a GPU's memory, worked out from sizes alone.
+"""The memory that the heads need on each GPU, worked out from sizes.
 
-The pool's share follows from its shapes. How many matrices of which size are held at the peak has been
-measured; ``benchmarks/head_step.py`` prints what is planned here beside what it measures. The
-optimizer is SGD with momentum and weight decay, as the host's; classes and gradients are float32.
+State follows from shapes. How many temporary matrices are alive at the peak was counted in each step's
+code and checked against measurements: ``benchmarks/head_step.py`` prints the plan beside what it
+measures. The optimizer is SGD with momentum and weight decay, as arcface_torch's; classes and gradients
+are float32.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from f2c_plugin.models import NETWORKS, get_model
 from f2c_plugin.config import F2CConfig
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.loss import default_hard_negatives
 from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES
+from f2c_plugin.models import NETWORKS, get_model
 
 EMBEDDING_SIZE = 512
+SIMILAR = 1.25  # ratio of memory within which two heads are about equal
 _FLOAT = 4
 _INT32, _INT64 = 4, 8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A training to be planned.
+    """A training to plan.
 
     Attributes:
         identities: N.
         gpus: W.
-        network: one of the built-in host's.
-        batch_size: images of a GPU and step.
+        network: one of NETWORKS.
+        batch_size: images per GPU and step.
         pool_rate, pool_dtype, shard_pool: as in F2CConfig.
     """
 
@@ -62,7 +65,7 @@ class Plan:
         return 2 * rows * EMBEDDING_SIZE * getattr(torch, self.pool_dtype).itemsize
 
     def slot_table(self) -> int:
-        """Bytes that say who is where: 4 an identity; owner, recency and due row of every slot."""
+        """Bytes of the slot table: 4 for each identity; identity, recency and next row of every slot."""
         return _INT32 * (self.identities + 1) + 3 * _INT64 * self.slots
 
     def gallery_net(self) -> int:
@@ -72,24 +75,31 @@ class Plan:
         return sum(tensor.nbytes for tensor in net.state_dict().values())
 
     def working_memory(self, device: str = "cuda") -> int:
-        """Bytes that a step of the F²C head takes for a while: a chunk of logits, and what the slots apart need."""
+        """Bytes that a step of the F²C head takes for a while.
+
+        Three chunks of logits (the logits, their softmax, its copy in the type of the product); and, not at
+        the same time, the hardest negatives' rows or the cosines to the touched slots.
+        """
         probes = self.batch_size
-        own = probes * self.gpus if self.shard_pool else probes
-        apart = own + probes * self.gpus  # slots of the probes' own identities, slots written
+        targets = probes * self.gpus if self.shard_pool else probes
+        touched = targets + probes * self.gpus  # target slots, slots written
+        # Rows of the h hardest slots of every probe, gathered, in the product and in its gradient.
         hardest_rows = 8 * probes * default_hard_negatives(self.slots) * EMBEDDING_SIZE
-        cosines_apart = 12 * 2 * probes * apart  # two views
-        return _FLOAT * (3 * CHUNK_ENTRIES[device] + max(hardest_rows, cosines_apart))
+        # Two views; cosines, their filtered and scaled copies, logits and their gradients: about 12 matrices.
+        touched_cosines = 12 * 2 * probes * touched
+        return _FLOAT * (3 * CHUNK_ENTRIES[device] + max(hardest_rows, touched_cosines))
 
     def f2c(self, device: str = "cuda") -> int:
-        """Bytes of the F²C head on each GPU at the peak, beside the gallery net."""
+        """Bytes of the F²C head on each GPU at the peak, without the gallery net."""
         return self.pool() + self.slot_table() + self.working_memory(device)
 
     def partial_fc(self, sample_rate: float) -> int:
-        """Bytes of the host's Partial FC on each GPU at the peak; at sample rate 1 it is the full FC layer, split.
+        """Bytes of arcface_torch's Partial FC on each GPU at the peak; at sample rate 1 it is the full FC layer, split.
 
-        The peak is the highest of three: the optimizer's step (weight, gradient, momentum, gradient
-        with weight decay), the backward pass through the normalised weights, and that through
-        the logits of all GPUs' batches.
+        In matrices of (classes of this GPU) × D, of which the weights and their momentum are always there.
+        The peak is the highest of three moments: the optimizer's step (weights, momentum, gradient, gradient
+        with weight decay, sampled weights), the backward pass through the normalised sampled weights, and the
+        one through the logits of all GPUs' batches (four matrices of batch × sampled classes).
         """
         classes = -(-self.identities // self.gpus)
         rate = sample_rate
@@ -100,6 +110,20 @@ class Plan:
         matrix = classes * EMBEDDING_SIZE
         logits = 4 * self.batch_size * self.gpus * rate * classes
         return int(_FLOAT * max(optimizer * matrix, weights * matrix, at_logits * matrix + logits))
+
+    def verdict(self) -> str:
+        """Which head to use, by memory, in a sentence."""
+        f2c, partial_fc = self.f2c() + self.gallery_net(), self.partial_fc(self.pool_rate)
+        sizes = f"{_mb(f2c)} of each GPU for F²C, {_mb(partial_fc)} for Partial FC"
+        if f2c > SIMILAR * partial_fc:
+            parts = {"the gallery net": self.gallery_net(), "the pool": self.pool(), "working memory": self.working_memory()}
+            largest = max(parts, key=lambda part: parts[part])
+            return (f"Use Partial FC: {sizes}. The largest part of F²C's is {largest}, {_mb(parts[largest])}, and F²C adds a "
+                    "forward pass of the backbone to every step.")
+        if f2c * SIMILAR > partial_fc:
+            return f"Use Partial FC if it fits: {sizes}, and F²C adds a forward pass of the backbone to every step."
+        return (f"Use F²C if memory is what you lack: {sizes}. It adds a forward pass of the backbone to every step, and saves "
+                "Partial FC's passes over all classes.")
 
     def table(self) -> list[tuple[str, int]]:
         """(what, bytes on each GPU)."""
@@ -114,17 +138,18 @@ class Plan:
         ]
 
 
-def draw(plan: Plan, path) -> None:
+def draw(plan: Plan, path: str | Path) -> None:
     """Draw memory per GPU against the number of identities, around the plan's. Needs matplotlib."""
     from f2c_plugin.tools.plotting import pyplot
 
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    plans, gallery_net = [], plan.gallery_net()
+    plans: list[Plan] = []
+    gallery_net = plan.gallery_net()
     for identities in plan.identities * np.logspace(-1, 1, 21):
         try:
             plans.append(replace(plan, identities=int(identities)))
-        except ConfigError:  # so few that the pool would be smaller than a batch
+        except ConfigError:  # too few: the pool would be smaller than a batch
             continue
     for label, size in ((f"F²C, pool rate {plan.pool_rate:g}, gallery net {plan.network}", lambda p: p.f2c() + gallery_net),
                         (f"Partial FC, sample rate {plan.pool_rate:g}", lambda p: p.partial_fc(p.pool_rate)),
@@ -137,3 +162,7 @@ def draw(plan: Plan, path) -> None:
     axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _mb(size: float) -> str:
+    return f"{size / 2**20:,.0f} MB"

@@ -7,12 +7,13 @@ from torch.nn.functional import normalize
 
 from f2c_plugin.method import pool_softmax as module
 from f2c_plugin.method.pool_softmax import pool_softmax
+from f2c_plugin.utils import tensors
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setitem(module.CHUNK_ENTRIES, "cpu", 30)  # several chunks, the last one narrower
-    monkeypatch.setattr(module, "_GROUP", 3)
+    monkeypatch.setattr(tensors, "_GROUP", 3)
 
 
 def problem(num_probes, num_slots, left_out, seed=0, dtype=torch.float64):

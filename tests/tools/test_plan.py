@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from f2c_plugin.models import get_model
 from f2c_plugin.cli import main as cli
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.pool import DynamicClassPool
-from f2c_plugin.utils.distributed import Shard, WHOLE
+from f2c_plugin.models import get_model
 from f2c_plugin.tools.plan import Plan
+from f2c_plugin.utils.distributed import WHOLE, Shard
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -40,6 +40,15 @@ def test_the_command_prints_the_table_and_draws_it(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "100,000 slots" in text and "Partial FC, sample rate 0.1" in text and "391 MB" in text
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_verdict_names_the_head_that_takes_less_memory():
+    assert Plan(93_431, gpus=8, network="r50").verdict().startswith(
+        "Use Partial FC: 409 MB of each GPU for F²C, 94 MB for Partial FC. The largest part of F²C's is working memory, 206 MB")
+    assert Plan(2_059_906, gpus=1, network="r50").verdict().startswith("Use F²C if memory is what you lack: 1,196 MB of each")
+    even = Plan(900_000, gpus=8, network="r100")
+    assert 0.8 < (even.f2c() + even.gallery_net()) / even.partial_fc(0.1) < 1.25
+    assert even.verdict().startswith("Use Partial FC if it fits: ")
 
 
 def test_what_cannot_be_planned_is_refused_with_the_value():
