@@ -1,4 +1,4 @@
-"""Reading and writing face packs: RecordIO, the identity index, the dual sampler and its loader."""
+"""Face packs: RecordIO reader and writer, identity index, dual sampler and dual loader."""
 
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.identities import IdentityIndex

@@ -1,4 +1,4 @@
-"""The pack, the loader and the length of an epoch that a config asks for."""
+"""Builds the pack, the loader and the epoch length from a config."""
 
 import logging
 from pathlib import Path
@@ -16,7 +16,15 @@ log = logging.getLogger(__name__)
 
 
 def record_loader(cfg: Config, local_rank: int, identity_rate: float) -> DualLoader:
-    """Loader over the pack in ``cfg.rec`` with ``identity_rate`` of each batch in pairs."""
+    """Loader over the pack in ``cfg.rec``.
+
+    Args:
+        cfg: the config.
+        local_rank: the GPU of this process.
+        identity_rate: share of each batch that holds pairs of one identity, 0 to 1.
+    Raises:
+        ConfigError, RecordError: as ``open_pack`` and ``steps_per_epoch``.
+    """
     rank, world_size = this_rank()
     dataset = open_pack(cfg)
     sampler = DualSampler(dataset.index, cfg["batch_size"], steps_per_epoch(cfg, world_size), identity_rate,
@@ -28,8 +36,8 @@ def open_pack(cfg: Config) -> RecordDataset:
     """The pack in ``cfg.rec``.
 
     Raises:
-        ConfigError: there is none, or it does not fit the config.
-        RecordError: it cannot be read.
+        ConfigError: the pack is missing or does not fit the config.
+        RecordError: the pack cannot be read.
     """
     if not (Path(cfg["rec"]) / "train.rec").is_file():
         raise ConfigError(f"rec={cfg['rec']!r}: there is no train.rec in {Path(cfg['rec']).absolute()}; give the folder of "
@@ -40,15 +48,15 @@ def open_pack(cfg: Config) -> RecordDataset:
 
 
 def training_device(local_rank: int) -> torch.device:
-    """This process's GPU; the CPU where there are none."""
+    """The GPU of this process, or the CPU on a machine without GPUs."""
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def steps_per_epoch(cfg: Config, world_size: int) -> int:
-    """Steps of an epoch, as arcface_torch's schedule counts them.
+    """Steps per epoch, counted as in arcface_torch's schedule.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: an epoch has no steps.
     """
     steps = cfg["num_image"] // (cfg["batch_size"] * world_size)
     if steps == 0:

@@ -1,7 +1,8 @@
-"""The identity index of a pack, kept on disk so that a pack of any size opens at once.
+"""Keeps the identity index of a pack on disk, so that a pack of any size opens at once.
 
-A folder of arrays, ``train.f2c-index`` beside the pack, mapped into memory and shared by all workers
-and ranks. It stands for one state of the pack: sizes and times of ``train.rec`` and ``train.idx``.
+The index is a folder of arrays, ``train.f2c-index`` next to the pack. All workers and ranks map it
+into memory and share it. It is valid for one state of the pack: the sizes and modification times of
+``train.rec`` and ``train.idx``.
 """
 
 import fcntl
@@ -10,66 +11,69 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
-from f2c_plugin.utils.paths import cache_folder
 from f2c_plugin.data.identities import IdentityIndex, index_identities
-from f2c_plugin.data.recordio import RecordFile, read_idx
+from f2c_plugin.data.recordio import NO_IDX, RecordFile, read_idx
 from f2c_plugin.errors import RecordError
 from f2c_plugin.utils.atomic import to_disk
+from f2c_plugin.utils.paths import cache_folder
 
-VERSION = 2  # of what is in the folder
-_META_LIMIT = 1 << 16  # bytes; ours has a few hundred
+VERSION = 2  # of the folder's format
+_META_LIMIT = 1 << 16  # bytes; a real meta.json has a few hundred
 _NAMES = [field.name for field in fields(IdentityIndex)]
 
+Stamp = dict[str, list[int]]  # file name -> [bytes, modification time in ns]
 
-def open_index(root_dir, progress: bool = False) -> IdentityIndex:
-    """The index of the pack in ``root_dir``, mapped from disk; built first if there is none that fits the pack.
 
-    Where the pack's folder is read-only the index goes into the cache folder. Of several
-    processes that find none, one builds it and the others wait.
+def open_index(root_dir: str | Path, progress: bool = False) -> IdentityIndex:
+    """Map the index of the pack in ``root_dir`` from disk; build it first if there is none for this state of the pack.
+
+    If the pack's folder is read-only, the index goes into the cache folder. If several processes need
+    to build it, one does and the others wait.
 
     Args:
         root_dir: folder of ``train.rec`` and ``train.idx``.
-        progress: whether building shows a progress bar.
+        progress: whether to show a progress bar while building.
     Raises:
         RecordError: the pack cannot be read.
-        OSError: the index can be written in neither place.
+        OSError: neither folder can be written.
     """
     root_dir = Path(root_dir)
     stamp = _stamp(root_dir)
     name = hashlib.sha256(str(root_dir.resolve()).encode()).hexdigest()[:16]
-    places = [root_dir / "train.f2c-index", cache_folder() / "indexes" / name]
-    for place in places:
-        if (index := _load(place, stamp)) is not None:
+    beside, cached = root_dir / "train.f2c-index", cache_folder() / "indexes" / name
+    for folder in beside, cached:
+        if (index := _load(folder, stamp)) is not None:
             return index
-    place = places[0] if _writable(root_dir) else places[1]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(place):
-        if (index := _load(place, stamp)) is None:  # nobody built it while this process waited
-            records = RecordFile(root_dir / "train.rec")
-            _save(index_identities(records, *read_idx(root_dir / "train.idx", progress)), place, stamp)
-            index = _load(place, stamp)
-    return index
+    folder = beside if _writable(root_dir) else cached
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        if (index := _load(folder, stamp)) is not None:  # another process built it while this one waited
+            return index
+        built = index_identities(RecordFile(root_dir / "train.rec"), *read_idx(root_dir / "train.idx", progress))
+        _save(built, folder, stamp)
+        mapped = _load(folder, stamp)
+        return built if mapped is None else mapped
 
 
-def _stamp(root_dir):
-    """What tells this state of the pack from any other."""
-    stamp = {}
-    for name, remedy in (("train.rec", ""), ("train.idx", ". The .rec cannot be read without its .idx; mxnet's "
-                                                          "tools/rec2idx.py makes one from the .rec")):
+def _stamp(root_dir: Path) -> Stamp:
+    """Identifies this state of the pack."""
+    stamp: Stamp = {}
+    for name, problem in ("train.rec", "no such file"), ("train.idx", NO_IDX):
         path = root_dir / name
         if not path.is_file():
-            raise RecordError(f"{path}: no such file{remedy}")
+            raise RecordError(f"{path}: {problem}")
         stamp[name] = [path.stat().st_size, path.stat().st_mtime_ns]
     return stamp
 
 
-def _writable(folder):
+def _writable(folder: Path) -> bool:
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -78,56 +82,57 @@ def _writable(folder):
 
 
 @contextmanager
-def _lock(place):
-    """Keeps other processes out; the system opens it if this one dies."""
-    with open(place.with_name(place.name + ".lock"), "w") as file:
+def _lock(folder: Path) -> Generator[None]:
+    """Keep other processes out. The system releases the lock if this process dies."""
+    with open(folder.with_name(folder.name + ".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _load(place, stamp) -> IdentityIndex | None:
-    """The index at ``place``; None if there is none, or it is torn or of another state of the pack."""
+def _load(folder: Path, stamp: Stamp) -> IdentityIndex | None:
+    """The index in ``folder``; None if it is missing, torn or of another state of the pack."""
     try:
-        if (place / "meta.json").stat().st_size > _META_LIMIT:
+        if (folder / "meta.json").stat().st_size > _META_LIMIT:
             return None
-        meta = json.loads((place / "meta.json").read_text())
+        meta = json.loads((folder / "meta.json").read_text())
         if meta["version"] != VERSION or meta["stamp"] != stamp:
             return None
-        # As plain arrays over the maps: np.memmap takes microseconds for each element that it hands out.
-        arrays = {name: np.asarray(np.load(place / f"{name}.npy", mmap_mode="r")) for name in _NAMES}
-        if {name: [*array.shape, array.dtype.str] for name, array in arrays.items()} != meta["arrays"]:
-            return None
+        # Plain arrays over the maps: np.memmap takes microseconds for each element that it returns.
+        arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _NAMES}
         index = IdentityIndex(**arrays)
-        return index if _fits_together(index) else None
+        return index if _layout(index) == meta["arrays"] and _is_consistent(index) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
 
-def _fits_together(index):
-    """Whether the arrays are of the kinds and lengths that an index has. What is in them is not looked at, for it may be gigabytes."""
+def _layout(index: IdentityIndex) -> dict[str, list[int | str]]:
+    """Shape and dtype of each array."""
+    return {name: [*array.shape, array.dtype.str] for name in _NAMES for array in [getattr(index, name)]}
+
+
+def _is_consistent(index: IdentityIndex) -> bool:
+    """Whether the arrays have the dtypes and lengths of an index. Their content may be gigabytes and is not read."""
     lengths = {len(array) for array in (index.keys, index.offsets, index.lengths, index.identity, index.grouped)}
     return (lengths == {len(index)} and len(index.starts) == len(index.numbers) + 1 and index.unreadable.ndim == 2
             and index.starts[0] == 0 and index.starts[-1] == len(index)
             and all(getattr(index, name).dtype.kind == "i" for name in _NAMES))
 
 
-def _save(index, place, stamp):
-    """Write the arrays beside their place, and move them there when all of them are on disk."""
-    arrays = {name: getattr(index, name) for name in _NAMES}
-    meta = {"version": VERSION, "stamp": stamp,
-            "arrays": {name: [*array.shape, array.dtype.str] for name, array in arrays.items()}}
-    partial = Path(tempfile.mkdtemp(prefix=place.name + ".", suffix=".partial", dir=place.parent))
+def _save(index: IdentityIndex, folder: Path, stamp: Stamp) -> None:
+    """Write the arrays next to ``folder``, and move them there when all of them are on disk."""
+    meta = {"version": VERSION, "stamp": stamp, "arrays": _layout(index)}
+    partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".partial", dir=folder.parent))
     try:
-        partial.chmod(0o755)  # mkdtemp's is for this user alone
-        for name, array in arrays.items():
+        partial.chmod(0o755)  # mkdtemp gives access to this user only
+        for name in _NAMES:
             with open(partial / f"{name}.npy", "wb") as file:
-                np.save(file, array)
+                np.save(file, getattr(index, name))
                 to_disk(file)
         with open(partial / "meta.json", "w") as file:
             json.dump(meta, file)
             to_disk(file)
-        shutil.rmtree(place, ignore_errors=True)
-        os.rename(partial, place)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

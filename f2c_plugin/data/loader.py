@@ -1,55 +1,61 @@
 """The dual loader: batches of the dual sampler, decoded by workers, on the training device."""
 
 import logging
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from f2c_plugin.data.dataset import RecordDataset, normalize_faces
 from f2c_plugin.data.sampler import DualSampler
 
-
 log = logging.getLogger(__name__)
 
+Decoded = tuple[Tensor, Tensor, list[str]]  # faces, labels, errors of the images that were replaced
+Batch = tuple[Tensor, Tensor]
 
-class _Batches(Dataset):
-    """Serves whole batches, so that workers hand over one uint8 array instead of many images."""
+
+class _Batches(Dataset[Decoded]):
+    """Serves whole batches: a worker then hands over one uint8 array instead of many images."""
 
     def __init__(self, dataset: RecordDataset):
         self.dataset = dataset
 
-    def __getitem__(self, positions: list[int]):
+    def __getitem__(self, positions: list[int]) -> Decoded:
         faces, labels = self.dataset.faces(np.asarray(positions))
         damaged = [str(error) for error in self.dataset.damaged]
         self.dataset.damaged.clear()
         return faces, labels, damaged
 
 
-class DualLoader(DataLoader):
+class DualLoader(DataLoader[Decoded]):
     """Yields ``(images, labels)`` on ``device``, as arcface_torch's own loader does.
 
     images float32 (B, 3, 112, 112) in [-1, 1], RGB, mirrored at random; labels int64 (B,).
-    The batch is copied and normalised one step ahead, on CUDA in a stream of its own.
+    Each batch is copied and normalised one step ahead; on CUDA, this runs in a separate stream.
 
     Args:
         dataset: the pack.
-        sampler: says which images make up each batch.
-        device: where the batches are wanted.
-        num_workers: processes that decode; 0 decodes in this one.
+        sampler: chooses the images of each batch.
+        device: where to put the batches.
+        num_workers: processes that decode; with 0, this process decodes.
     Attributes:
-        num_damaged: images that were replaced, if the dataset replaces damaged ones.
+        num_damaged: how many images were replaced, if the dataset skips damaged ones.
     """
 
     def __init__(self, dataset: RecordDataset, sampler: DualSampler, device: torch.device, num_workers: int = 0):
-        super().__init__(_Batches(dataset), sampler=sampler, batch_size=None, num_workers=num_workers,
-                         pin_memory=device.type == "cuda", persistent_workers=num_workers > 0,
-                         generator=torch.Generator())  # of its own: each epoch draws from it, also a resumed one
+        super().__init__(  # pyright: ignore[reportUnknownMemberType]
+            _Batches(dataset), sampler=sampler, batch_size=None, num_workers=num_workers, pin_memory=device.type == "cuda",
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator())  # DataLoader draws from it each epoch, which leaves the global generator alone
         self.dual_sampler = sampler
         self.device = device
         self.num_damaged = 0
 
-    def __iter__(self):
+    # DataLoader declares its private iterator class as the return type.
+    def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         sampler, steps = self.dual_sampler, self.dual_sampler.steps
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         ahead = None
@@ -57,18 +63,21 @@ class DualLoader(DataLoader):
             for error in damaged:
                 self.num_damaged += 1
                 log.warning("%s; replaced by another image of the identity (%d so far)", error, self.num_damaged)
-            flip = torch.from_numpy(np.random.default_rng([sampler.seed, 3, step, sampler.rank]).random(len(faces)) < 0.5)
-            with torch.cuda.stream(stream):  # no effect without a stream
+            flip = torch.as_tensor(np.random.default_rng([sampler.seed, 3, step, sampler.rank]).random(len(faces)) < 0.5)
+            copied = torch.cuda.Event() if stream else None
+            with torch.cuda.stream(stream):  # does nothing if there is no stream
                 faces, labels, flip = (part.to(self.device, non_blocking=True) for part in (faces, labels, flip))
                 batch = normalize_faces(faces, flip), labels
-                copied = stream.record_event() if stream else None
+                if copied:
+                    copied.record(stream)
             if ahead is not None:
                 yield self._ready(*ahead)
             ahead = batch, copied
         if ahead is not None:
             yield self._ready(*ahead)
 
-    def _ready(self, batch, copied):
+    def _ready(self, batch: Batch, copied: torch.cuda.Event | None) -> Batch:
+        """The batch, once the current stream may use it."""
         if copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)

@@ -1,13 +1,13 @@
-"""RecordIO, the container format of MXNet face packs, read without mxnet. ``writer`` writes it.
+"""Reads RecordIO, the container format of MXNet face packs, without mxnet. ``writer`` writes it.
 
-A ``.rec`` file is a sequence of parts, each 4-byte aligned::
+A ``.rec`` file is a sequence of parts, each aligned to 4 bytes::
 
     uint32 magic | uint32 cflag << 29 | length | payload | padding to 4 bytes
 
-A record is one part (cflag 0) or several (cflag 1, 2 …, 3): the writer cuts a payload wherever
-the magic number stands 4-byte aligned in it and leaves that word out; the reader puts it back.
-An image record's payload is a header (flag, label, id, id2), ``flag`` float32 labels and the image.
-The ``.idx`` file names each record by an integer key: ``key<TAB>offset`` a line.
+A record is one part (cflag 0) or several (cflag 1, 2 …, 3). The writer cuts a payload at every 4-byte
+aligned magic number and drops that word; the reader puts it back. The payload of an image record is a
+header (flag, label, id, id2), ``flag`` float32 labels and the image. The ``.idx`` file has a line
+``key<TAB>offset`` for each record; the key is an integer.
 
 Source: dmlc-core ``include/dmlc/recordio.h``; MXNet ``python/mxnet/recordio.py``.
 """
@@ -19,9 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from f2c_plugin.errors import RecordError
+
+Buffer = bytes | memoryview
+Int64s = NDArray[np.int64]
+Float32s = NDArray[np.float32]
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -30,42 +35,47 @@ IMAGE_HEADER = struct.Struct("<IfQQ")
 _FLAG = struct.Struct("<I")
 LENGTH_MASK = (1 << 29) - 1
 WHOLE, FIRST, MIDDLE, LAST = range(4)  # cflag
+NO_IDX = "no such file. The .rec cannot be read without its .idx; mxnet's tools/rec2idx.py makes one from the .rec"
 
 
 class ImageRecord(NamedTuple):
-    """One unpacked image record.
+    """An unpacked image record.
 
     Attributes:
         labels: float32 (max(flag, 1),); the first is the identity.
-        id: the record's own number, uint64.
-        image: encoded image bytes; empty in the bookkeeping records of InsightFace packs.
+        id: the number in the header, uint64.
+        image: encoded image; empty in the bookkeeping records of InsightFace packs.
     """
 
-    labels: np.ndarray
+    labels: Float32s
     id: int
-    image: bytes | memoryview
+    image: Buffer
 
 
-def unpack_image_record(payload) -> ImageRecord:
+def unpack_image_record(payload: Buffer) -> ImageRecord:
     """Split the payload of a record into labels, id and encoded image.
 
     Raises:
-        RecordError: the payload is shorter than its own header says.
+        RecordError: the payload is shorter than its header announces.
     """
     if len(payload) < IMAGE_HEADER.size:
         raise RecordError(f"an image record needs {IMAGE_HEADER.size} bytes of header, found {len(payload)}")
     flag, label, number, _ = IMAGE_HEADER.unpack_from(payload)
     start = IMAGE_HEADER.size + 4 * flag
     if len(payload) < start:
-        raise RecordError(f"header announces {flag} labels, but the record has only {len(payload)} bytes")
-    labels = np.frombuffer(payload, "<f4", flag, IMAGE_HEADER.size) if flag else np.float32([label])
+        raise RecordError(f"the header announces {flag} labels, but the record has only {len(payload)} bytes")
+    labels = np.frombuffer(payload, "<f4", flag, IMAGE_HEADER.size) if flag else np.array([label], np.float32)
     return ImageRecord(labels, number, payload[start:])
 
 
-def image_of_record(payload):
-    """The encoded image in the payload of a record: ``unpack_image_record(payload).image``, sooner."""
+def image_of_record(payload: Buffer) -> Buffer:
+    """The encoded image in the payload of a record: ``unpack_image_record(payload).image``, but faster.
+
+    Raises:
+        RecordError: the payload is shorter than a header.
+    """
     if len(payload) < IMAGE_HEADER.size:
-        return unpack_image_record(payload).image  # which says what is wrong
+        return unpack_image_record(payload).image  # raises
     flag, = _FLAG.unpack_from(payload)
     return payload[IMAGE_HEADER.size + 4 * flag:]
 
@@ -74,11 +84,14 @@ class RecordFile:
     """Random access to the records of a ``.rec`` file.
 
     Attributes:
-        bytes: the whole file, mapped into memory and shared by all processes.
-        size: its length.
+        path: the file.
+        bytes: its content, mapped into memory and shared by all processes.
+        size: its length in bytes.
+    Raises:
+        RecordError: the file is missing or empty.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
             raise RecordError(f"{self.path}: no such file")
@@ -88,8 +101,8 @@ class RecordFile:
         with open(self.path, "rb") as file:
             self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
-    def read(self, offset: int):
-        """Payload of the record that starts at byte ``offset``; bytes-like.
+    def read(self, offset: int) -> Buffer:
+        """Payload of the record that starts at byte ``offset``.
 
         Raises:
             RecordError: no record starts there, or it runs past the end of the file.
@@ -109,7 +122,7 @@ class RecordFile:
             parts.append(payload)
         return MAGIC_BYTES.join(parts)
 
-    def _part(self, offset: int):
+    def _part(self, offset: int) -> tuple[int, memoryview, int]:
         """(cflag, payload, offset of the next part)."""
         start = offset + PART_HEADER.size
         if offset < 0 or offset % 4 or start > self.size:
@@ -125,73 +138,83 @@ class RecordFile:
                               f"but the file has only {self.size}: the .rec is cut short")
         return word >> 29, self.bytes[start:end], (end + 3) & ~3
 
-    def damage(self, offset: int) -> RecordError | None:
-        """What keeps the image record at ``offset`` from being read; None if nothing does."""
+    def image_record(self, offset: int) -> ImageRecord:
+        """The image record that starts at byte ``offset``.
+
+        Raises:
+            RecordError: it cannot be read or unpacked.
+        """
+        payload = self.read(offset)
         try:
-            payload = self.read(offset)
+            return unpack_image_record(payload)
+        except RecordError as error:
+            raise RecordError(f"{self.path}: the record at offset {offset} is damaged: {error}") from error
+
+    def damage(self, offset: int) -> RecordError | None:
+        """The error that reading the image record at ``offset`` raises; None if the record is intact."""
+        try:
+            self.image_record(offset)
         except RecordError as error:
             return error
-        try:
-            unpack_image_record(payload)
-        except RecordError as error:
-            return RecordError(f"{self.path}: the record at offset {offset} is damaged: {error}")
+        return None
 
-    def _labels_of_one(self, offset, count):
-        try:
-            labels = unpack_image_record(self.read(offset)).labels
-        except RecordError:
-            return np.nan
-        return labels[:count] if len(labels) >= count else np.nan
-
-    def labels(self, offsets: np.ndarray, count: int = 1) -> np.ndarray:
-        """The first ``count`` labels of many image records at once, without touching their images.
+    def labels(self, offsets: Int64s, count: int = 1) -> Float32s:
+        """The first ``count`` labels of many image records, read without touching the images.
 
         Args:
             offsets: int64 (n,) byte offsets of records.
         Returns:
-            float32 (n, count); NaN where no record can be read or it has fewer labels.
+            float32 (n, count); NaN where a record cannot be read or has fewer labels.
         """
-        words = np.frombuffer(self.bytes, "<u4", self.size // 4)
+        words = np.frombuffer(self.bytes, np.dtype("<u4"), self.size // 4)
+        floats = np.frombuffer(self.bytes, np.dtype("<f4"), self.size // 4)
         column = np.arange(count)
         labels = np.empty((len(offsets), count), np.float32)
-        for start in range(0, len(offsets), 1 << 20):  # bounds the temporaries, not a loop over records
-            chunk = np.asarray(offsets[start:start + (1 << 20)], np.int64)
+        for start in range(0, len(offsets), 1 << 20):  # in chunks, to bound the temporaries
+            chunk = offsets[start:start + (1 << 20)]
             inside = np.flatnonzero((chunk >= 0) & (chunk % 4 == 0) & (chunk // 4 + 8 <= len(words)))
             first = chunk[inside] // 4  # words: magic, length, flag, label, id, id2, labels
             flag = words[first + 2].astype(np.int64)
-            where = np.where(flag > 0, first + 8, first + 3)
+            label_at = np.where(flag > 0, first + 8, first + 3)
             plain = (words[first] == MAGIC) & (words[first + 1] >> 29 == WHOLE)
             plain &= (words[first + 1] & LENGTH_MASK) >= IMAGE_HEADER.size + 4 * flag
-            plain &= (np.maximum(flag, 1) >= count) & (where + count <= len(words))
-            labels[start + inside[plain]] = words[where[plain][:, None] + column].view("<f4")
+            plain &= (np.maximum(flag, 1) >= count) & (label_at + count <= len(words))
+            labels[start + inside[plain]] = floats[label_at[plain][:, None] + column]
             others = np.ones(len(chunk), bool)
             others[inside[plain]] = False
             for i in start + np.flatnonzero(others):  # records in parts (a few in millions) and damaged ones
                 labels[i] = self._labels_of_one(int(offsets[i]), count)
         return labels
 
+    def _labels_of_one(self, offset: int, count: int) -> Float32s | float:
+        try:
+            labels = self.image_record(offset).labels
+        except RecordError:
+            return np.nan
+        return labels[:count] if len(labels) >= count else np.nan
 
-def read_idx(path, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
+
+def read_idx(path: str | Path, progress: bool = False) -> tuple[Int64s, Int64s]:
     """Read a ``.idx`` file.
 
     Args:
+        path: the file.
         progress: whether to show a progress bar.
     Returns:
         keys and byte offsets, int64 (n,) each, in the order of the file.
     Raises:
-        RecordError: the file is missing, empty, or not lines of two integers.
+        RecordError: the file is missing or empty, or a line is not two integers.
     """
     path = Path(path)
     if not path.is_file():
-        raise RecordError(f"{path}: no such file. The .rec cannot be read without its .idx; "
-                          "mxnet's tools/rec2idx.py makes one from the .rec")
-    tables = [np.empty((0, 2), np.int64)]
+        raise RecordError(f"{path}: {NO_IDX}")
+    tables: list[Int64s] = [np.empty((0, 2), np.int64)]
     bar = tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=None if progress else True)
     try:
         with open(path, "rb") as file, bar, warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # how NumPy reports text that is no number
-            while text := file.read(1 << 25) + file.readline():  # bounds the temporaries
-                table = np.fromstring(text.decode("ascii"), np.int64, sep=" ").reshape(-1, 2)
+            warnings.simplefilter("error", DeprecationWarning)  # NumPy warns where the text is not a number
+            while text := file.read(1 << 25) + file.readline():  # in chunks, to bound the temporaries
+                table = np.reshape(np.fromstring(text.decode("ascii"), np.int64, sep=" "), (-1, 2))
                 if len(table) != text.count(b"\n") + (not text.endswith(b"\n")):
                     raise ValueError
                 tables.append(table)
@@ -201,4 +224,4 @@ def read_idx(path, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
     table = np.concatenate(tables)
     if not len(table):
         raise RecordError(f"{path}: the index is empty: the pack holds no records")
-    return table[:, 0].copy(), table[:, 1].copy()
+    return np.copy(table[:, 0]), np.copy(table[:, 1])

@@ -5,24 +5,22 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Sampler
 
-from f2c_plugin.data.identities import IdentityIndex
+from f2c_plugin.data.identities import IdentityIndex, Labels
+from f2c_plugin.data.recordio import Int64s
 from f2c_plugin.errors import InputError
 from f2c_plugin.utils.distributed import this_rank
 
-Int64s = NDArray[np.int64]
-
 
 class ShuffledPasses:
-    """An endless stream of the numbers 0 … size−1, pass after pass, each pass in a random order of its own.
+    """An endless stream of the numbers 0 … size − 1: pass after pass, each in another random order.
 
-    Every number comes once in a pass. Any stretch of the stream can be read directly, takes no
-    memory beyond itself, and depends on the seed alone: the order of a pass is not stored but
-    computed, by a Feistel network on the bits of the position, keyed by seed and pass. Positions
-    that it maps outside the range are mapped again until they are inside (cycle walking), which keeps
-    it one-to-one.
+    Every number comes once in a pass. Any part of the stream can be read directly. It depends on the
+    seed alone and takes no memory beyond the result, because the order of a pass is not stored but
+    computed: a Feistel network, keyed by seed and pass, permutes the bits of the position. Results
+    outside the range go through the network again until they are inside (cycle walking), which keeps
+    the mapping one-to-one.
 
     Args:
         size: how many numbers.
@@ -65,12 +63,12 @@ class ShuffledPasses:
 
 
 class Position(NamedTuple):
-    """How far a training has come in its data, over all ranks together.
+    """How far a training has advanced in its data, summed over all ranks.
 
     Attributes:
-        step: batches of every rank, counted from the start of training.
-        identities: taken by the identity-based loader.
-        images: taken by the instance-based loader.
+        step: steps since the start of training.
+        identities: identities that the identity-based loader has taken.
+        images: images that the instance-based loader has taken.
     """
 
     step: int
@@ -79,45 +77,54 @@ class Position(NamedTuple):
 
 
 class DualSampler(Sampler[list[int]]):
-    """Yields the batches of one rank, each a list of the positions of its images.
+    """Yields the batches of one rank, each a list of dataset positions.
 
-    A batch sampler: pass it as ``batch_sampler`` to a DataLoader over any map-style dataset. Iterated
-    again, it goes on to the next epoch by itself; ``set_epoch`` chooses another.
+    Use it as the ``batch_sampler`` of a DataLoader over any map-style dataset, or in a DualLoader.
+    Each iteration is an epoch; the next one continues with the next epoch. ``set_epoch`` chooses
+    another.
 
     A batch is x ∪ y, one half each: x = I ∪ III and y = II ∪ IV. I and II hold the same identities in
     the same order, from the identity-based loader; III and IV are images from the instance-based
-    loader. Guarantees, over all ranks together:
+    loader. Over all ranks together, the sampler guarantees that
 
-    - a pass of the identity-based loader takes every identity once, a pass of the instance-based
-      loader every image once; the passes run on through the epochs;
+    - a pass of the identity-based loader takes every identity once, and a pass of the instance-based
+      loader every image once; passes continue across epochs;
     - no identity appears twice among the pairs of a step, on one rank or several;
     - the two images of a pair differ if their identity has two;
-    - batches depend on (seed, step, rank, world_size) and ``origin`` only.
+    - batches depend only on (seed, step, rank, world_size) and ``origin``.
 
-    So that the first two hold at once, a pass of the identity-based loader is spread evenly over a
+    To satisfy the first two together, a pass of the identity-based loader is spread evenly over a
     whole number of steps, and images of the instance-based loader fill the batches.
 
     Args:
-        index: the pack's IdentityIndex. ``from_labels`` makes one from labels.
-        batch_size: images per rank and step; even if there are to be pairs.
-        num_steps: steps per epoch.
-        identity_rate: share of the batch that the identity-based loader fills at most, 0 to 1.
+        index: the IdentityIndex of the dataset.
+        batch_size: images per rank and step; even, unless ``identity_rate`` is 0.
+        num_steps: steps per epoch; None takes images // (batch_size · world_size), as arcface_torch does.
+        identity_rate: largest share of the batch that the identity-based loader fills, 0 to 1.
         seed: the same on all ranks.
-        rank, world_size: None takes those of the process group, or (0, 1) without one.
+        rank, world_size: None takes the value of the process group, or 0 and 1 without one.
     Attributes:
-        origin: the Position that both passes go on from. Not the start where a training resumes with
-            another global batch than it began with.
+        origin: the Position from which both passes continue. It is not the start if a training
+            resumes with another global batch size.
     Raises:
-        InputError: a batch that cannot be split into pairs, or an epoch without steps.
+        InputError: the batch cannot be split into pairs, an epoch has no steps, or an argument is
+            outside its range.
     """
 
-    def __init__(self, index: IdentityIndex, batch_size: int, num_steps: int, identity_rate: float = 2 / 3,
+    def __init__(self, index: IdentityIndex, batch_size: int, num_steps: int | None = None, identity_rate: float = 2 / 3,
                  seed: int = 0, rank: int | None = None, world_size: int | None = None):
-        if rank is None or world_size is None:
-            rank, world_size = this_rank()
+        group_rank, group_size = this_rank()
+        rank = group_rank if rank is None else rank
+        world_size = group_size if world_size is None else world_size
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank={rank}, world_size={world_size}: rank must be from 0 to world_size - 1")
+        if num_steps is None:
+            num_steps = len(index) // max(1, batch_size * world_size)
         if batch_size < 1 or num_steps < 1:
-            raise InputError(f"batch_size={batch_size}, {num_steps} steps an epoch for {len(index)} images on {world_size} ranks: "
-                             "must be at least one step of one image; lower batch_size")
+            raise InputError(f"batch_size={batch_size} gives {num_steps} steps an epoch for {len(index)} images on "
+                             f"{world_size} ranks: must be at least one step of one image; lower batch_size")
+        if not 0 <= identity_rate <= 1:
+            raise InputError(f"identity_rate={identity_rate}: must be from 0 to 1")
         if identity_rate and batch_size % 2:
             raise InputError(f"batch_size={batch_size}: F²C splits a batch into two halves, gallery and probe: make it even")
         self.index = index
@@ -126,45 +133,34 @@ class DualSampler(Sampler[list[int]]):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.first_step = 0, 0
         self.origin = Position(0, 0, 0)
-        # The epsilon keeps 2/3 of 12 at 8 however 2/3 was rounded.
+        # The epsilon makes 2/3 of 12 exactly 8, however 2/3 was rounded.
         self.pairs_per_step = int(identity_rate * batch_size / 2 + 1e-6) * world_size
         self.identities = ShuffledPasses(len(index.numbers), (seed, 0))
         self.images = ShuffledPasses(len(index), (seed, 1))
 
     @classmethod
-    def from_labels(cls, labels: Sequence[int] | NDArray[np.integer] | Tensor, batch_size: int, identity_rate: float = 2 / 3,
-                    seed: int = 0, num_steps: int | None = None, rank: int | None = None,
-                    world_size: int | None = None) -> "DualSampler":
+    def from_labels(cls, labels: Labels, batch_size: int, identity_rate: float = 2 / 3, seed: int = 0,
+                    num_steps: int | None = None, rank: int | None = None, world_size: int | None = None) -> "DualSampler":
         """A sampler over any dataset whose item i shows identity ``labels[i]``.
 
         Args:
             labels: n whole numbers from 0, as a list, array or tensor.
-            num_steps: of an epoch; None takes n // (batch_size · world_size), as arcface_torch does.
-            Others: as of the class.
+            Others: as for the class.
         Raises:
-            InputError: labels that are not such numbers, or as of the class.
+            InputError: the labels are not such numbers, or as for the class.
         """
-        if rank is None or world_size is None:
-            rank, world_size = this_rank()
-        identities = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
-        if identities.ndim != 1 or not len(identities) or identities.dtype.kind not in "iu" or identities.min() < 0:
-            found = f"{identities.dtype} of shape {identities.shape}" + (
-                f", from {identities.min()}" if identities.size and identities.dtype.kind in "iuf" else "")
-            raise InputError(f"labels are {found}: needs one whole number from 0 for each image")
-        index = IdentityIndex.from_labels(identities)
-        steps = len(index) // (batch_size * world_size) if num_steps is None and batch_size > 0 else num_steps or 0
-        return cls(index, batch_size, steps, identity_rate, seed, rank, world_size)
+        return cls(IdentityIndex.from_labels(labels), batch_size, num_steps, identity_rate, seed, rank, world_size)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch of the next iteration, and the step of it to begin with.
+        """Choose the epoch of the next iteration, and the step in it to begin with.
 
         Beginning with step s yields what an iteration from the start yields after s batches, so these
-        two numbers are all that a position in the middle of an epoch needs.
+        two numbers are enough to resume in the middle of an epoch.
         """
         self.epoch, self.first_step = epoch, first_step
 
     def position(self, step: int) -> Position:
-        """The position before ``step``."""
+        """The position before ``step``, counted from the start of training."""
         identities = self._identities_before(step)
         taken = (step - self.origin.step) * self.batch_size * self.world_size
         return Position(step, identities, self.origin.images + taken - 2 * (identities - self.origin.identities))
@@ -179,7 +175,7 @@ class DualSampler(Sampler[list[int]]):
         return range(start + self.first_step, start + self.num_steps)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Runs at the first batch, not at iter(): a DataLoader with workers calls that twice.
+        # A generator runs at the first batch, not at iter(), which a DataLoader with workers calls twice.
         steps = self.steps
         self.set_epoch(self.epoch + 1)
         for step in steps:
@@ -195,19 +191,19 @@ class DualSampler(Sampler[list[int]]):
         chosen = self.identities.take(first + self.rank, end, self.world_size)
         pairs = self._pairs(chosen, step)  # (2, p)
 
-        # Each rank fills its own batch: ranks that got a pair less take two images more.
+        # Each rank fills its own batch: ranks with one pair less take two more images.
         per_rank = [self.batch_size - 2 * len(range(first + rank, end, self.world_size)) for rank in range(self.world_size)]
         start += sum(per_rank[:self.rank])
-        instances = self.images.take(start, start + per_rank[self.rank]).reshape(2, -1)
+        instances = np.reshape(self.images.take(start, start + per_rank[self.rank]), (2, -1))
 
-        return np.concatenate([pairs, instances], axis=1).reshape(-1)  # I III | II IV
+        return np.concatenate([pairs, instances], axis=1).ravel()  # I III | II IV
 
     def _identities_before(self, step: int) -> int:
-        """How many identities all ranks have taken before ``step``."""
+        """How many identities all ranks together have taken before ``step``."""
         step, taken = step - self.origin.step, self.origin.identities
         if not self.pairs_per_step:
             return taken
-        rest = -taken % self.identities.size  # of the pass that the origin is in the middle of
+        rest = -taken % self.identities.size  # of the pass that ``origin`` interrupts
         steps_of_rest = -(-rest // self.pairs_per_step)
         if step < steps_of_rest:
             return taken + step * rest // steps_of_rest
@@ -215,11 +211,11 @@ class DualSampler(Sampler[list[int]]):
         return taken + rest + (step - steps_of_rest) * self.identities.size // steps_per_pass
 
     def _pairs(self, chosen: Int64s, step: int) -> Int64s:
-        """Positions of two images each of the chosen identities, (2, p)."""
+        """Positions of two images of each chosen identity, (2, p)."""
         rng = np.random.default_rng([self.seed, 2, step, self.rank])
         start = self.index.starts[chosen]
         count = self.index.starts[chosen + 1] - start
         first = rng.integers(count)
-        # The second is any but the first, counted on from it; an only image comes twice.
+        # The second is any image but the first, counted on from it; an only image comes twice.
         second = (first + 1 + rng.integers(np.maximum(count - 1, 1))) % count
-        return self.index.grouped[start + np.stack([first, second])]
+        return self.index.grouped[start + np.stack([first, second])].astype(np.int64)

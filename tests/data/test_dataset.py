@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import FIXTURES, PACKS
 from f2c_plugin.data.dataset import RecordDataset
+from tests.conftest import FIXTURES, PACKS
 
 IDENTITIES = {
     "insightface": [0, 0, 0, 1, 2, 2, 2, 2, 3, 3],
@@ -35,7 +35,7 @@ def test_the_images_of_an_identity_are_all_of_its_images_and_only_those(name):
     assert index.numbers.tolist() == sorted(set(IDENTITIES[name]))
 
 
-def test_items_are_those_of_the_host_up_to_the_random_mirroring():
+def test_items_match_arcface_torch_up_to_random_mirroring():
     dataset = RecordDataset(FIXTURES / "rec_builder")
     plain = torch.from_numpy(dataset.face(3)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
     seen = set()
@@ -46,15 +46,15 @@ def test_items_are_those_of_the_host_up_to_the_random_mirroring():
     assert seen == {"plain", "mirrored"}
 
 
-def test_batches_hold_the_faces_one_by_one():
+def test_a_batch_holds_the_same_faces_as_single_reads():
     dataset = RecordDataset(FIXTURES / "insightface")
     faces, identities = dataset.faces(np.array([9, 0, 4]))
     assert faces.dtype == torch.uint8 and identities.tolist() == [3, 0, 2]
-    for face, i in zip(faces, (9, 0, 4)):
+    for face, i in zip(faces, (9, 0, 4), strict=True):
         assert np.array_equal(face, dataset.face(i))
 
 
-def test_a_dataset_pickled_to_a_worker_maps_the_file_again():
+def test_an_unpickled_dataset_maps_the_file_again():
     dataset = RecordDataset(FIXTURES / "insightface")
     dataset[0]
     pickled = pickle.dumps(dataset)

@@ -1,4 +1,4 @@
-"""The index on disk: built once, shared, rebuilt when the pack changes, never trusted when torn."""
+"""The index on disk: built once, shared, and rebuilt when the pack changes or the index is torn."""
 
 import multiprocessing
 import os
@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import PACKS
-from f2c_plugin.data.dataset import RecordDataset
-from f2c_plugin.data.writer import RecordWriter, pack_image_record
 from f2c_plugin.data import index as index_module
+from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.index import open_index
+from f2c_plugin.data.writer import RecordWriter, pack_image_record
+from tests.conftest import PACKS
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def as_lists(index):
 
 
 @pytest.mark.parametrize("name", PACKS)
-def test_what_is_mapped_from_disk_is_what_was_built(pack, name, builds):
+def test_the_index_mapped_from_disk_equals_the_index_that_was_built(pack, name, builds):
     folder = pack(name)
     first = as_lists(open_index(folder))
     again = open_index(folder)
@@ -42,7 +42,7 @@ def test_what_is_mapped_from_disk_is_what_was_built(pack, name, builds):
     assert all(isinstance(array.base, np.memmap) for array in vars(again).values())
 
 
-def test_lengths_reach_from_each_record_to_the_next(pack):
+def test_each_length_reaches_to_the_next_record(pack):
     folder = pack("im2rec")
     index = open_index(folder)
     order = np.argsort(index.offsets)
@@ -54,14 +54,14 @@ def test_a_pack_that_has_changed_is_indexed_again(tmp_path, builds):
     for label in 4, 7:
         with RecordWriter(tmp_path / "train.rec") as writer:
             writer.write(0, pack_image_record(label, b"jpeg", 0))
-        os.utime(tmp_path / "train.rec", ns=(label, label))  # writes within a clock tick differ all the same
+        os.utime(tmp_path / "train.rec", ns=(label, label))  # so that two writes within a clock tick differ
         assert open_index(tmp_path).identity.tolist() == [label]
     assert len(builds) == 2
 
 
 @pytest.mark.parametrize("damage", ["array cut short", "array empty", "array missing", "meta cut short", "meta of another kind",
                                     "meta without end", "other version", "array of other length", "arrays that do not fit"])
-def test_a_torn_index_is_not_trusted_but_built_again(pack, builds, damage):
+def test_a_torn_index_is_built_again(pack, builds, damage):
     folder = pack("insightface")
     expected = as_lists(open_index(folder))
     identity, meta = (folder / "train.f2c-index" / name for name in ("identity.npy", "meta.json"))
@@ -99,9 +99,9 @@ def test_a_build_that_fails_leaves_nothing_behind(pack, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["expected.json", "train.f2c-index.lock", "train.idx", "train.rec"]
 
 
-def test_where_the_pack_is_read_only_the_index_goes_into_the_cache(pack, tmp_path, monkeypatch, builds):
+def test_the_index_of_a_read_only_pack_goes_into_the_cache(pack, tmp_path, monkeypatch, builds):
     monkeypatch.setenv("F2C_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(index_module, "_writable", lambda folder: False)  # root may write anywhere
+    monkeypatch.setattr(index_module, "_writable", lambda folder: False)  # root can write anywhere
     folder = pack("insightface")
     expected = as_lists(open_index(folder))
     assert as_lists(open_index(folder)) == expected and len(builds) == 1
@@ -118,7 +118,7 @@ def open_and_count(folder, calls):
     assert len(open_index(folder)) == 10
 
 
-def test_of_several_processes_one_builds_and_the_others_wait(pack):
+def test_one_of_several_processes_builds_the_index_and_the_others_wait(pack):
     folder = pack("insightface")
     context = multiprocessing.get_context("fork")
     calls = context.Value("i", 0)
@@ -130,7 +130,7 @@ def test_of_several_processes_one_builds_and_the_others_wait(pack):
     assert [process.exitcode for process in processes] == [0] * 4 and calls.value == 1
 
 
-def test_a_dataset_sent_to_another_process_takes_its_paths_along_not_its_arrays(pack):
+def test_a_dataset_sent_to_another_process_carries_paths_instead_of_arrays(pack):
     dataset = RecordDataset(pack("insightface"))
     assert len(pickle.dumps(dataset)) < 1000
     script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).face(5).sum())"

@@ -1,13 +1,13 @@
-"""The dual loader: what it yields, and that workers change nothing."""
+"""The dual loader: its batches, with and without workers."""
 
 import pytest
 import torch
 
-from tests.conftest import FIXTURES
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.loader import DualLoader
 from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.errors import RecordError
+from tests.conftest import FIXTURES
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ def make_loader(num_workers=0, root=FIXTURES / "insightface", epoch=0):
     return loader
 
 
-def test_batches_are_those_of_the_sampler_normalised_as_by_arcface_torch_some_mirrored():
+def test_batches_follow_the_sampler_and_are_normalised_as_in_arcface_torch_and_partly_mirrored():
     loader = make_loader()
     mirrored = 0
     batches = [loader.sampler.batch(step) for step in loader.sampler.steps]
@@ -27,7 +27,7 @@ def test_batches_are_those_of_the_sampler_normalised_as_by_arcface_torch_some_mi
         assert images.shape == (6, 3, 112, 112) and images.dtype == torch.float32
         assert images.min() >= -1 and images.max() <= 1 and labels.dtype == torch.int64
         assert labels.tolist() == loader.sampler.index.identity[positions].tolist()
-        for image, position in zip(images, positions):
+        for image, position in zip(images, positions, strict=True):
             face = torch.from_numpy(loader.dataset.dataset.face(position)).permute(2, 0, 1).float()
             plain = (face / 255 - 0.5) / 0.5
             assert torch.equal(image, plain) or torch.equal(image, plain.flip(2))
@@ -41,14 +41,14 @@ def test_workers_yield_the_batches_of_one_process(num_workers):
         assert torch.equal(images, expected) and torch.equal(labels, expected_labels)
 
 
-def test_an_epoch_repeats_itself_and_differs_from_the_next():
+def test_an_epoch_is_repeatable_and_differs_from_the_next():
     first = [images for images, _ in make_loader()]
     assert all(map(torch.equal, first, (images for images, _ in make_loader())))
     assert not all(map(torch.equal, first, (images for images, _ in make_loader(epoch=1))))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_epoch_begun_in_the_middle_goes_on_as_one_from_the_start(num_workers):
+def test_an_epoch_started_in_the_middle_yields_the_rest_of_the_full_epoch(num_workers):
     whole = list(make_loader(num_workers, epoch=2))
     loader = make_loader(num_workers)
     loader.sampler.set_epoch(2, first_step=1)
@@ -60,7 +60,7 @@ def test_an_epoch_begun_in_the_middle_goes_on_as_one_from_the_start(num_workers)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_image_stops_the_epoch_with_pack_record_and_identity(pack, num_workers):
+def test_a_damaged_image_stops_the_epoch_and_the_error_names_pack_record_and_identity(pack, num_workers):
     folder = pack("insightface")
     content = bytearray((folder / "train.rec").read_bytes())
     offsets = [int(line.split()[1]) for line in (folder / "train.idx").read_text().splitlines()]

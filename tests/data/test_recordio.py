@@ -1,21 +1,19 @@
-"""RecordIO against packs that mxnet wrote, and what mxnet reads from them."""
+"""RecordIO compared with packs that mxnet wrote and with what mxnet reads from them."""
 
 import hashlib
 import json
-import subprocess
 import struct
+import subprocess
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from tests.conftest import FIXTURES, PACKS
 from f2c_plugin.data import identities
-from f2c_plugin.data.dataset import RecordDataset
-from f2c_plugin.data.recordio import RecordFile, unpack_image_record
+from f2c_plugin.data.dataset import RecordDataset, decode_face
+from f2c_plugin.data.recordio import MAGIC, RecordFile, read_idx, unpack_image_record
 from f2c_plugin.data.writer import RecordWriter, pack_image_record
 from f2c_plugin.errors import RecordError
-from f2c_plugin.data.dataset import decode_face
-from f2c_plugin.data.recordio import MAGIC, read_idx
+from tests.conftest import FIXTURES, PACKS
 
 
 def sha256(data):
@@ -26,7 +24,7 @@ def assert_reads_as_mxnet_does(folder, expected):
     records = RecordFile(folder / "train.rec")
     keys, offsets = read_idx(folder / "train.idx")
     assert keys.tolist() == [entry["key"] for entry in expected]
-    for entry, offset in zip(expected, offsets.tolist()):
+    for entry, offset in zip(expected, offsets.tolist(), strict=True):
         record = unpack_image_record(records.read(offset))
         pixels = decode_face(record.image).tobytes() if len(record.image) else b""
         assert {"key": entry["key"], "labels": record.labels.tolist(), "id": record.id,
@@ -34,15 +32,15 @@ def assert_reads_as_mxnet_does(folder, expected):
 
 
 @pytest.mark.parametrize("name", PACKS)
-def test_records_labels_bytes_and_pixels_are_those_mxnet_reads(name):
+def test_records_labels_bytes_and_pixels_match_what_mxnet_reads(name):
     assert_reads_as_mxnet_does(FIXTURES / name, json.loads((FIXTURES / name / "expected.json").read_text()))
 
 
 @pytest.mark.parametrize("name", PACKS)
-def test_the_writer_makes_the_bytes_that_mxnet_makes(name, tmp_path):
+def test_the_writer_makes_the_same_bytes_as_mxnet(name, tmp_path):
     records = RecordFile(FIXTURES / name / "train.rec")
     with RecordWriter(tmp_path / "train.rec") as writer:
-        for key, offset in zip(*read_idx(FIXTURES / name / "train.idx")):
+        for key, offset in zip(*read_idx(FIXTURES / name / "train.idx"), strict=True):
             record = unpack_image_record(records.read(int(offset)))
             flag = struct.unpack_from("<I", records.read(int(offset)))[0]
             label = record.labels if flag else record.labels[0]
@@ -74,7 +72,7 @@ words = st.sampled_from([struct.pack("<I", MAGIC), b"\x00", b"abcd", b"xy"])
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.lists(words, max_size=8).map(b"".join), min_size=1, max_size=5))
-def test_any_payload_is_read_back_wherever_the_magic_number_stands_in_it(tmp_path_factory, payloads):
+def test_any_payload_is_read_back_wherever_it_contains_the_magic_number(tmp_path_factory, payloads):
     path = tmp_path_factory.mktemp("pack") / "train.rec"
     with RecordWriter(path) as writer:
         for key, payload in enumerate(payloads):
@@ -85,14 +83,13 @@ def test_any_payload_is_read_back_wherever_the_magic_number_stands_in_it(tmp_pat
 
 
 def test_a_writer_that_fails_leaves_nothing_behind(tmp_path):
-    with pytest.raises(RuntimeError):
-        with RecordWriter(tmp_path / "train.rec") as writer:
-            writer.write(0, b"abcd")
-            raise RuntimeError
+    with pytest.raises(RuntimeError), RecordWriter(tmp_path / "train.rec") as writer:
+        writer.write(0, b"abcd")
+        raise RuntimeError
     assert not list(tmp_path.iterdir())
 
 
-def test_labels_in_bulk_are_the_labels_one_by_one():
+def test_labels_read_in_bulk_equal_labels_read_one_by_one():
     for name in PACKS:
         records = RecordFile(FIXTURES / name / "train.rec")
         _, offsets = read_idx(FIXTURES / name / "train.idx")
@@ -116,21 +113,26 @@ def test_a_pack_changed_anywhere_is_read_or_refused_but_never_crashes(tmp_path_f
     except RecordError:
         return
     for i in range(len(dataset)):
-        try:
-            assert dataset.face(i).shape == (112, 112, 3)
-        except RecordError as error:
-            assert "train.rec" in str(error)
+        face = face_or_error(dataset, i)
+        assert "train.rec" in str(face) if isinstance(face, RecordError) else face.shape == (112, 112, 3)
+
+
+def face_or_error(dataset, i):
+    try:
+        return dataset.face(i)
+    except RecordError as error:
+        return error
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 8, 12, 31])
-def test_a_rec_too_short_for_a_record_is_refused(tmp_path, size):
+def test_a_rec_file_too_short_for_a_record_is_refused(tmp_path, size):
     (tmp_path / "train.idx").write_text("5\t0\n")
     (tmp_path / "train.rec").write_bytes((FIXTURES / "rec_builder" / "train.rec").read_bytes()[:size])
     with pytest.raises(RecordError, match="train.rec: .*cut short"):
         RecordDataset(tmp_path)
 
 
-def test_a_truncated_rec_is_reported_with_file_record_and_identity(pack):
+def test_the_error_for_a_truncated_rec_file_names_file_record_and_identity(pack):
     folder = pack("rec_builder")
     content = (folder / "train.rec").read_bytes()
     (folder / "train.rec").write_bytes(content[:-100])
@@ -150,14 +152,14 @@ def test_an_idx_of_another_pack_is_recognised(pack):
         RecordDataset(folder)
 
 
-def test_a_missing_or_malformed_idx_says_what_to_do(pack):
+def test_the_error_for_a_missing_or_malformed_idx_names_the_remedy(pack):
     folder = pack("rec_builder")
     for content in "0\tzero\n", "0\t0\n1\n", "0\t0\t9\n1\t8\t9\n":
         (folder / "train.idx").write_text(content)
         with pytest.raises(RecordError, match="train.idx: not an index"):
             RecordDataset(folder)
     (folder / "train.idx").write_text("0\t0\n0\t0\n")
-    with pytest.raises(RecordError, match="train.idx: key 0 stands there twice"):
+    with pytest.raises(RecordError, match="train.idx: key 0 occurs twice"):
         RecordDataset(folder)
     (folder / "train.idx").unlink()
     with pytest.raises(RecordError, match="train.idx: no such file.*rec2idx"):
@@ -188,7 +190,7 @@ def test_an_image_that_does_not_decode_names_pack_record_and_identity(tmp_path, 
 
 
 @pytest.mark.parametrize("cut", [20, 300, 900])
-def test_a_jpeg_cut_short_is_an_error_not_a_grey_image(tmp_path, cut):
+def test_a_truncated_jpeg_is_an_error_not_a_gray_image(tmp_path, cut):
     whole = RecordDataset(FIXTURES / "rec_builder")
     jpeg = bytes(unpack_image_record(whole.records.read(0)).image)
     with RecordWriter(tmp_path / "train.rec") as writer:
@@ -199,7 +201,7 @@ def test_a_jpeg_cut_short_is_an_error_not_a_grey_image(tmp_path, cut):
 
 @pytest.mark.parametrize("label, message", [(2.0**24, "float32"), (0.5, "whole numbers"), (-1.0, "whole numbers"),
                                             (float("nan"), "whole numbers")])
-def test_labels_that_cannot_be_identities_are_refused_with_the_reason(tmp_path, label, message):
+def test_labels_that_cannot_be_identities_are_refused_with_a_reason(tmp_path, label, message):
     with RecordWriter(tmp_path / "train.rec") as writer:
         writer.write(0, pack_image_record(label, b"jpeg", 0))
     with pytest.raises(RecordError, match=message):
@@ -210,7 +212,7 @@ def test_labels_that_cannot_be_identities_are_refused_with_the_reason(tmp_path, 
     ([float("nan"), 4.0], [1.0, 3.0]), ([float("inf"), 4.0], [1.0, 3.0]), ([1e9, 2e9], [1.0, 3.0]),
     ([3.0, 2e9], [1.0, 3.0]), ([3.0, 4.0], [1.0, 1e9]), ([3.0, 4.0], [-5.0, 3.0]), ([-3.0, 4.0], [1.0, 3.0]),
     ([3.0, 4.0], [float("nan"), 3.0]), ([3.0, 4.0], [1.0, 1e30])], ids=str)
-def test_damaged_bookkeeping_is_refused_without_trying_to_hold_what_it_announces(tmp_path, head, identities):
+def test_damaged_bookkeeping_is_refused_without_allocating_what_it_announces(tmp_path, head, identities):
     with RecordWriter(tmp_path / "train.rec") as writer:
         writer.write(0, pack_image_record(head, b"", 0))
         for key in 1, 2:
@@ -221,9 +223,9 @@ def test_damaged_bookkeeping_is_refused_without_trying_to_hold_what_it_announces
 
 
 @pytest.mark.parametrize("announced", [10, 12, 14])
-def test_where_float32_rounds_the_bookkeeping_the_images_are_still_all_images_and_only_those(
+def test_all_images_and_only_those_are_found_when_float32_rounds_the_bookkeeping(
         tmp_path, monkeypatch, announced):
-    # The real thing has 2**24 images: here numbers count as inexact from 8 on, and are up to 2 off.
+    # Real packs need 2**24 images for this. Here numbers are inexact from 8 on, by up to 2.
     monkeypatch.setattr(identities, "FLOAT32_EXACT", 8)
     monkeypatch.setattr(identities.np, "spacing", lambda number: 2)
     with RecordWriter(tmp_path / "train.rec") as writer:
@@ -242,5 +244,5 @@ def test_bookkeeping_that_leaves_images_without_an_identity_is_refused(tmp_path)
         for key in 1, 2:
             writer.write(key, pack_image_record(0, b"jpeg", 0))
         writer.write(3, pack_image_record([1.0, 2.0], b"", 0))
-    with pytest.raises(RecordError, match="do not share out images 1 to 2"):
+    with pytest.raises(RecordError, match="do not cover images 1 to 2 exactly once"):
         RecordDataset(tmp_path)

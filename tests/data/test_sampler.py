@@ -1,17 +1,23 @@
-"""The dual sampler's guarantees, over all ranks together, on packs of any shape."""
+"""The dual sampler's guarantees over all ranks together, on packs of any shape, and its use with a plain DataLoader."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
+from torch import distributed, multiprocessing
+from torch.utils.data import DataLoader
 
 from f2c_plugin.data.identities import IdentityIndex
 from f2c_plugin.data.sampler import DualSampler, ShuffledPasses
+from f2c_plugin.errors import InputError
+
+LABELS = [7, 0, 7, 3, 3, 0, 0, 9, 3, 7] * 5 + [4]
 
 
 def index_of(sizes):
-    """A pack whose i-th identity has sizes[i] images, in mixed order and with gaps in the numbers."""
+    """An index whose i-th identity has sizes[i] images, in mixed order and with gaps in the numbers."""
     identity = np.random.default_rng(0).permutation(np.repeat(3 * np.arange(len(sizes)), sizes))
     images = np.arange(len(identity))
     return IdentityIndex.of(images, 4 * images, np.full_like(images, 4), identity)
@@ -31,7 +37,7 @@ def samplers(index, batch_size, rate, world_size, seed, num_steps=7):
 
 
 def split(sampler, step):
-    """The pairs (2, p) and the instances (n,) of a rank's batch; p from the sampler's own order."""
+    """The pairs (2, p) and the instances (n,) of a rank's batch; the sampler gives p."""
     halves = sampler.batch(step).reshape(2, -1)
     pairs = 0
     if sampler.pairs_per_step:
@@ -58,7 +64,7 @@ def test_a_pass_takes_every_identity_once_and_every_image_once_over_all_ranks(se
 
 @settings(max_examples=150, deadline=None)
 @given(set_ups(), st.integers(0, 500))
-def test_pairs_share_an_identity_differ_if_they_can_and_no_identity_comes_twice_in_a_step(set_up, step):
+def test_pairs_share_an_identity_and_differ_if_possible_and_no_identity_appears_twice_in_a_step(set_up, step):
     index, batch_size, *_ = set_up
     seen = []
     for sampler in samplers(*set_up):
@@ -66,26 +72,26 @@ def test_pairs_share_an_identity_differ_if_they_can_and_no_identity_comes_twice_
         assert len(batch) == batch_size
         (first, second), _ = split(sampler, step)
         assert (index.identity[first] == index.identity[second]).all()
-        for a, b in zip(first, second):
+        for a, b in zip(first, second, strict=True):
             assert (a != b) == (len(index.images_of(index.identity[a])) > 1)
         seen += index.identity[first].tolist()
     assert len(seen) == len(set(seen))
 
 
-def test_both_images_of_a_pair_are_drawn_evenly():
+def test_both_images_of_a_pair_are_drawn_uniformly():
     index = index_of([3])
     sampler = DualSampler(index, 2, 1, 1.0, seed=5)
     pairs = Counter(tuple(sampler.batch(step).tolist()) for step in range(6000))
     assert len(pairs) == 6 and all(850 < count < 1150 for count in pairs.values())
 
 
-def test_the_share_of_the_identity_loader_is_the_identity_rate():
+def test_the_identity_rate_sets_the_share_of_pairs():
     index = index_of([5] * 420)
     for batch_size, pairs in (128, 42), (12, 4), (6, 2), (2, 0):
         assert split(DualSampler(index, batch_size, 10), 0)[0].shape == (2, pairs)
 
 
-def test_batches_depend_on_seed_epoch_rank_and_world_size_alone():
+def test_batches_depend_only_on_seed_epoch_rank_and_world_size():
     index = index_of([4] * 50)
 
     def epoch(number, seed=1, rank=0, world_size=2):
@@ -100,7 +106,7 @@ def test_batches_depend_on_seed_epoch_rank_and_world_size_alone():
         assert not np.array_equal(epoch(3), other)
 
 
-def test_an_epoch_goes_on_where_the_one_before_it_ended():
+def test_an_epoch_continues_where_the_previous_one_ended():
     index = index_of([2] * 40)
     sampler = DualSampler(index, 8, 5)
     taken = []
@@ -112,7 +118,7 @@ def test_an_epoch_goes_on_where_the_one_before_it_ended():
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_a_stream_can_be_asked_for_any_stretch(size):
+def test_any_part_of_a_stream_can_be_read_directly(size):
     stream = ShuffledPasses(size, (3, 1))
     whole = stream.take(0, 4 * size)
     assert np.array_equal(np.concatenate([stream.take(i, i + 1) for i in range(4 * size)]), whole)
@@ -120,19 +126,19 @@ def test_a_stream_can_be_asked_for_any_stretch(size):
     assert not size > 1 or not np.array_equal(whole[:size], whole[size:2 * size])
 
 
-def test_every_number_comes_equally_often_at_every_place_and_after_every_other():
+def test_every_number_is_equally_frequent_at_every_position_and_after_every_other_number():
     size, passes = 11, 6000
     orders = np.stack([ShuffledPasses(size, (5, 1)).take(size * i, size * (i + 1)) for i in range(passes)])
-    places = np.stack([np.bincount(column, minlength=size) for column in orders.T])
+    positions = np.stack([np.bincount(column, minlength=size) for column in orders.T])
     followers = np.zeros((size, size))
     np.add.at(followers, (orders[:, :-1].ravel(), orders[:, 1:].ravel()), 1)
-    for counts, expected in (places, passes / size), (followers[~np.eye(size, dtype=bool)], passes / size):
+    for counts, expected in (positions, passes / size), (followers[~np.eye(size, dtype=bool)], passes / size):
         assert np.abs(counts - expected).max() < 5 * expected**0.5
 
 
 @settings(max_examples=60, deadline=None)
 @given(set_ups(), st.lists(st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=4))
-def test_passes_go_on_without_gap_or_repetition_with_another_number_of_ranks_or_batch_size(set_up, changes):
+def test_passes_continue_without_gap_or_repetition_when_the_number_of_ranks_or_the_batch_size_changes(set_up, changes):
     index, batch_size, rate, world_size, seed = set_up
     identities, images, origin = [], [], None
     for steps, next_world_size, next_half in [*changes, (40, 1, 1)]:
@@ -151,3 +157,103 @@ def test_passes_go_on_without_gap_or_repetition_with_another_number_of_ranks_or_
     for stream, everything in (identities, index.numbers.tolist()), (images, list(range(len(index)))):
         for end in range(len(everything), len(stream) + 1, len(everything)):
             assert sorted(stream[end - len(everything):end]) == everything
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple, lambda labels: np.array(labels, np.uint8),
+                                  lambda labels: torch.tensor(labels, dtype=torch.int32)])
+def test_labels_of_any_kind_give_the_same_batches(kind):
+    assert list(DualSampler.from_labels(kind(LABELS), 8, seed=2)) == list(DualSampler.from_labels(LABELS, 8, seed=2))
+
+
+def test_a_sampler_from_labels_pairs_images_of_equal_labels_and_covers_the_images_in_an_epoch():
+    sampler = DualSampler.from_labels(LABELS, 8, identity_rate=1.0)
+    assert len(sampler) == len(LABELS) // 8 == len(list(sampler))
+    pairs, _ = split(sampler, 0)
+    assert pairs.shape[1] > 0 and all(LABELS[a] == LABELS[b] for a, b in pairs.T)
+    assert len(DualSampler.from_labels(LABELS, 8, rank=1, world_size=2)) == len(LABELS) // 16
+    assert len(DualSampler.from_labels(LABELS, 8, num_steps=100)) == 100
+
+
+@pytest.mark.parametrize("identity_rate", [0.0, 2 / 3])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_plain_data_loader_yields_epoch_after_epoch_and_each_pass_takes_every_image_once(num_workers, identity_rate):
+    sampler = DualSampler.from_labels(LABELS, 8, identity_rate, seed=4)
+    loader = DataLoader(range(len(LABELS)), batch_sampler=sampler, num_workers=num_workers)
+    epochs = [[batch.tolist() for batch in loader] for _ in range(10)]
+    assert [len(epoch) for epoch in epochs] == [len(loader)] * 10 == [6] * 10
+
+    batches = [batch for epoch in epochs for batch in epoch]
+    assert batches == [sampler.batch(step).tolist() for step in range(60)]
+    images = np.concatenate([split(sampler, step)[1] for step in range(60)])
+    passes = len(images) // len(LABELS)
+    assert passes >= 2
+    for each in np.split(images[:passes * len(LABELS)], passes):
+        assert sorted(each) == list(range(len(LABELS)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_set_epoch_chooses_the_next_epoch_of_a_plain_data_loader(num_workers):
+    sampler = DualSampler.from_labels(LABELS, 8, seed=4)
+    loader = DataLoader(range(len(LABELS)), batch_sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0)
+    for epoch, first_step in (3, 0), (1, 2), (1, 0):
+        sampler.set_epoch(epoch, first_step)
+        steps = list(sampler.steps)
+        assert steps == list(range(6 * epoch + first_step, 6 * epoch + 6))
+        assert [batch.tolist() for batch in loader] == [sampler.batch(step).tolist() for step in steps]
+    assert sampler.epoch == 2
+
+
+def write_batches(rank, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    from_group = DualSampler.from_labels(LABELS, 8, seed=3)
+    given = DualSampler.from_labels(LABELS, 8, seed=3, rank=2, world_size=3)
+    torch.save([list(from_group), list(given)], folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_ranks_come_from_the_process_group_unless_given(tmp_path):
+    multiprocessing.spawn(write_batches, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        from_group, given = torch.load(tmp_path / f"{rank}.pt")
+        assert from_group == list(DualSampler.from_labels(LABELS, 8, seed=3, rank=rank, world_size=2))
+        assert given == list(DualSampler.from_labels(LABELS, 8, seed=3, rank=2, world_size=3))
+
+
+@pytest.mark.parametrize("labels, found", [
+    ([0.5, 1.0], r"float64 of shape \(2,\)"), (torch.zeros(4), r"float32 of shape \(4,\)"), ([], r"of shape \(0,\)"),
+    ([[0, 1], [2, 3]], r"int64 of shape \(2, 2\)"), (np.zeros((3, 1), int), r"int64 of shape \(3, 1\)"),
+    (np.array(["anna"]), r"of shape \(1,\)"), ([True, False], "bool of shape"), ([1, 2**70], "object of shape"),
+    ([3, -1, 8], "from -1 to 8"), (np.array([0, 2**63], np.uint64), f"from 0 to {2**63}")], ids=str)
+def test_bad_labels_are_refused_with_what_was_found(labels, found):
+    with pytest.raises(InputError, match=f"labels are .*{found}.*: must be"):
+        DualSampler.from_labels(labels, 2)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(batch_size=7), "batch_size=7: .* make it even"),
+    (dict(batch_size=0), "batch_size=0 gives"),
+    (dict(batch_size=-2), "batch_size=-2 gives"),
+    (dict(batch_size=52), "batch_size=52 gives 0 steps an epoch for 51 images on 1 ranks"),
+    (dict(batch_size=26, rank=0, world_size=2), "batch_size=26 gives 0 steps an epoch for 51 images on 2 ranks"),
+    (dict(batch_size=8, num_steps=0), "gives 0 steps"),
+    (dict(batch_size=8, identity_rate=1.5), "identity_rate=1.5: must be"),
+    (dict(batch_size=8, rank=2, world_size=2), "rank=2, world_size=2: rank must be"),
+    (dict(batch_size=8, rank=1), "rank=1, world_size=1: rank must be")],
+    ids=str)
+def test_batches_that_cannot_be_made_are_refused_with_what_was_found(arguments, message):
+    with pytest.raises(InputError, match=message):
+        DualSampler.from_labels(LABELS, **arguments)
+
+
+def test_an_odd_batch_is_allowed_without_pairs():
+    assert {len(batch) for batch in DualSampler.from_labels(LABELS, 7, identity_rate=0.0)} == {7}
+
+
+def test_labels_beyond_int32_stay_exact():
+    labels = [2**31 + 1, 5, 2**63 - 1, 2**31 + 1, 2**63 - 1, 5, 2**63 - 2, 1]  # int32 wraps, float64 merges the largest
+    index = IdentityIndex.from_labels(labels)
+    assert index.identity.tolist() == labels and index.numbers.tolist() == sorted(set(labels))
+    assert [index.images_of(label).tolist() for label in (2**31 + 1, 2**63 - 1, 2**63 - 2)] == [[0, 3], [2, 4], [6]]
+    small = np.unique(labels, return_inverse=True)[1]
+    assert list(DualSampler.from_labels(labels, 4)) == list(DualSampler.from_labels(small, 4))
+    assert IdentityIndex.from_labels(LABELS).identity.dtype == IdentityIndex.from_labels([2**31 - 1]).identity.dtype == np.int32
