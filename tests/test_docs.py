@@ -1,0 +1,52 @@
+"""README and pages: they stay short, their links lead somewhere, and their figures are those of the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from f2c_plugin.config import PREFIX, F2CConfig
+from f2c_plugin.tools.plan import Plan
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+HOME = "https://github.com/f2c-plugin/f2c-plugin/"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_readme_has_at_most_120_lines_and_absolute_links():
+    assert len(README.splitlines()) <= 120
+    assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)]+)\)", README))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_within_the_repository_lead_to_files(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if link.startswith(("https://github.com/f2c-plugin", "https://raw.githubusercontent.com/f2c-plugin")):
+            assert (ROOT / re.sub(r"^.*?/f2c-plugin/f2c-plugin/(?:(?:blob|tree)/)?main/", "", link)).exists(), link
+        elif not link.startswith("https://"):
+            assert (page.parent / link).exists(), link
+
+
+def test_tests_that_the_pages_name_exist():
+    for name in re.findall(r"`((?:\w+/)?test_\w+\.py)`", (ROOT / "docs/reliability.md").read_text()):
+        assert (ROOT / "tests" / name).is_file(), name
+
+
+def test_every_key_is_on_the_config_page_with_its_default():
+    page = (ROOT / "docs/config.md").read_text()
+    for name, default in vars(F2CConfig()).items():
+        written = {2 / 3: "2/3"}.get(default, f'"{default}"' if isinstance(default, str) else str(default))
+        assert f"| `{PREFIX}{name}` | `{written}` |" in page, name
+
+
+def test_the_memory_in_the_readme_is_what_plan_says():
+    rows = re.findall(r"^\| (\d+ M|[\d,]+)[^|]*\| ([\d., ]+) / ([\d.]+) GB \| ([\d., ]+) / ([\d.]+) GB \|", README, re.M)
+    assert len(rows) == 5
+    for identities, *cells in rows:
+        number = int(identities.replace(",", "").replace(" M", "000000"))
+        for gpus, f2c, partial_fc in (1, *cells[:2]), (8, *cells[2:]):
+            plans = [Plan(number, gpus, "r100", 128, rate) for rate in (0.1, 0.01)]
+            expected = [plan.f2c() + plan.gallery_net() for plan in plans] + [plans[0].partial_fc(0.1)]
+            for written, size in zip([*f2c.split(", "), partial_fc], expected, strict=True):
+                assert abs(float(written) - size / 2**30) <= (0.05 if "." in written else 0.5), (identities, gpus, written, size / 2**30)
