@@ -1,4 +1,4 @@
-"""For the built-in host: synthetic faces, from scratch to a verified model in minutes on two CPU cores.
+"""Demo for the built-in trainer: trains and verifies a model on synthetic faces in minutes, on two CPU cores.
 
     f2c-plugin synth data/f2c_demo --identities 800 --images-per-identity 20 --pairs 2000
     python -m f2c_plugin.train f2c_demo
@@ -8,16 +8,16 @@ from easydict import EasyDict as edict
 
 config = edict()
 config.head = "f2c_dcp"
-config.f2c_pool_rate = 0.25  # 200 slots: three times the 64 identities that a half-step brings
-config.f2c_momentum = 0.95  # a run of 250 steps is too short for the gallery net to lag 100 behind
+config.f2c_pool_rate = 0.25  # 200 slots: three times the 64 identities of a half-batch
+config.f2c_momentum = 0.95  # 0.99 lags about 100 steps, too much for a run of 250
 config.margin_list = (1.0, 0.0, 0.35)
-config.scale = 32.0  # 800 identities need no scale of 64
+config.scale = 32.0  # 64 is too large for 800 identities
 config.network = "small"
 config.embedding_size = 128
 config.batch_size = 128
 config.lr = 0.1
 config.weight_decay = 5e-4
-config.num_workers = 0  # decoding 128 small JPEGs takes 2 % of a step
+config.num_workers = 0  # decoding 128 small JPEGs takes only 2 % of a step
 config.num_epoch = 2
 config.frequent = 10
 config.verbose = 50

@@ -1,12 +1,12 @@
-"""Glint360K, ResNet-100, 8 GPUs: the place of glint360k_r100."""
+"""Glint360K, ResNet-100, 8 GPUs: replaces glint360k_r100."""
 
 from easydict import EasyDict as edict
 
 config = edict()
 config.head = "f2c_dcp"
-config.f2c_pool_rate = 0.1  # 36,023 slots, two rows of 512 floats each: 148 MB on every GPU
+config.f2c_pool_rate = 0.1  # 36,023 slots, two rows of 512 floats each: 148 MB on each GPU
 config.f2c_momentum = 0.99
-config.margin_list = (1.0, 0.0, 0.4)  # CosFace, as in the host's Glint360K configs
+config.margin_list = (1.0, 0.0, 0.4)  # CosFace, as in arcface_torch's Glint360K configs
 config.network = "r100"
 config.resume = False
 config.save_all_states = True
@@ -14,9 +14,9 @@ config.output = None
 config.embedding_size = 512
 config.fp16 = True
 config.momentum = 0.9
-config.weight_decay = 1e-4  # the host's for Glint360K
+config.weight_decay = 1e-4  # as in arcface_torch's Glint360K configs
 config.batch_size = 128
-config.lr = 0.1  # the host's for 1,024 images a step
+config.lr = 0.1  # as in arcface_torch for 1,024 images per step
 config.verbose = 2000
 config.dali = False
 config.num_workers = 8

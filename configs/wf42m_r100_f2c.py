@@ -1,24 +1,24 @@
-"""WebFace42M, ResNet-100, 8 GPUs: the place of wf42m_pfc02_r100."""
+"""WebFace42M, ResNet-100, 8 GPUs: replaces wf42m_pfc02_r100."""
 
 from easydict import EasyDict as edict
 
 config = edict()
 config.head = "f2c_dcp"
-config.f2c_pool_rate = 0.1  # 205,990 slots, two rows of 512 floats each: 844 MB on every GPU
-config.f2c_momentum = 0.99  # the gallery net lags 100 steps of 41,000 in an epoch
-config.margin_list = (1.0, 0.0, 0.4)  # CosFace, as in the host's WebFace42M configs
+config.f2c_pool_rate = 0.1  # 205,990 slots, two rows of 512 floats each: 844 MB on each GPU
+config.f2c_momentum = 0.99  # the gallery net lags about 100 steps; an epoch has 41,000
+config.margin_list = (1.0, 0.0, 0.4)  # CosFace, as in arcface_torch's WebFace42M configs
 config.network = "r100"
 config.resume = False
-config.save_all_states = True  # so that a run of days can be resumed
+config.save_all_states = True  # the run takes days and must be resumable
 config.output = None
 config.embedding_size = 512
 config.fp16 = True
 config.momentum = 0.9
 config.weight_decay = 5e-4
-config.batch_size = 128  # with 8 GPUs, 1,024 images a step, for which the host has lr 0.1
+config.batch_size = 128  # 1,024 images per step on 8 GPUs; arcface_torch uses lr 0.1 for that
 config.lr = 0.1
 config.verbose = 10000
-config.dali = False  # the dual loader decodes by itself
+config.dali = False  # the dual loader decodes the images itself
 config.num_workers = 8  # decoding must keep up with 8 GPUs
 
 config.rec = "/train_tmp/WebFace42M"

@@ -1,22 +1,22 @@
-"""WebFace42M, ResNet-50, one GPU of 12 GB: what Partial FC cannot hold there."""
+"""WebFace42M, ResNet-50, one GPU with 12 GB, which is too little for Partial FC."""
 
 from easydict import EasyDict as edict
 
 config = edict()
 config.head = "f2c_dcp"
-config.f2c_pool_rate = 0.01  # 20,599 slots, two rows of 512 floats each: 84 MB instead of 4.2 GB of weights alone
+config.f2c_pool_rate = 0.01  # 20,599 slots, two rows of 512 floats each: 84 MB; the class weights alone would take 4.2 GB
 config.f2c_momentum = 0.99
-config.margin_list = (1.0, 0.0, 0.4)  # CosFace, as in the host's WebFace42M configs
+config.margin_list = (1.0, 0.0, 0.4)  # CosFace, as in arcface_torch's WebFace42M configs
 config.network = "r50"
 config.resume = False
-config.save_all_states = True  # one GPU needs weeks
+config.save_all_states = True  # the run takes weeks and must be resumable
 config.output = None
 config.embedding_size = 512
 config.fp16 = True
 config.momentum = 0.9
 config.weight_decay = 5e-4
-config.batch_size = 128  # the activations of r50, and of the gallery net's forward pass, beside the pool
-config.lr = 0.02  # the host's for 128 images a step, ms1mv3_r50_onegpu
+config.batch_size = 128  # leaves room for the activations of r50 and of the gallery net's forward pass
+config.lr = 0.02  # as in arcface_torch's ms1mv3_r50_onegpu, with 128 images per step
 config.verbose = 10000
 config.dali = False
 config.num_workers = 4

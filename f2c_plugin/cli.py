@@ -1,13 +1,208 @@
-"""The command ``f2c-plugin``."""
+"""The command ``f2c-plugin``.
 
-import argparse
+A command is a function that runs it, a function that adds its arguments, and a row in ``COMMANDS``.
+"""
+
 import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from f2c_plugin.arcface_torch.patching import HOST_URL
+import f2c_plugin
+from f2c_plugin.arcface_torch.patching import ARCFACE_TORCH_URL
+from f2c_plugin.errors import ExportError, F2CError
 
 
-def synth(arguments):
+def install_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("checkout", help="folder of arcface_torch, or of the insightface checkout that contains it")
+    parser.add_argument("--check", action="store_true", help="show what would change, but change nothing")
+    parser.add_argument("--reverse", action="store_true", help="restore the checkout")
+
+
+def install(arguments: Namespace) -> None:
+    """Patch an arcface_torch checkout and copy the configs into it."""
+    from f2c_plugin.arcface_torch import patching
+
+    checkout = patching.find_checkout(arguments.checkout)
+    changes = patching.plan_reverse(checkout) if arguments.reverse else patching.plan_install(checkout)
+    if not arguments.check:
+        patching.apply(checkout, changes)
+    for change in changes:
+        verb = "removed" if change.content is None else "written"
+        print(f"{change.path} {'would be' if arguments.check else 'is'} {verb} ({change.reason})")
+    for config in patching.edited_configs(checkout):
+        print(f"{config.relative_to(checkout)} stays: it has been edited")
+    if not changes:
+        print(f"{checkout}: nothing to do, the plugin is {'not installed' if arguments.reverse else 'installed'}")
+
+
+def fetch_host_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--from", dest="source", default=ARCFACE_TORCH_URL, metavar="GIT_URL_OR_PATH",
+                        help="repository to clone; default: %(default)s")
+
+
+def fetch_host(arguments: Namespace) -> None:
+    """Clone the tested revision of arcface_torch into the cache."""
+    from f2c_plugin.arcface_torch.patching import fetch_checkout
+
+    print(fetch_checkout(arguments.source))
+
+
+def doctor_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--checkout", help="an arcface_torch checkout to examine")
+    parser.add_argument("--dataset", help="folder of a pack to examine")
+
+
+def doctor(arguments: Namespace) -> None:
+    """Show the installed packages and the state of a checkout and a dataset."""
+    from f2c_plugin.tools.doctor import examine
+
+    if not examine(arguments.checkout, arguments.dataset):
+        sys.exit(1)
+
+
+def index_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", help="folder of train.rec and train.idx")
+    parser.add_argument("--plot", metavar="PNG", help="draw the histogram of images per identity")
+    parser.add_argument("--verify", action="store_true", help="decode every image and list the unusable records")
+
+
+def index(arguments: Namespace) -> None:
+    """Index a pack, so that training starts at once, and summarize it."""
+    from f2c_plugin.data.dataset import RecordDataset
+    from f2c_plugin.data.index import open_index
+    from f2c_plugin.tools import packs
+
+    damaged: dict[int, str] = {}
+    if arguments.verify:
+        number, damaged = packs.verify(arguments.folder)
+        for error in damaged.values():
+            print(error)
+        print(f"{len(damaged)} of {number} records cannot be used" + (":" if damaged else ""), ", ".join(map(str, damaged)))
+    open_index(arguments.folder, progress=True)
+    dataset = RecordDataset(arguments.folder, skip_damaged=True)
+    _print_table(packs.describe(dataset))
+    if arguments.plot:
+        packs.draw_histogram(dataset, arguments.plot)
+    if damaged:
+        sys.exit(1)
+
+
+def inspect_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", help="folder of train.rec and train.idx")
+    parser.add_argument("--identity", type=int, metavar="N", help="draw the images of identity N")
+    parser.add_argument("--image", type=int, metavar="N", help="draw the image of record N")
+    parser.add_argument("--out", default="sheet.png", metavar="PNG", help="file to write; default: %(default)s")
+
+
+def inspect(arguments: Namespace) -> None:
+    """Draw a contact sheet of a pack: one identity, one image, or random identities."""
+    from f2c_plugin.data.dataset import RecordDataset
+    from f2c_plugin.tools.packs import draw_sheet
+
+    draw_sheet(RecordDataset(arguments.folder, skip_damaged=True), arguments.out, arguments.identity, arguments.image)
+    print(arguments.out)
+
+
+def pack_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("source", help="folder with one folder of .jpg or .png files per identity")
+    parser.add_argument("out", help="folder to write train.rec, train.idx and property into")
+
+
+def pack(arguments: Namespace) -> None:
+    """Write a pack from a folder of images, one folder per identity."""
+    from f2c_plugin.tools.packs import pack_folder
+
+    identities, images = pack_folder(arguments.source, arguments.out)
+    print(f"{arguments.out}: {images} images of {identities} identities")
+
+
+def export_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", help="a model.pt, or a checkpoint of arcface_torch or f2c_plugin.train")
+    parser.add_argument("out", help="the .onnx file to write")
+    parser.add_argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net")
+
+
+def export(arguments: Namespace) -> None:
+    """Write a trained net as ONNX for the insightface package."""
+    from f2c_plugin.evaluation.onnx_export import export_checked, load_net
+
+    if Path(arguments.model).resolve() == Path(arguments.out).resolve():
+        raise ExportError(f"{arguments.out} is the trained model itself and is not overwritten: name another file")
+    net = load_net(arguments.model, arguments.net)
+    cosine = export_checked(net, arguments.out)
+    print(f"{arguments.out}: the {arguments.net} net, {len(net.features.weight)}-dimensional embeddings"
+          + ("" if cosine is None else f"; smallest cosine to PyTorch: {cosine:.6f}"))
+
+
+def checkpoint_arguments(parser: ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    describing = actions.add_parser("inspect", help="summarize checkpoints")
+    describing.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint of arcface_torch or f2c_plugin.train")
+    merging = actions.add_parser("merge", help="convert the checkpoints of all ranks to another number of ranks")
+    merging.add_argument("folder", help="folder of arcface_torch's checkpoint_gpu_0.pt, checkpoint_gpu_1.pt, …")
+    merging.add_argument("out", help="folder to write the new checkpoints into")
+    merging.add_argument("--ranks", type=int, required=True, metavar="W", help="the new number of ranks")
+
+
+def checkpoint(arguments: Namespace) -> None:
+    """Summarize checkpoints, or convert arcface_torch's to another number of ranks."""
+    from f2c_plugin.tools import checkpoints
+
+    if arguments.action == "merge":
+        for path in checkpoints.merge(arguments.folder, arguments.out, arguments.ranks):
+            print(path)
+        return
+    for path in arguments.files:
+        _print_table(checkpoints.describe(path))
+
+
+def plan_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--identities", type=int, required=True, metavar="N")
+    parser.add_argument("--gpus", type=int, default=8, metavar="W")
+    parser.add_argument("--network", default="r100")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per GPU")
+    parser.add_argument("--pool-rate", type=float, default=0.1, help="also the sample rate of Partial FC")
+    parser.add_argument("--pool-dtype", default="float32")
+    parser.add_argument("--shard-pool", action="store_true")
+    parser.add_argument("--plot", metavar="PNG", help="draw memory against the number of identities")
+
+
+def plan(arguments: Namespace) -> None:
+    """Estimate the GPU memory of F²C, Partial FC and the full FC layer."""
+    from f2c_plugin.tools import plan as planning
+
+    planned = planning.Plan(arguments.identities, arguments.gpus, arguments.network, arguments.batch_size,
+                            arguments.pool_rate, arguments.pool_dtype, arguments.shard_pool)
+    print(f"{planned.identities:,} identities on {planned.gpus} GPUs, batch {planned.batch_size}: the head on each GPU")
+    for name, size in planned.table():
+        print(f"  {name:<34} {size / 2**20:>11,.0f} MB")
+    if arguments.plot:
+        planning.draw(planned, arguments.plot)
+
+
+def report_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="folder", help="output folder of arcface_torch or f2c_plugin.train")
+    parser.add_argument("--out", metavar="DIR", help="folder to write report.html and PNGs into; default: the first folder")
+
+
+def report(arguments: Namespace) -> None:
+    """Plot training runs and write a page that compares them."""
+    from f2c_plugin.tools.report import report
+
+    print(report(arguments.folders, arguments.out))
+
+
+def synth_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", help="folder to write train.rec, train.idx, property, synth.bin and contact_sheet.png into")
+    parser.add_argument("--identities", type=int, required=True)
+    parser.add_argument("--images-per-identity", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=6000, help="verification pairs; default: %(default)s, as in LFW")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, help="default: one per CPU")
+
+
+def synth(arguments: Namespace) -> None:
     """Draw a pack of synthetic faces and a verification set."""
     from f2c_plugin.synthetic.dataset import draw_contact_sheet, write_dataset
 
@@ -16,205 +211,44 @@ def synth(arguments):
                   arguments.processes)
     try:
         draw_contact_sheet(folder / "contact_sheet.png", min(8, arguments.identities), seed=arguments.seed)
-    except ImportError:
-        print("no contact_sheet.png: pip install f2c-plugin[plot]")
+    except F2CError as error:
+        print(f"no contact_sheet.png: {error}")
 
 
-def install(arguments):
-    """Patch an arcface_torch checkout and copy the configs into it."""
-    from f2c_plugin.arcface_torch import patching
+Command = tuple[Callable[[Namespace], None], Callable[[ArgumentParser], None]]
 
-    host = patching.find_host(arguments.checkout)
-    changes = patching.plan_reverse(host) if arguments.reverse else patching.plan_install(host)
-    if not arguments.check:
-        patching.apply(host, changes)
-    for change in changes:
-        verb = "removed" if change.content is None else "written"
-        print(f"{change.path} {'would be' if arguments.check else 'is'} {verb} ({change.reason})")
-    for config in patching.edited_configs(host):
-        print(f"{config.relative_to(host)} stays: it has been edited")
-    if not changes:
-        print(f"{host}: nothing to do, it is {'as it was without' if arguments.reverse else 'ready for'} the plugin")
-
-
-def fetch_host(arguments):
-    """Clone the tested revision of arcface_torch into the project's cache."""
-    from f2c_plugin.arcface_torch import patching
-
-    print(patching.fetch_host(arguments.source))
+COMMANDS: dict[str, Command] = {
+    "install": (install, install_arguments),
+    "fetch-host": (fetch_host, fetch_host_arguments),
+    "doctor": (doctor, doctor_arguments),
+    "index": (index, index_arguments),
+    "inspect": (inspect, inspect_arguments),
+    "pack": (pack, pack_arguments),
+    "export": (export, export_arguments),
+    "checkpoint": (checkpoint, checkpoint_arguments),
+    "plan": (plan, plan_arguments),
+    "report": (report, report_arguments),
+    "synth": (synth, synth_arguments),
+}
 
 
-def doctor(arguments):
-    """Say what is installed, whether a checkout is patched, and what a dataset holds."""
-    from f2c_plugin.tools.doctor import examine
-
-    if not examine(arguments.checkout, arguments.dataset):
-        sys.exit(1)
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    for name, value in rows:
+        print(f"{name:<20} {value}")
 
 
-def export(arguments):
-    """Write a trained net as ONNX, as the insightface package loads it."""
-    from f2c_plugin.errors import ExportError
-    from f2c_plugin.evaluation.onnx_export import export_checked, load_net
-
-    if Path(arguments.model).resolve() == Path(arguments.out).resolve():
-        raise ExportError(f"{arguments.out} is the trained model itself, and is not overwritten: name another file")
-    net = load_net(arguments.model, arguments.net)
-    cosine = export_checked(net, arguments.out)
-    print(f"{arguments.out}: the {arguments.net} net, embeddings of {len(net.features.weight)}"
-          + ("" if cosine is None else f"; smallest cosine to PyTorch's {cosine:.6f}"))
-
-
-def checkpoint(arguments):
-    """Show what checkpoints hold, or turn arcface_torch's into those of another number of ranks."""
-    from f2c_plugin.tools import checkpoints
-
-    if arguments.action == "merge":
-        for path in checkpoints.merge(arguments.folder, arguments.out, arguments.ranks):
-            print(path)
-        return
-    for path in arguments.files:
-        for what, finding in checkpoints.describe(path):
-            print(f"{what:<20} {finding}")
-
-
-def plan(arguments):
-    """Say what F²C, Partial FC and the full FC layer need of each GPU's memory."""
-    from f2c_plugin.tools import plan as planning
-
-    planned = planning.Plan(arguments.identities, arguments.gpus, arguments.network, arguments.batch_size,
-                            arguments.pool_rate, arguments.pool_dtype, arguments.shard_pool)
-    print(f"{planned.identities:,} identities on {planned.gpus} GPUs, batch {planned.batch_size}: the head on each GPU")
-    for what, size in planned.table():
-        print(f"  {what:<34} {size / 2**20:>11,.0f} MB")
-    if arguments.plot:
-        planning.draw(planned, arguments.plot)
-
-
-def report(arguments):
-    """Draw the pictures of training runs and write a page that compares them."""
-    from f2c_plugin.tools.report import report
-
-    print(report(arguments.folders, arguments.out))
-
-
-def index(arguments):
-    """Index a pack, so that training starts at once, and say what it holds."""
-    from f2c_plugin.data.dataset import RecordDataset
-    from f2c_plugin.data.index import open_index
-    from f2c_plugin.tools import packs
-
-    if arguments.verify:
-        number, damaged = packs.verify(arguments.folder)
-        for error in damaged.values():
-            print(error)
-        print(f"{len(damaged)} of {number} records cannot be used" + (":" if damaged else ""), ", ".join(map(str, damaged)))
-    open_index(arguments.folder, progress=True)
-    dataset = RecordDataset(arguments.folder, skip_damaged=True)
-    for what, finding in packs.describe(dataset):
-        print(f"{what:<20} {finding}")
-    if arguments.plot:
-        packs.draw_histogram(dataset, arguments.plot)
-    if arguments.verify and damaged:
-        sys.exit(1)
-
-
-def inspect(arguments):
-    """Draw a contact sheet of a pack: of one identity, one image, or random identities."""
-    from f2c_plugin.data.dataset import RecordDataset
-    from f2c_plugin.tools.packs import draw_sheet
-
-    draw_sheet(RecordDataset(arguments.folder, skip_damaged=True), arguments.out, arguments.identity, arguments.image)
-    print(arguments.out)
-
-
-def pack(arguments):
-    """Write a pack from a folder of images, one folder an identity."""
-    from f2c_plugin.tools.packs import pack_folder
-
-    identities, images = pack_folder(arguments.source, arguments.out)
-    print(f"{arguments.out}: {images} images of {identities} identities")
-
-
-def _parser():
-    parser = argparse.ArgumentParser("f2c-plugin", description="F²C for arcface_torch.")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command. Errors that users can fix end the process with one line."""
+    parser = ArgumentParser("f2c-plugin", description="F²C for arcface_torch.")
+    parser.add_argument("--version", action="version", version=f"f2c-plugin {f2c_plugin.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(function, subcommands=None):
-        name = function.__name__.replace("_", "-")
-        sub = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        sub.set_defaults(function=function)
-        return sub.add_subparsers(dest=subcommands, required=True) if subcommands else sub.add_argument
-
-    add = command(install)
-    add("checkout", help="arcface_torch, or the insightface checkout around it")
-    add("--check", action="store_true", help="say what would happen, change nothing")
-    add("--reverse", action="store_true", help="restore the checkout")
-
-    add = command(fetch_host)
-    add("--from", dest="source", default=HOST_URL, metavar="GIT_URL_OR_PATH")
-
-    add = command(doctor)
-    add("--checkout", help="an arcface_torch checkout to look at")
-    add("--dataset", help="folder of a pack to look at")
-
-    add = command(index)
-    add("folder", help="of train.rec and train.idx")
-    add("--plot", metavar="PNG", help="draw the histogram of images per identity")
-    add("--verify", action="store_true", help="read every record, decode its image, and list those that cannot be used")
-
-    add = command(inspect)
-    add("folder", help="of train.rec and train.idx")
-    add("--identity", type=int, metavar="N")
-    add("--image", type=int, metavar="N", help="record number")
-    add("--out", default="sheet.png", metavar="PNG")
-
-    add = command(pack)
-    add("source", help="folder with a folder of .jpg or .png files for each identity")
-    add("out", help="where train.rec, train.idx and property go")
-
-    add = command(export)
-    add("model", help="a model.pt, or a checkpoint of either host")
-    add("out", help="the .onnx file to write")
-    add("--net", default="probe", choices=["probe", "gallery"], help="the gallery net is in checkpoints only")
-
-    actions = command(checkpoint, subcommands="action")
-    inspecting = actions.add_parser("inspect", help="show what checkpoints hold")
-    inspecting.add_argument("files", nargs="+", metavar="FILE", help="of arcface_torch or of f2c_plugin.train")
-    merging = actions.add_parser("merge", help="turn the checkpoints of all ranks into those of another number of ranks")
-    merging.add_argument("folder", help="of checkpoint_gpu_0.pt, checkpoint_gpu_1.pt, …, by arcface_torch")
-    merging.add_argument("out", help="where the new ones go")
-    merging.add_argument("--ranks", type=int, required=True, metavar="W")
-
-    add = command(plan)
-    add("--identities", type=int, required=True, metavar="N")
-    add("--gpus", type=int, default=8, metavar="W")
-    add("--network", default="r100")
-    add("--batch-size", type=int, default=128, help="of a GPU")
-    add("--pool-rate", type=float, default=0.1, help="also Partial FC's sample rate")
-    add("--pool-dtype", default="float32")
-    add("--shard-pool", action="store_true")
-    add("--plot", metavar="PNG", help="draw memory against the number of identities")
-
-    add = command(report)
-    add("folders", nargs="+", metavar="folder", help="output folder of a run, by arcface_torch or by f2c_plugin.train")
-    add("--out", metavar="DIR", help="where report.html and the PNGs go; default: the first folder")
-
-    add = command(synth)
-    add("folder", help="where train.rec, train.idx, property, synth.bin and contact_sheet.png go")
-    add("--identities", type=int, required=True)
-    add("--images-per-identity", type=int, default=20)
-    add("--pairs", type=int, default=6000, help="of the verification set; default 6000, as LFW")
-    add("--seed", type=int, default=0)
-    add("--processes", type=int, help="default: one per CPU")
-    return parser
-
-
-def main(arguments=None):
-    arguments = _parser().parse_args(arguments)
+    for name, (run, add_arguments) in COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=run.__doc__, description=run.__doc__))
+    arguments = parser.parse_args(argv)
+    run, _ = COMMANDS[arguments.command]
     try:
-        arguments.function(arguments)
-    except (ValueError, OSError) as error:
+        run(arguments)
+    except (F2CError, OSError) as error:
         sys.exit(f"f2c-plugin {arguments.command}: {error}")
 
 

@@ -1,16 +1,38 @@
-"""The command line: doctor and its verdicts, patching refused where there is nothing to patch."""
+"""The command line: version, doctor, and errors as one line."""
 
 import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import FIXTURES
-from f2c_plugin.cli import main as cli
+import f2c_plugin
 from f2c_plugin.arcface_torch import patching
+from f2c_plugin.cli import COMMANDS, main as cli
+from tests.conftest import FIXTURES
 
 
-def test_doctor_finds_the_entry_points_and_says_what_a_dataset_holds(capsys):
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"f2c-plugin {f2c_plugin.__version__}\n"
+
+
+def test_the_package_runs_as_a_module_and_its_errors_are_one_line(tmp_path):
+    module = [sys.executable, "-m", "f2c_plugin"]
+    assert subprocess.run([*module, "--version"], capture_output=True, text=True, check=True).stdout.startswith("f2c-plugin ")
+    done = subprocess.run([*module, "report", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"f2c-plugin report: {tmp_path}: no training.log")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli([command, "--help"])
+    assert exit.value.code == 0 and str(COMMANDS[command][0].__doc__) in " ".join(capsys.readouterr().out.split())
+
+
+def test_doctor_finds_the_entry_points_and_summarizes_a_dataset(capsys):
     cli(["doctor", "--dataset", str(FIXTURES / "insightface")])
     text = capsys.readouterr().out
     assert "f2c_dcp                found" in text and "f2c_dual               found" in text

@@ -1,1 +1,1 @@
-"""How good a net is, and how the head is doing: verification, export, model selection, monitoring."""
+"""Verification, model selection, ONNX export, and monitoring of the head."""

@@ -1,4 +1,4 @@
-"""Verification of both nets, and which of them becomes ``model.pt`` (``config.f2c_export``)."""
+"""Verifies both nets and selects the one that becomes ``model.pt`` (``config.f2c_export``)."""
 
 import logging
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from f2c_plugin.evaluation.verification import VerificationResult, VerificationS
 
 log = logging.getLogger(__name__)
 
-PREFIX = {"probe": "", "gallery": "gallery_"}  # of a net in the names of its scores and scalars
+PREFIX = {"probe": "", "gallery": "gallery_"}  # for the names of a net's scores and scalars
 
 Results = dict[str, dict[str, VerificationResult]]  # {net: {verification set: result}}
 
 
 def verify(nets: Mapping[str, nn.Module], sets: Mapping[str, VerificationSet], step: int, folder: Path) -> Results:
-    """Verify nets, log their accuracies as arcface_torch does, and keep the scores in ``folder`` for reports.
+    """Verify nets, log their accuracies as arcface_torch does, and save the scores in ``folder`` for reports.
 
     Args:
         nets: {"probe" or "gallery": net}.
@@ -33,11 +33,11 @@ def verify(nets: Mapping[str, nn.Module], sets: Mapping[str, VerificationSet], s
 
 
 def select_net(export: str, results: Results) -> str:
-    """"probe" or "gallery".
+    """Select "probe" or "gallery".
 
     Args:
-        export: ``config.f2c_export``; "best" is the net that is more accurate on the first set.
-        results: of ``verify``.
+        export: ``config.f2c_export``; "best" selects the net with the higher accuracy on the first set.
+        results: returned by ``verify``.
     """
     if export != "best":
         return export

@@ -8,30 +8,30 @@ import torch
 
 from f2c_plugin.errors import TrainingDiverged
 from f2c_plugin.method.head import StepStatistics
-from f2c_plugin.method.pool import DynamicClassPool, NOT_IN_POOL
+from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool
 from f2c_plugin.utils.tensorboard import tensorboard_writer
 
 log = logging.getLogger(__name__)
 
-SHORT_STAY = 3  # steps that identities should stay in the pool at least
-STALE_SHARE, STALE_STEPS = 0.1, 100  # features older than this share of the run and this many steps are stale
-COSINE_FALL = 0.1  # below its best, from which on the positives' cosine is worth a warning
+SHORT_STAY = 3  # identities should stay in the pool for at least this many steps
+STALE_SHARE, STALE_STEPS = 0.1, 100  # features older than both this share of the run and this many steps are stale
+COSINE_FALL = 0.1  # a drop of the positive cosine below its best that is worth a warning
 
 
 class Monitor:
-    """Averages the statistics of steps; every ``frequent`` steps logs them, hands them to TensorBoard and judges them.
+    """Averages the statistics of steps. Every ``frequent`` steps it logs them, writes them to TensorBoard and checks them.
 
-    Only then does the CPU wait for the GPU; in between, nothing is read.
+    The CPU waits for the GPU only then; nothing is read in between.
 
     Args:
-        frequent: steps between two lines (``config.frequent``).
+        frequent: steps between two log lines (``config.frequent``).
         total_steps: length of the run in steps.
-        folder: of the TensorBoard scalars; None for none.
-        max_bad_steps: more steps in a row than this whose loss is not finite end the training
-            (``config.f2c_max_bad_steps``). The built-in trainer, which checks gradients, ends it sooner.
+        folder: folder for TensorBoard; None writes no scalars.
+        max_bad_steps: training ends after more than this many steps in a row with a loss that is not finite
+            (``config.f2c_max_bad_steps``). The built-in trainer checks gradients and ends earlier.
 
     Attributes:
-        scalars: {name: value} of the last line; empty before the first.
+        scalars: {name: value} of the last log line; empty before the first.
     """
 
     def __init__(self, frequent: int, total_steps: int, folder: Path | None = None, max_bad_steps: int = 50):
@@ -44,13 +44,13 @@ class Monitor:
         self._warned: set[str] = set()
 
     def update(self, step: int, statistics: StepStatistics, pool: DynamicClassPool, num_writes: int) -> None:
-        """Take note of a step.
+        """Record a step.
 
         Args:
             step: counted from 1.
-            statistics: of the step.
-            pool: after the step.
-            num_writes: gallery features that the step has written, over all ranks.
+            statistics: the statistics of this step.
+            pool: the pool after this step.
+            num_writes: gallery features that this step wrote, over all ranks.
         Raises:
             TrainingDiverged: too many bad steps in a row.
         """
@@ -69,22 +69,22 @@ class Monitor:
         self.record(step, self.scalars)
 
     def record(self, step: int, scalars: dict[str, float]) -> None:
-        """Hand scalars to TensorBoard."""
+        """Write scalars to TensorBoard."""
         if self._folder:
             self._writer, self._folder = tensorboard_writer(self._folder), None
         if self._writer:
             for name, value in scalars.items():
                 if not math.isnan(value):  # TensorBoard cannot draw NaN
                     self._writer.add_scalar(name, value, step)
-            self._writer.flush()  # there is no call at the end of training
+            self._writer.flush()  # nothing is called at the end of training
 
     def _count_bad_steps(self, step: int) -> None:
         for finite in torch.stack([each.finite for each in self._steps]).tolist():
             self._bad_in_a_row = 0 if finite else self._bad_in_a_row + 1
         if self._bad_in_a_row > self.max_bad_steps:
             raise TrainingDiverged(f"the loss was not finite in {self._bad_in_a_row} steps in a row, up to step {step} "
-                                   f"(f2c_max_bad_steps={self.max_bad_steps}): resume from an earlier checkpoint with a smaller "
-                                   "lr, or with fp16=False")
+                                   f"(f2c_max_bad_steps={self.max_bad_steps}): resume from an earlier checkpoint with a "
+                                   "smaller lr or fp16=False")
 
     def _read(self, pool: DynamicClassPool, num_writes: int) -> dict[str, float]:
         names = [name for name in vars(self._steps[0]) if name != "finite"]
@@ -111,11 +111,11 @@ class Monitor:
         if not math.isnan(values["positive_cosine"]):
             self._best_cosine = max(self._best_cosine, values["positive_cosine"])
             self._warn("cosine", values["positive_cosine"] < self._best_cosine - COSINE_FALL,
-                       f"the positives' cosine has fallen from {self._best_cosine:.2f} to {values['positive_cosine']:.2f}: "
+                       f"the positive cosine has fallen from {self._best_cosine:.2f} to {values['positive_cosine']:.2f}: "
                        "the gallery net may follow too slowly (lower f2c_momentum), or the net may be diverging (lower lr)")
 
     def _warn(self, what: str, wrong: bool, message: str) -> None:
-        """Once each time it goes wrong."""
+        """Warn once each time a value goes wrong."""
         if wrong and what not in self._warned:
             log.warning("%s", message)
         (self._warned.add if wrong else self._warned.discard)(what)

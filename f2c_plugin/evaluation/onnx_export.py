@@ -1,4 +1,4 @@
-"""Trained nets, out of a model.pt or a checkpoint, and their export as ONNX."""
+"""Loads trained nets from a model.pt or a checkpoint and exports them as ONNX."""
 
 import logging
 import os
@@ -11,29 +11,30 @@ import torch
 from torch import nn
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, normalize_faces
-from f2c_plugin.errors import CheckpointError, ExportError
-from f2c_plugin.models import NETWORKS, get_model
+from f2c_plugin.errors import CheckpointError, ExportError, F2CError
+from f2c_plugin.models import NETWORKS, Net, get_model
+from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.safe_load import load_states
 
 log = logging.getLogger(__name__)
 
-SAME_EMBEDDING = 0.9999  # cosine between PyTorch's and ONNX Runtime's
+SAME_EMBEDDING = 0.9999  # smallest cosine between embeddings of PyTorch and ONNX Runtime that counts as equal
 
 
-def load_net(path, which: str = "probe") -> nn.Module:
-    """A trained net, in eval mode on the CPU.
+def load_net(path: str | Path, which: str = "probe") -> Net:
+    """Load a trained net, in eval mode on the CPU.
 
     Args:
-        path: a ``model.pt``, or a checkpoint of the host (``checkpoint_gpu_*.pt``) or of the built-in host.
+        path: a ``model.pt``, or a checkpoint of arcface_torch (``checkpoint_gpu_*.pt``) or the built-in trainer.
         which: "probe" or "gallery"; only checkpoints hold the gallery net.
     Raises:
-        ExportError: the file holds no such net, or none of those that are known here.
+        ExportError: the file does not hold that net, or its architecture is not in ``NETWORKS``.
     """
     path = Path(path)
     try:
         saved = load_states(path)
     except CheckpointError as error:
-        raise ExportError(f"{path}: no file that holds a net ({error})") from error
+        raise ExportError(f"{path}: holds no net ({error})") from error
     net_keys, head_keys = ("backbone", "state_dict_backbone"), ("head", "state_dict_softmax_fc")
     if not all(isinstance(saved.get(key, {}), dict) for key in net_keys + head_keys):
         raise ExportError(f"{path}: holds no net")
@@ -43,8 +44,8 @@ def load_net(path, which: str = "probe") -> nn.Module:
         head = next((saved[key] for key in head_keys if key in saved), {})
         state = {name.removeprefix("gallery.net."): value for name, value in head.items() if name.startswith("gallery.net.")}
         if not state:
-            raise ExportError(f"{path}: holds no gallery net; a checkpoint of a training with head='f2c_dcp' and "
-                              "save_all_states=True does")
+            raise ExportError(f"{path}: holds no gallery net: give a checkpoint of a training with head='f2c_dcp' and "
+                              "save_all_states=True")
     for name in NETWORKS:
         with torch.device("meta"):
             net = get_model(name)
@@ -53,39 +54,43 @@ def load_net(path, which: str = "probe") -> nn.Module:
                 net = get_model(name, len(state["features.weight"]))
                 net.load_state_dict(state)
             except (RuntimeError, TypeError) as error:
-                raise ExportError(f"{path}: its {name} cannot be used: {error}") from error
+                raise ExportError(f"{path}: its weights do not fit {name}: {error}") from error
             return net.eval()
-    raise ExportError(f"{path}: its weights are of none of the nets {', '.join(NETWORKS)}; nets of arcface_torch only are "
-                      "exported by its own torch2onnx.py")
+    raise ExportError(f"{path}: its weights fit none of the nets {', '.join(NETWORKS)}: export other nets of arcface_torch "
+                      "with its own torch2onnx.py")
 
 
-def export_onnx(net: nn.Module, path) -> None:
-    """Write a net as ONNX: input ``data`` float32 (N, 3, 112, 112) in [-1, 1] RGB, N free; output ``embedding`` (N, D).
+def export_onnx(net: nn.Module, path: str | Path) -> None:
+    """Write a net as ONNX.
 
-    The net is left on the CPU, in eval mode.
+    Input ``data``: float32 (N, 3, 112, 112) RGB in [-1, 1], any N. Output ``embedding``: (N, D). Leaves the
+    net on the CPU, in eval mode.
     """
     net = net.cpu().eval()
     with warnings.catch_warnings():
-        # The newer exporter needs onnxscript, a dependency more for the same graph.
+        # The newer exporter gives the same graph but needs another dependency, onnxscript.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        torch.onnx.export(net, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE), str(path), input_names=["data"],
+        torch.onnx.export(net, (torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE),), str(path), input_names=["data"],
                           output_names=["embedding"], dynamic_axes={"data": {0: "N"}, "embedding": {0: "N"}},
                           opset_version=17, dynamo=False)
     onnx.checker.check_model(onnx.load(path))
 
 
-def onnx_cosine(net: nn.Module, path, images: torch.Tensor) -> float | None:
-    """Smallest cosine between the embeddings of PyTorch and ONNX Runtime, NaN if one is; None without onnxruntime.
+def onnx_cosine(net: nn.Module, path: str | Path, images: torch.Tensor) -> float | None:
+    """Compare an exported net with the original.
 
     Args:
-        net: what was exported, in eval mode.
+        net: the original, in eval mode.
         path: the ONNX file.
         images: float32 (N, 3, 112, 112) in [-1, 1].
+    Returns:
+        The smallest cosine between the embeddings of PyTorch and ONNX Runtime, NaN if any is NaN; None, with a
+        warning, without onnxruntime.
     """
     try:
-        import onnxruntime
-    except ImportError:
-        log.warning("the ONNX model is not compared with PyTorch: pip install f2c-plugin[onnxruntime]")
+        onnxruntime = require("onnxruntime", extra="onnxruntime")
+    except F2CError as error:
+        log.warning("the ONNX model is not compared with PyTorch: %s", error)
         return None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     exported = session.run(None, {"data": images.numpy()})[0]
@@ -95,19 +100,19 @@ def onnx_cosine(net: nn.Module, path, images: torch.Tensor) -> float | None:
     return float(((exported * original).sum(1) / norms).min())
 
 
-def require_same_embedding(cosine: float | None, path) -> None:
-    """Raise ExportError if what ``onnx_cosine`` found of the export at ``path`` is too little."""
+def require_same_embedding(cosine: float | None, path: str | Path) -> None:
+    """Raise ExportError if the result of ``onnx_cosine`` for the export at ``path`` is too small."""
     if cosine is not None and not cosine >= SAME_EMBEDDING:
-        raise ExportError(f"{path} does not embed as model.pt does: the cosine is {cosine}, less than {SAME_EMBEDDING}")
+        raise ExportError(f"{path} and model.pt give different embeddings: their cosine is {cosine}, below {SAME_EMBEDDING}")
 
 
-def export_checked(net: nn.Module, path) -> float | None:
-    """Export a net and compare it with ONNX Runtime's on random images, before the file gets its name.
+def export_checked(net: nn.Module, path: str | Path) -> float | None:
+    """Export a net under a temporary name, compare it with the original on random images, then move it to ``path``.
 
     Returns:
-        the smallest cosine, or None without onnxruntime.
+        The result of ``onnx_cosine``.
     Raises:
-        ExportError: the exported model does not embed as the net does.
+        ExportError: the exported net gives different embeddings.
     """
     partial = Path(f"{path}.partial")
     try:

@@ -1,6 +1,7 @@
 """Face verification on ``lfw.bin``-style sets: are two images of the same person?"""
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,19 +15,19 @@ from f2c_plugin.errors import VerificationSetError
 from f2c_plugin.evaluation.safe_pickle import load_pickle
 
 FOLDS = 10
-THRESHOLDS = np.arange(0, 4, 0.01)  # on squared distances of unit vectors, as the host has them
+THRESHOLDS = np.arange(0, 4, 0.01)  # on squared distances of unit vectors, as in arcface_torch
 
 
 @dataclass
 class VerificationResult:
-    """How well embeddings tell same from different.
+    """How well embeddings separate same from different pairs.
 
     Attributes:
-        accuracy, accuracy_std: over 10 folds, each with the threshold that is best on the other
-            nine; the host's "Accuracy-Flip".
+        accuracy, accuracy_std: over 10 folds, each with the best threshold of the other nine;
+            "Accuracy-Flip" in arcface_torch.
         scores: float64 (pairs,) cosines.
         same: bool (pairs,).
-        embedding_norm: mean length of the embeddings, the host's "XNorm".
+        embedding_norm: mean norm of the embeddings, "XNorm" in arcface_torch.
     """
 
     accuracy: float
@@ -36,36 +37,37 @@ class VerificationResult:
     embedding_norm: float
 
     def tar_at_far(self, far: float) -> float:
-        """Share of same pairs accepted by the lowest threshold that accepts at most ``far`` of the different."""
+        """Share of same pairs accepted at the lowest threshold that accepts at most ``far`` of the different pairs."""
         return tar_at_far(self.scores, self.same, far)
 
     def summary(self) -> dict[str, float]:
+        """The metrics that go into ``report.json``."""
         return {"accuracy": self.accuracy, "accuracy_std": self.accuracy_std,
                 "tar_at_far_1e-3": self.tar_at_far(1e-3), "tar_at_far_1e-4": self.tar_at_far(1e-4),
                 "pairs": len(self.same)}
 
 
 class VerificationSet:
-    """Pairs of faces with the answers, from a ``.bin`` file.
+    """Pairs of faces, labeled same or different, from a ``.bin`` file.
 
     Args:
-        path: a pickle of (2n encoded images, n answers); read without running code from it.
+        path: a pickle of (2n encoded images, n labels); it is read without running code from it.
     Raises:
-        VerificationSetError: the file is no such set.
+        VerificationSetError: the file is not such a set.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
         images, same = load_pickle(self.path)
         if not len(same) or len(images) != 2 * len(same):
-            raise VerificationSetError(f"{self.path}: {len(images)} images for {len(same)} answers; needs two for each")
+            raise VerificationSetError(f"{self.path}: {len(images)} images for {len(same)} labels; needs two images per label")
         self.images, self.same = images, np.array(same, bool)
 
     def faces(self, count: int | None = None) -> Tensor:
-        """The first ``count`` images, uint8 (count, 112, 112, 3) RGB; None is all of them."""
+        """The first ``count`` images, or all if None, uint8 (count, 112, 112, 3) RGB."""
         images = self.images[:count]
         faces = np.empty((len(images), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        for i, (out, image) in enumerate(zip(faces, images)):
+        for i, (out, image) in enumerate(zip(faces, images, strict=True)):
             try:
                 decode_face(image, out)
             except ValueError as error:
@@ -73,9 +75,9 @@ class VerificationSet:
         return torch.from_numpy(faces)
 
     def evaluate(self, net: nn.Module) -> VerificationResult:
-        """Verify with a net that embeds images (B, 3, 112, 112); it is left in the mode it was in.
+        """Verify a net that embeds images (B, 3, 112, 112). Keeps the mode of the net.
 
-        As in the host, the embedding of a face is the sum of those of the image and its mirror image.
+        As in arcface_torch, the embedding of a face is the sum of the embeddings of the image and its mirror image.
         """
         embeddings = embed(net, self.faces())  # (2n, 2, D)
         first, second = normalize(embeddings.sum(dim=1)).view(-1, 2, embeddings.size(2)).unbind(1)  # (n, D) each
@@ -87,7 +89,7 @@ class VerificationSet:
 
 @torch.no_grad()
 def embed(net: nn.Module, faces: Tensor, batch_size: int = 256) -> Tensor:
-    """Embeddings, float64 (n, 2, D), of faces uint8 (n, 112, 112, 3) RGB and of their mirror images, by a net in eval mode."""
+    """Embed faces, uint8 (n, 112, 112, 3) RGB, and their mirror images with the net in eval mode, float64 (n, 2, D)."""
     device = next(net.parameters()).device
     was_training = net.training
     net.eval()
@@ -100,7 +102,7 @@ def embed(net: nn.Module, faces: Tensor, batch_size: int = 256) -> Tensor:
 
 
 def tar_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float:
-    """As ``VerificationResult.tar_at_far``, of cosines (n,) and answers, bool (n,)."""
+    """As ``VerificationResult.tar_at_far``, from cosines (n,) and labels, bool (n,)."""
     different = np.sort(scores[~same])[::-1]
     allowed = int(far * len(different))
     threshold = different[allowed] if allowed < len(different) else -np.inf
@@ -108,7 +110,7 @@ def tar_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float:
 
 
 def fold_accuracies(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
-    """Accuracy of each of 10 consecutive folds at the threshold that is best on the other nine.
+    """Accuracy of each of 10 consecutive folds, at the best threshold of the other nine.
 
     Args:
         scores: cosines (n,).
@@ -117,29 +119,28 @@ def fold_accuracies(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
         float64 (10,); fewer if there are fewer pairs.
     """
     distance = 2 - 2 * scores
-    right = (distance[:, None] < THRESHOLDS) == same[:, None]  # (n, thresholds)
-    folds = np.array_split(np.arange(len(same)), min(FOLDS, len(same)))
-    everywhere = right.sum(0)
-    accuracies = []
-    for fold in folds:
-        inside = right[fold].sum(0)
-        accuracies.append(inside[np.argmax(everywhere - inside)] / len(fold))
+    correct = (distance[:, None] < THRESHOLDS) == same[:, None]  # (n, thresholds)
+    total = correct.sum(0)
+    accuracies: list[float] = []
+    for fold in np.array_split(np.arange(len(same)), min(FOLDS, len(same))):
+        inside = correct[fold].sum(0)
+        accuracies.append(inside[np.argmax(total - inside)] / len(fold))
     return np.array(accuracies)
 
 
-def load_bin(path, image_size=(IMAGE_SIZE, IMAGE_SIZE)):
-    """A verification set in the form of arcface_torch's ``eval.verification.load_bin``.
+def load_bin(path: str | Path, image_size: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE)) -> tuple[list[Tensor], list[bool]]:
+    """Replaces ``eval.verification.load_bin`` of arcface_torch.
 
     Returns:
-        ([images, mirrored images], answers): float32 (2n, 3, 112, 112) in [0, 255] each, list of bool.
+        ([images, mirrored images], labels): float32 (2n, 3, 112, 112) in [0, 255] each, list of bool.
     """
     if tuple(image_size) != (IMAGE_SIZE, IMAGE_SIZE):
-        raise VerificationSetError(f"image_size={image_size}: faces are {IMAGE_SIZE}×{IMAGE_SIZE}")
+        raise VerificationSetError(f"image_size={image_size}: must be {(IMAGE_SIZE, IMAGE_SIZE)}")
     verification_set = VerificationSet(path)
     images = verification_set.faces().permute(0, 3, 1, 2).float()
     return [images, images.flip(3)], verification_set.same.tolist()
 
 
-def save_bin(path, images: list[bytes], same: list[bool]):
-    """Write a verification set: 2n encoded images and n answers."""
-    Path(path).write_bytes(pickle.dumps((list(images), [bool(answer) for answer in same]), protocol=4))
+def save_bin(path: str | Path, images: Sequence[bytes], same: Sequence[bool]) -> None:
+    """Write a verification set: 2n encoded images and n labels."""
+    Path(path).write_bytes(pickle.dumps((list(images), [bool(label) for label in same]), protocol=4))

@@ -1,7 +1,7 @@
 """Backbones by name.
 
-The IResNets carry arcface_torch's names, shapes and parameter names, so that a ``model.pt`` loads in
-either with ``strict=True``. ``small`` and ``tiny`` are for CPUs: demo, tests and benchmarks.
+The IResNets have the names, shapes and parameter names of arcface_torch, so a ``model.pt`` of one loads in
+the other with ``strict=True``. ``small`` and ``tiny`` are for CPUs: demo, tests and benchmarks.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,20 @@ from f2c_plugin.errors import ConfigError
 from f2c_plugin.models.iresnet import IResNet
 from f2c_plugin.models.plain import PlainNet
 
+Net = IResNet | PlainNet
+Factory = Callable[[int, bool], Net]  # takes num_features and fp16
 
-def _iresnet(*blocks: int) -> Callable[[int, bool], nn.Module]:
+
+def _iresnet(*blocks: int) -> Factory:
     return lambda num_features, fp16: IResNet(blocks, num_features, fp16=fp16)
 
 
-def _plain(*layers: tuple[int, int], before: Callable[[], nn.Module] = nn.Identity) -> Callable[[int, bool], nn.Module]:
-    """``layers``: channels and stride of every convolution, from 112 pixels to 7."""
+def _plain(*layers: tuple[int, int], before: Callable[[], nn.Module] = nn.Identity) -> Factory:
+    """A PlainNet whose ``layers``, (channels, stride) of each convolution, lead from 112 pixels to 7."""
     return lambda num_features, fp16: PlainNet(layers, before, num_features, fp16)
 
 
-# What makes each net, from (num_features, fp16).
-NETWORKS: dict[str, Callable[[int, bool], nn.Module]] = {
+NETWORKS: dict[str, Factory] = {
     "r18": _iresnet(2, 2, 2, 2), "r34": _iresnet(3, 4, 6, 3), "r50": _iresnet(3, 4, 14, 3),
     "r100": _iresnet(3, 13, 30, 3), "r200": _iresnet(6, 26, 60, 6),
     "small": _plain((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)),
@@ -32,14 +34,14 @@ NETWORKS: dict[str, Callable[[int, bool], nn.Module]] = {
 }
 
 
-def get_model(name: str, num_features: int = 512, fp16: bool = False) -> nn.Module:
-    """A net from images (B, 3, 112, 112) in [-1, 1] to embeddings float32 (B, num_features).
+def get_model(name: str, num_features: int = 512, fp16: bool = False) -> Net:
+    """A new net. It maps images (B, 3, 112, 112) in [-1, 1] to embeddings, float32 (B, num_features).
 
     Args:
         name: one of NETWORKS.
-        fp16: whether everything but the last layer runs in the autocast type.
+        fp16: whether all but the last layers run under autocast.
     Raises:
-        ConfigError: an unknown name; lists those there are.
+        ConfigError: the name is unknown; lists the known ones.
     """
     if name not in NETWORKS:
         raise ConfigError(f"network={name!r}: must be one of {', '.join(NETWORKS)}")

@@ -1,4 +1,4 @@
-"""The residual nets of arcface_torch, with its shapes and parameter names."""
+"""The residual nets of arcface_torch, with the same shapes and parameter names."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution without bias that keeps the size of the picture, divided by its stride."""
+    """A padded convolution without bias: the output has the size of the input divided by the stride."""
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
 
 
@@ -32,11 +32,18 @@ class IResNetBlock(nn.Module):
         return self.bn3(self.conv2(x)) + shortcut
 
 
+def _stage(inputs: int, outputs: int, count: int) -> nn.Sequential:
+    """``count`` blocks, of which the first halves the size."""
+    others = (IResNetBlock(outputs, outputs, stride=1) for _ in range(count - 1))
+    return nn.Sequential(IResNetBlock(inputs, outputs, stride=2), *others)
+
+
 class IResNet(nn.Module):
-    """The residual net of ArcFace (arXiv 1801.07698, section 3.2.2): 7×7 features, BN-dropout-FC-BN at the end.
+    """The residual net of ArcFace (arXiv 1801.07698, section 3.2.2). Ends in BN-dropout-FC-BN on 7×7 features.
 
     Args:
         blocks: number of blocks at 56, 28, 14 and 7 pixels.
+        fp16: whether all but the last two layers run under autocast.
     """
 
     def __init__(self, blocks: Sequence[int], num_features: int = 512, dropout: float = 0.0, fp16: bool = False):
@@ -45,16 +52,16 @@ class IResNet(nn.Module):
         self.conv1 = conv(3, 64, 3)
         self.bn1 = nn.BatchNorm2d(64)
         self.prelu = nn.PReLU(64)
-        inputs = 64
-        for stage, (outputs, count) in enumerate(zip((64, 128, 256, 512), blocks), start=1):
-            layer = [IResNetBlock(inputs if i == 0 else outputs, outputs, 2 if i == 0 else 1) for i in range(count)]
-            setattr(self, f"layer{stage}", nn.Sequential(*layer))
-            inputs = outputs
+        at_56, at_28, at_14, at_7 = blocks
+        self.layer1 = _stage(64, 64, at_56)
+        self.layer2 = _stage(64, 128, at_28)
+        self.layer3 = _stage(128, 256, at_14)
+        self.layer4 = _stage(256, 512, at_7)
         self.bn2 = nn.BatchNorm2d(512)
         self.dropout = nn.Dropout(dropout, inplace=True)
         self.fc = nn.Linear(512 * 7 * 7, num_features)
         self.features = nn.BatchNorm1d(num_features)
-        self.features.weight.requires_grad = False  # embeddings are normalised, so their scale means nothing
+        self.features.weight.requires_grad = False  # embeddings are normalized, so a common scale has no effect
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.1)

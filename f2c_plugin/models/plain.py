@@ -9,11 +9,12 @@ from f2c_plugin.models.iresnet import conv
 
 
 class PlainNet(nn.Module):
-    """Convolutions one after the other: hundreds of faces a second on a core, where an IResNet sees ten.
+    """A chain of convolutions. Processes hundreds of faces per second on one core; an IResNet processes ten.
 
     Args:
-        layers: (channels, stride) of every convolution.
-        before: makes the module that the images go through first.
+        layers: (channels, stride) of each convolution.
+        before: makes the first module.
+        fp16: whether all but the last two layers run under autocast.
     """
 
     def __init__(self, layers: Iterable[tuple[int, int]], before: Callable[[], nn.Module] = nn.Identity,

@@ -1,1 +1,1 @@
-"""Synthetic faces: a labelled dataset without a download."""
+"""Synthetic faces: a labeled dataset without a download."""

@@ -1,6 +1,7 @@
-"""Writes a pack of synthetic faces and a verification set of people who are not in it."""
+"""Writes a pack of synthetic faces, and a verification set of identities that are not in the pack."""
 
 import multiprocessing
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -9,35 +10,37 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from f2c_plugin.synthetic.face import draw_face, draw_identity
 from f2c_plugin.data.writer import refuse_to_overwrite, write_insightface_pack
+from f2c_plugin.errors import InputError
 from f2c_plugin.evaluation.verification import save_bin
+from f2c_plugin.synthetic.face import draw_face, draw_identity
+from f2c_plugin.utils.extras import require
 
 JPEG_QUALITY = 90
 VERIFICATION_NAME = "synth"
-# People of the training set and of the verification set come from different streams of random numbers.
+# Identities of the training set and the verification set come from different random streams.
 _TRAINING, _VERIFICATION = 0, 1
 _IMAGES_PER_UNSEEN_IDENTITY = 10
 
 
-def write_dataset(folder, num_identities: int, images_per_identity: int, num_pairs: int = 6000, seed: int = 0,
+def write_dataset(folder: str | Path, num_identities: int, images_per_identity: int, num_pairs: int = 6000, seed: int = 0,
                   processes: int | None = None) -> None:
     """Draw ``train.rec``, ``train.idx``, ``property`` and ``synth.bin`` into ``folder``.
 
     The same arguments give the same bytes, with any number of processes.
 
     Args:
-        num_pairs: of the verification set, half of them same; even.
-        processes: that draw; None takes one per CPU.
+        num_pairs: size of the verification set; half of the pairs are the same identity.
+        processes: number of processes that draw; None means one per CPU.
     Raises:
-        ValueError: a count that makes no dataset.
-        FileExistsError: there is a pack in the folder already.
+        InputError: a count is too small.
+        OverwriteError: the folder already holds a pack.
     """
     folder = Path(folder)
     for name, value, smallest in (("identities", num_identities, 1), ("images-per-identity", images_per_identity, 1),
-                                  ("pairs", num_pairs, 2)):
+                                  ("pairs", num_pairs, 2), ("processes", 1 if processes is None else processes, 1)):
         if value < smallest:
-            raise ValueError(f"--{name} {value}: must be at least {smallest}")
+            raise InputError(f"--{name} {value}: must be at least {smallest}")
     refuse_to_overwrite(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -52,37 +55,34 @@ def write_dataset(folder, num_identities: int, images_per_identity: int, num_pai
     (folder / "property").write_text(f"{num_identities},112,112\n")
 
 
-def draw_contact_sheet(path, num_identities: int = 8, images_per_identity: int = 10, seed: int = 0) -> None:
-    """Draw faces of the training set of ``seed`` into a PNG, one identity a row. Needs Pillow."""
-    from PIL import Image
-
+def draw_contact_sheet(path: str | Path, num_identities: int = 8, images_per_identity: int = 10, seed: int = 0) -> None:
+    """Draw faces of the training set of ``seed`` into a PNG, one identity per row. Needs Pillow."""
+    pillow = require("PIL.Image", extra="plot")
     rows = [np.hstack(list(_faces(seed, _TRAINING, images_per_identity, i))) for i in range(num_identities)]
-    Image.fromarray(np.vstack(rows)).save(path)
+    pillow.fromarray(np.vstack(rows)).save(path)
 
 
-def _faces(seed, stream, count, identity):
-    """Yields faces uint8 (112, 112, 3) of one identity, the same whatever is drawn beside it."""
+def _faces(seed: int, stream: int, count: int, identity: int) -> Iterator[np.ndarray]:
+    """Yields faces, uint8 (112, 112, 3), of one identity. They do not depend on other identities."""
     rng = np.random.default_rng([seed, stream, identity])
     vector = draw_identity(rng)
     for _ in range(count):
         yield draw_face(vector, rng)
 
 
-def _draw_jpegs(seed, stream, count, identity):
+def _draw_jpegs(seed: int, stream: int, count: int, identity: int) -> list[bytes]:
     return [simplejpeg.encode_jpeg(face, JPEG_QUALITY, "RGB", "420") for face in _faces(seed, stream, count, identity)]
 
 
-def _pairs(people, num_pairs, seed):
-    """Images and answers; same and different take turns, so that every fold has both."""
+def _pairs(identities: Sequence[Sequence[bytes]], num_pairs: int, seed: int) -> tuple[list[bytes], list[bool]]:
+    """Draw pairs of images and their labels. Same and different alternate, so that every fold has both."""
     rng = np.random.default_rng([seed, _VERIFICATION])
-    images, answers = [], []
+    images: list[bytes] = []
     for i in range(num_pairs):
-        first = rng.integers(len(people))
+        first = int(rng.integers(len(identities)))
         if i % 2 == 0:
-            a, b = rng.choice(len(people[first]), 2, replace=False)
-            images += [people[first][a], people[first][b]]
+            images += [identities[first][image] for image in rng.choice(len(identities[first]), 2, replace=False).tolist()]
         else:
-            second = (first + 1 + rng.integers(len(people) - 1)) % len(people)
-            images += [people[who][rng.integers(len(people[who]))] for who in (first, second)]
-        answers.append(i % 2 == 0)
-    return images, answers
+            second = (first + 1 + int(rng.integers(len(identities) - 1))) % len(identities)
+            images += [identities[each][int(rng.integers(len(identities[each])))] for each in (first, second)]
+    return images, [i % 2 == 0 for i in range(num_pairs)]

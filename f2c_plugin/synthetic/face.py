@@ -1,13 +1,13 @@
-"""Synthetic face crops: an endless labelled data set that needs no download.
+"""Synthetic face crops: an endless labeled dataset without a download.
 
-A person is a vector of independent traits in [0, 1); a picture is that person
-painted layer by layer under a random pose, expression, light and occlusion.
+An identity is a vector of independent traits in [0, 1). A picture of it is painted
+layer by layer with a random pose, expression, light and occlusion.
 
 Lengths are in face pixels: picture pixels at scale 1, x to the right and y
-down, with the origin near the bridge of the nose.  Every shape is a signed
-distance in these coordinates whose edge is softened over about one pixel.
+down, with the origin near the bridge of the nose. Every shape is a signed
+distance in these coordinates, and its edge is softened over about one pixel.
 A head turn is a smooth warp of the coordinates, done once per picture, so each
-feature is drawn as if it were seen from the front.
+feature is drawn as if seen from the front.
 
 The same seed gives the same bytes on every machine: drawing uses only
 arithmetic and square roots, which IEEE 754 rounds exactly, and no reductions.
@@ -16,12 +16,18 @@ arithmetic and square roots, which IEEE 754 rounds exactly, and no reductions.
 from copy import copy
 from math import sqrt
 from types import SimpleNamespace
+from typing import TypeVar
 
 import numpy as np
 
+Array = np.ndarray
+Expression = SimpleNamespace
+Person = SimpleNamespace
+Number = TypeVar("Number", float, np.ndarray)
+
 SIZE = 112
 
-# What makes a person: the values each trait takes at 0 and at 1.
+# The traits of an identity: their values at 0 and at 1.
 _TRAITS = {
     "skin_tone": (0.0, 1.0),  # position on _SKIN
     "face_width": (33.0, 41.0),  # half width at the eye line
@@ -58,8 +64,8 @@ _TRAITS = {
 }
 IDENTITY_DIM = len(_TRAITS)
 
-# What makes pictures of one person differ.  _DIFFICULTY scales every entry; the
-# turned head looks sound up to about 1.5.
+# The differences between pictures of one identity. _DIFFICULTY scales every entry;
+# turned heads look right up to about 1.5.
 _DIFFICULTY = 1.0
 _VARIATION = {
     # Pose: largest deviations.
@@ -87,7 +93,7 @@ _VARIATION = {
     "desaturation": 0.35,  # share of colour lost in any picture
     "noise": 0.035,  # of full scale
     "blur_passes": 3.0,  # of a 3 x 3 kernel, in the pictures that are blurred
-    # Events: the share of pictures that have them.
+    # Events: the share of pictures with them.
     "open_mouth_share": 0.40,
     "greyscale_share": 0.08,
     "blur_share": 0.30,
@@ -99,12 +105,12 @@ _VARIATION = {
 }
 
 
-def _colour(*levels):
+def _colour(*levels: float) -> Array:
     """Red, green and blue in [0, 1], shaped to broadcast over (3, H, W)."""
     return np.array(levels, np.float32).reshape(3, 1, 1)
 
 
-def _palette(hex_codes):
+def _palette(hex_codes: str) -> list[Array]:
     return [_colour(*(level / 255.0 for level in bytes.fromhex(code))) for code in hex_codes.split()]
 
 
@@ -123,30 +129,30 @@ _SKULL_TOP = -51.0  # y
 
 
 class _Chance:
-    """Draws what is not identity, each amount named after its knob."""
+    """Draws the amounts in ``_VARIATION``. ``knob`` is the name of an entry."""
 
-    def __init__(self, rng):
+    def __init__(self, rng: np.random.Generator):
         self.uniform = rng.random
         self.bytes = rng.bytes
 
-    def around(self, knob):
+    def around(self, knob: str) -> float:
         """Signed deviation up to the knob; large ones are rare (triangular)."""
         return _DIFFICULTY * _VARIATION[knob] * (self.uniform() - self.uniform())
 
-    def upto(self, knob):
+    def upto(self, knob: str) -> float:
         """Amount between none and the knob."""
         return _DIFFICULTY * _VARIATION[knob] * self.uniform()
 
-    def happens(self, knob):
-        """Whether an event with the knob as its share takes place."""
+    def happens(self, knob: str) -> bool:
+        """Whether the event takes place; the knob is its share of pictures."""
         return self.uniform() < _DIFFICULTY * _VARIATION[knob]
 
-    def colour(self, low=0.05, high=0.95):
+    def colour(self, low: float = 0.05, high: float = 0.95) -> Array:
         return _colour(*(low + (high - low) * self.uniform() for _ in range(3)))
 
 
-def _draw_expression(chance):
-    return SimpleNamespace(
+def _draw_expression(chance: _Chance) -> Expression:
+    return Expression(
         smile=2.0 + chance.around("smile"),
         mouth_open=chance.upto("mouth_open") if chance.happens("open_mouth_share") else 0.0,
         blink=chance.upto("blink") * chance.uniform(),
@@ -159,52 +165,52 @@ def _draw_expression(chance):
 # --- Shapes and paint -------------------------------------------------------
 
 
-def _cover(distance, softness=None):
+def _cover(distance: Array, softness: float | None = None) -> Array:
     """Opacity from a signed distance: 1 inside, 0 outside, a ramp between."""
     if softness is not None:
         distance = distance * (1.0 / softness)
     return (0.5 - distance).clip(0.0, 1.0)
 
 
-def _ellipse(x, y, half_w, half_h):
+def _ellipse(x: Array, y: Array, half_w: float, half_h: float) -> Array:
     """Approximate distance to an ellipse, exact to a circle."""
     u, v = x * (1.0 / half_w), y * (1.0 / half_h)
     return (np.sqrt(u * u + v * v) - 1.0) * min(half_w, half_h)
 
 
-def _lens(x, y, half_w, rise, drop):
+def _lens(x: Array, y: Array, half_w: float, rise: float, drop: float) -> Array:
     """Distance to the area between two parabolas that meet at x = +-half_w."""
     arch = 1.0 - (x * (1.0 / half_w)) ** 2
     return np.maximum(-rise * arch - y, y - drop * arch)
 
 
-def _blob(x, y, half_w, half_h):
+def _blob(x: Array, y: Array, half_w: float, half_h: float) -> Array:
     """Opacity that fades from 1 at the centre to 0 at the ellipse."""
     fade = np.maximum(1.0 - (x * (1.0 / half_w)) ** 2 - (y * (1.0 / half_h)) ** 2, 0.0)
     return fade * fade
 
 
-def _wave(t):
+def _wave(t: Array) -> Array:
     """Smooth wave of period 1 between 0 and 1, in place of a sine."""
     t = t - np.rint(t)
     t = 4.0 * t * t
     return t * (2.0 - t)
 
 
-def _ramp(stops, t):
+def _ramp(stops: list[Array], t: float) -> Array:
     """Colour at t in [0, 1] on a piecewise linear scale of colours."""
     position = t * (len(stops) - 1)
     index = min(int(position), len(stops) - 2)
     return stops[index] + (position - index) * (stops[index + 1] - stops[index])
 
 
-def _paint(rgb, cover, colour, shade=None):
+def _paint(rgb: Array, cover: Array, colour: Array, shade: Array | None = None) -> None:
     """Blend colour, times the brightness shade of each pixel, over the picture."""
     rgb *= 1.0 - cover
     rgb += (cover if shade is None else cover * shade) * colour
 
 
-def _darken(rgb, amount):
+def _darken(rgb: Array, amount: Array) -> None:
     """Shade the skin; a negative amount lights it up."""
     rgb *= 1.0 - amount * _SKIN_SHADOW
 
@@ -213,12 +219,12 @@ def _darken(rgb, amount):
 
 
 class _Frame:
-    """A picture with the face coordinates of its pixels, under one pose.
+    """A picture and the face coordinates of its pixels in one pose.
 
     rgb is (3, SIZE, SIZE); x and y are (SIZE, SIZE).
     """
 
-    def __init__(self, chance):
+    def __init__(self, chance: _Chance):
         self.rgb = np.empty((3, SIZE, SIZE), np.float32)
         self.sin = chance.around("roll")
         self.cos = sqrt(1.0 - self.sin * self.sin)
@@ -232,7 +238,7 @@ class _Frame:
         self.x = self.cos * column + self.sin * row
         self.y = self.cos * row - self.sin * column
 
-    def turned(self, yaw, pitch):
+    def turned(self, yaw: float, pitch: float) -> "_Frame":
         """The same picture in coordinates that turn with the head (sines)."""
         frame = copy(self)
         frame.yaw, frame.pitch = yaw, pitch
@@ -241,10 +247,10 @@ class _Frame:
         frame.y = sqrt(1.0 - pitch * pitch) * self.y - pitch * depth
         return frame
 
-    def box(self, x, y, half_w, half_h):
+    def box(self, x: float, y: float, half_w: float, half_h: float) -> tuple[slice, slice]:
         """Rows and columns of the picture that hold a box around (x, y).
 
-        A wide box gets whole rows: they are contiguous, so that is faster.
+        A wide box gets whole rows, which are contiguous and therefore faster.
         """
         flat_x, flat_y = x, y
         for _ in range(2):  # fixed point of the warp in turned()
@@ -259,22 +265,22 @@ class _Frame:
             return rows, slice(None)
         return rows, slice(max(int(column - reach), 0), max(int(column + reach), 0))
 
-    def patch(self, x, y, half_w, half_h):
-        """(rgb, x, y) of that box, in coordinates relative to its centre."""
+    def patch(self, x: float, y: float, half_w: float, half_h: float) -> tuple[Array, Array, Array]:
+        """(rgb, x, y) of the box, with coordinates relative to its centre."""
         rows, columns = self.box(x, y, half_w, half_h)
         return self.rgb[:, rows, columns], self.x[rows, columns] - x, self.y[rows, columns] - y
 
 
-def _depth(x, y):
+def _depth(x: Number, y: Number) -> Number:
     """Height of the face above the picture plane.
 
-    A paraboloid, unlike a sphere, goes on smoothly beyond the head, so the warp
+    Unlike a sphere, a paraboloid continues smoothly beyond the head, so the warp
     is defined everywhere.
     """
     return 24.0 - x * x * (24.0 / 46.0**2) - y * y * (24.0 / 80.0**2)
 
 
-def _head_distance(x, y, person):
+def _head_distance(x: Array, y: Array, person: Person) -> Array:
     """Distance to the outline of skull and jaw, which meet at the eye line."""
     below = np.maximum(y - _EYE_LINE, 0.0) * (1.0 / (person.face_length - _EYE_LINE))
     above = np.minimum(y - _EYE_LINE, 0.0) * (1.0 / (_EYE_LINE - _SKULL_TOP))
@@ -287,7 +293,7 @@ def _head_distance(x, y, person):
 # --- Layers, from back to front ---------------------------------------------
 
 
-def _paint_background(frame, chance):
+def _paint_background(frame: _Frame, chance: _Chance) -> None:
     """Two colours, mixed by a gradient and a few soft blobs."""
     tilt_x, tilt_y = 0.012 * (chance.uniform() - 0.5), 0.012 * (chance.uniform() - 0.5)
     mix = tilt_x * frame.x + tilt_y * frame.y + 0.5
@@ -302,12 +308,12 @@ def _paint_background(frame, chance):
     frame.rgb += first
 
 
-def _hair_texture(x, y, person):
+def _hair_texture(x: Array, y: Array, person: Person) -> Array:
     """Brightness of strands that run along y, wavier with curl."""
     return 0.8 + 0.3 * _wave(0.2 * x + person.hair_curl * _wave(0.05 * y))
 
 
-def _paint_back_hair(frame, person):
+def _paint_back_hair(frame: _Frame, person: Person) -> None:
     if person.hair_length < 0.0:
         return
     volume = 0.7 * person.hair_volume
@@ -319,7 +325,7 @@ def _paint_back_hair(frame, person):
     _paint(rgb, _cover(shape, 1.5), 0.72 * person.hair, _hair_texture(x, y, person))
 
 
-def _paint_neck_and_clothes(frame, person, chance):
+def _paint_neck_and_clothes(frame: _Frame, person: Person, chance: _Chance) -> None:
     rgb, x, y = frame.patch(0.0, 44.0, 60.0, 18.0)
     neck = np.abs(x) - 0.52 * person.face_width
     _paint(rgb, _cover(neck), person.skin, 0.9 - 0.3 * _cover(y - 6.0, 30.0))
@@ -328,7 +334,7 @@ def _paint_neck_and_clothes(frame, person, chance):
     _paint(rgb, _cover(np.maximum(shoulders, neckline) - y, 1.5), chance.colour())
 
 
-def _paint_ears(head, person):
+def _paint_ears(head: _Frame, person: Person) -> None:
     rgb, x, y = head.patch(0.0, 1.0, person.face_width + 8.0, 13.0)
     x = np.abs(x) - (person.face_width + 1.5) + 0.15 * y
     half_w, half_h = 4.6 * person.ear_size, 9.5 * person.ear_size
@@ -336,19 +342,19 @@ def _paint_ears(head, person):
     _darken(rgb, 0.3 * _blob(x, y, 0.9 * half_w, 0.9 * half_h))
 
 
-def _paint_skin(head, distance, person):
+def _paint_skin(head: _Frame, distance: Array, person: Person) -> None:
     """Skin of the face, darker towards the outline, where it turns away."""
     radius = (distance * (1.0 / person.face_width) + 1.0) ** 2
     _paint(head.rgb, _cover(distance), person.skin, 1.05 - 0.27 * radius * radius)
 
 
-def _paint_cheeks(head, person):
+def _paint_cheeks(head: _Frame, person: Person) -> None:
     rgb, x, y = head.patch(0.0, 15.0, 34.0, 10.0)
     blush = (0.1 + 0.3 * person.cheek) * _blob(np.abs(x) - 21.0, y, 12.0, 9.0)
     _paint(rgb, blush, person.skin * _BLUSH)
 
 
-def _paint_freckles(head, person):
+def _paint_freckles(head: _Frame, person: Person) -> None:
     """One dot in each cell of a grid whose rows and columns are shifted unevenly."""
     if person.freckles <= 0.0:
         return
@@ -362,14 +368,14 @@ def _paint_freckles(head, person):
     _darken(rgb, person.freckles * dots * _cover(_ellipse(x, y, 30.0, 10.0), 4.0))
 
 
-def _paint_mole(head, person):
+def _paint_mole(head: _Frame, person: Person) -> None:
     narrowing = person.face_width * (1.0 - 0.02 * person.mole_y)
     rgb, x, y = head.patch(person.mole_x * narrowing, person.mole_y, 2.0, 2.0)
     _paint(rgb, 0.85 * _cover(_ellipse(x, y, 1.3, 1.3)), 0.35 * person.skin)
 
 
-def _paint_beard(head, distance, person):
-    """Stubble to full beard: below a line from the ears to under the nose."""
+def _paint_beard(head: _Frame, distance: Array, person: Person) -> None:
+    """Stubble to full beard, below a line from the ears to under the nose."""
     if person.beard <= 0.0:
         return
     rows, _ = head.box(0.0, 25.0, person.face_width, 30.0)
@@ -379,7 +385,7 @@ def _paint_beard(head, distance, person):
     _paint(head.rgb[:, rows], person.beard * cover, 0.9 * person.hair)
 
 
-def _paint_eyes(head, person, expression):
+def _paint_eyes(head: _Frame, person: Person, expression: Expression) -> None:
     half_w = person.eye_width
     rgb, x, y = head.patch(0.0, _EYE_LINE, person.eye_spacing + half_w + 4.0, 8.0)
     across = np.abs(x) - person.eye_spacing
@@ -401,7 +407,7 @@ def _paint_eyes(head, person, expression):
     _paint(rgb, 0.85 * _cover(_lens(across, y, half_w + 1.0, rise + 1.0, 0.5 - rise)), _DARK)
 
 
-def _paint_brows(head, person, expression):
+def _paint_brows(head: _Frame, person: Person, expression: Expression) -> None:
     half_w = person.eye_width + 2.5
     height = _EYE_LINE - person.brow_height - expression.brow_raise
     rgb, x, y = head.patch(0.0, height, person.eye_spacing + half_w + 1.0, 6.0)
@@ -412,7 +418,7 @@ def _paint_brows(head, person, expression):
     _paint(rgb, person.brow_darkness * _cover(shape, 1.5), 0.8 * person.hair)
 
 
-def _paint_nose(head, person):
+def _paint_nose(head: _Frame, person: Person) -> None:
     """Ridge with a shadow on both sides, tip, wings and nostrils.
 
     The nose stands out from the face, so its tip moves further than the rest
@@ -433,7 +439,7 @@ def _paint_nose(head, person):
     _darken(rgb, sides + underside + wings + nostrils - highlight)
 
 
-def _paint_mouth(head, person, expression):
+def _paint_mouth(head: _Frame, person: Person, expression: Expression) -> None:
     half_w = person.mouth_width + 0.5 * expression.smile - 0.25 * expression.mouth_open
     gap, lip = expression.mouth_open, person.lip_thickness
     rgb, x, y = head.patch(0.0, person.mouth_height, half_w + 5.0, gap + 9.0)
@@ -451,7 +457,7 @@ def _paint_mouth(head, person, expression):
         _paint(rgb, _cover(np.maximum(inside + 0.8, y - 0.35 * gap)), _WHITE)  # teeth
 
 
-def _paint_smile_folds(head, person, expression):
+def _paint_smile_folds(head: _Frame, person: Person, expression: Expression) -> None:
     strength = 0.1 + 0.06 * (1.0 + person.cheek) * max(expression.smile, 0.0)
     rgb, x, y = head.patch(0.0, person.mouth_height - 6.0, person.mouth_width + 9.0, 9.0)
     x = np.abs(x) - person.mouth_width - 3.5
@@ -459,7 +465,7 @@ def _paint_smile_folds(head, person, expression):
     _darken(rgb, strength * _cover(fold, 2.0) * _blob(x, y, 8.0, 10.0))
 
 
-def _paint_front_hair(head, distance, person):
+def _paint_front_hair(head: _Frame, distance: Array, person: Person) -> None:
     """Hair on top of the skull, down to the hairline and the temples."""
     rows, _ = head.box(0.0, -20.0, person.face_width, 45.0)
     x, y = head.x[rows], head.y[rows]
@@ -478,7 +484,7 @@ def _paint_front_hair(head, distance, person):
 # --- Occlusion --------------------------------------------------------------
 
 
-def _paint_glasses(head, person, chance, lens_opacity):
+def _paint_glasses(head: _Frame, person: Person, chance: _Chance, lens_opacity: float) -> None:
     frame_colour, lens_colour = chance.colour(0.0, 0.4), chance.colour(0.0, 0.2)
     half_w, half_h = 10.0 + 3.0 * chance.uniform(), 7.0 + 4.0 * chance.uniform()
     rgb, x, y = head.patch(0.0, _EYE_LINE + 1.0, person.face_width, 12.0)
@@ -491,7 +497,7 @@ def _paint_glasses(head, person, chance, lens_opacity):
     _paint(rgb, _cover(np.maximum(wire - 0.7, outwards - person.face_width - 1.0)), frame_colour)
 
 
-def _paint_mask(head, distance, chance):
+def _paint_mask(head: _Frame, distance: Array, chance: _Chance) -> None:
     x, y = head.x, head.y
     colour = chance.colour(0.3, 1.0)
     top = 8.0 + 6.0 * chance.uniform() + 0.006 * x * x
@@ -501,7 +507,7 @@ def _paint_mask(head, distance, chance):
     _paint(head.rgb, _cover(np.maximum(distance, strap)), colour)
 
 
-def _paint_scarf(frame, chance):
+def _paint_scarf(frame: _Frame, chance: _Chance) -> None:
     rgb, x, y = frame.patch(0.0, 58.0, 80.0, 42.0)
     top = -34.0 + 14.0 * chance.uniform() + (0.3 * (chance.uniform() - 0.5)) * x + 0.004 * x * x
     stripes = _wave((0.02 + 0.06 * chance.uniform()) * (y + 0.4 * x))
@@ -509,7 +515,7 @@ def _paint_scarf(frame, chance):
     _paint(rgb, _cover(top - y, 1.5), first + stripes * (second - first))
 
 
-def _paint_block(frame, chance):
+def _paint_block(frame: _Frame, chance: _Chance) -> None:
     half_w, half_h = 8.0 + 14.0 * chance.uniform(), 8.0 + 14.0 * chance.uniform()
     x, y = 90.0 * (chance.uniform() - 0.5), 90.0 * (chance.uniform() - 0.5)
     rgb, x, y = frame.patch(x, y, half_w, half_h)
@@ -519,7 +525,7 @@ def _paint_block(frame, chance):
 # --- Light and camera -------------------------------------------------------
 
 
-def _light(frame, chance):
+def _light(frame: _Frame, chance: _Chance) -> None:
     """Exposure, a light from one side, and the colour of the light."""
     across, down = chance.around("side_light") / 50.0, chance.around("side_light") / 50.0
     exposure, warm, green = chance.around("exposure"), chance.around("temperature"), chance.around("tint")
@@ -528,8 +534,8 @@ def _light(frame, chance):
     frame.rgb *= _colour(1.0 + warm, 1.0 + green, 1.0 - warm)
 
 
-def _develop(rgb, chance):
-    """Tone curve and loss of colour; leaves every level in [0, 1]."""
+def _develop(rgb: Array, chance: _Chance) -> None:
+    """Tone curve and loss of colour. Leaves every level in [0, 1]."""
     rgb.clip(0.0, 1.0, out=rgb)
     curvature = chance.around("tone_curve")
     rgb *= (1.0 + curvature) - curvature * rgb
@@ -538,7 +544,7 @@ def _develop(rgb, chance):
     rgb += faded * (grey - rgb)
 
 
-def _blur(rgb):
+def _blur(rgb: Array) -> None:
     """One pass of the kernel (1, 2, 1) / 4 along each axis; the border stays."""
     for planes in (rgb, rgb.transpose(0, 2, 1)):
         pairs = planes[:, :-1] + planes[:, 1:]
@@ -546,7 +552,7 @@ def _blur(rgb):
         planes[:, 1:-1] *= 0.25
 
 
-def _quantise(rgb, chance):
+def _quantise(rgb: Array, chance: _Chance) -> Array:
     """Sensor noise, then 8 bits: (3, H, W) in [0, 1] to uint8 (H, W, 3)."""
     noise = np.frombuffer(chance.bytes(SIZE * SIZE), np.int8).reshape(SIZE, SIZE)
     noise = noise * np.float32(2.0 * chance.upto("noise"))
@@ -559,10 +565,10 @@ def _quantise(rgb, chance):
 # --- The person and the picture ---------------------------------------------
 
 
-def _meet(identity, chance):
-    """The traits of a person, and the looks of the day, as named values."""
+def _person(identity: Array, chance: _Chance) -> Person:
+    """The traits of an identity and the looks of the day, as named values."""
     traits = zip(_TRAITS.items(), identity.tolist(), strict=True)
-    person = SimpleNamespace(**{name: low + t * (high - low) for (name, (low, high)), t in traits})
+    person = Person(**{name: low + t * (high - low) for (name, (low, high)), t in traits})
     person.hairline += chance.around("hair_jitter")
     person.hair_volume = max(person.hair_volume + chance.around("hair_jitter"), 0.5)
     tan = _colour(*(1.0 + chance.around("skin_jitter") for _ in range(3)))
@@ -576,18 +582,21 @@ def _meet(identity, chance):
 
 
 def draw_identity(rng: np.random.Generator) -> np.ndarray:
-    """Draw a person: float64 (IDENTITY_DIM,), independent uniforms in [0, 1)."""
+    """Draw an identity: float64 (IDENTITY_DIM,), independent and uniform in [0, 1)."""
     return rng.random(IDENTITY_DIM)
 
 
 def draw_face(identity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw one picture of a person.
+    """Draw one picture of an identity.
 
-    identity is (IDENTITY_DIM,) in [0, 1), from draw_identity; rng draws all the
-    rest.  Returns uint8 (SIZE, SIZE, 3), RGB.
+    Args:
+        identity: (IDENTITY_DIM,) in [0, 1), from draw_identity.
+        rng: draws everything else.
+    Returns:
+        uint8 (SIZE, SIZE, 3), RGB.
     """
     chance = _Chance(rng)
-    person = _meet(identity, chance)
+    person = _person(identity, chance)
     expression = _draw_expression(chance)
     body = _Frame(chance)
     head = body.turned(chance.around("yaw"), chance.around("pitch"))

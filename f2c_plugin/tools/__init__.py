@@ -1,1 +1,1 @@
-"""What the command line does around a training."""
+"""Commands around a training: reports, memory plans, packs, checkpoints, diagnosis."""

@@ -1,151 +1,162 @@
-"""What is in a checkpoint, of either host, and turning arcface_torch's, a file a rank, into those of another number of ranks."""
+"""Summarizes checkpoints, and converts arcface_torch's, one file per rank, to another number of ranks."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from f2c_plugin.errors import CheckpointError
-from f2c_plugin.trainer.checkpoint import FORMAT
-from f2c_plugin.utils.safe_load import load_states
-from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.errors import CheckpointError, OverwriteError
 from f2c_plugin.method.pool import NOT_IN_POOL
+from f2c_plugin.trainer.checkpoint import FORMAT
+from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.utils.safe_load import load_states
 
-_HOST_KEYS = ("epoch", "global_step", "state_dict_backbone", "state_dict_softmax_fc", "state_optimizer", "state_lr_scheduler")
-_HOST_NAME = "checkpoint_gpu_{}.pt"
+States = dict[str, Any]
+
+# What arcface_torch writes.
+_KEYS = {"epoch", "global_step", "state_dict_backbone", "state_dict_softmax_fc", "state_optimizer", "state_lr_scheduler"}
+_NAME = "checkpoint_gpu_{}.pt"
 
 
-def describe(path) -> list[tuple[str, str]]:
-    """What a checkpoint holds, as lines of (what, finding).
+def describe(path: str | Path) -> list[tuple[str, str]]:
+    """Summarize a checkpoint in rows of (name, value).
 
     Raises:
-        CheckpointError: the file is no whole checkpoint of either host.
+        CheckpointError: the file is not a whole checkpoint of arcface_torch or f2c_plugin.train.
     """
     path = Path(path)
     saved = load_states(path)
     if saved.get("format") == FORMAT:
         settings = saved["settings"]
-        told = [("written by", "f2c_plugin.train"), ("step", f"{saved['step']:,}"), ("images seen", f"{saved['images']:,}"),
+        rows = [("written by", "f2c_plugin.train"), ("step", f"{saved['step']:,}"), ("images seen", f"{saved['images']:,}"),
                 ("ranks", f"{saved['layout'][0]} with {saved['layout'][1]} images each"),
                 ("training", f"{settings.get('head')}, {settings.get('network')}, lr {settings.get('lr')}")]
         net, head = saved["backbone"], saved["head"]
-    elif saved.keys() >= set(_HOST_KEYS):
-        told = [("written by", "arcface_torch"), ("epochs done", f"{saved['epoch']}"), ("step", f"{saved['global_step']:,}")]
+    elif saved.keys() >= _KEYS:
+        rows = [("written by", "arcface_torch"), ("epochs done", f"{saved['epoch']}"), ("step", f"{saved['global_step']:,}")]
         net, head = saved["state_dict_backbone"], saved["state_dict_softmax_fc"]
     else:
-        raise CheckpointError(f"{path}: not a checkpoint of arcface_torch or f2c_plugin.train; it holds {', '.join(map(str, saved))}")
-    told.append(("probe net", f"{sum(value.numel() for value in net.values()):,} numbers{_not_finite(net)}"))
-    return [("checkpoint", str(path)), *told, ("head", _describe_head(head) + _not_finite(head))]
+        raise CheckpointError(f"{path}: not a checkpoint of arcface_torch or f2c_plugin.train; it holds "
+                              + ", ".join(map(str, saved)))
+    rows.append(("probe net", f"{sum(value.numel() for value in net.values()):,} numbers{_not_finite(net)}"))
+    return [("checkpoint", str(path)), *rows, ("head", _describe_head(head) + _not_finite(head))]
 
 
-def _describe_head(head):
+def _describe_head(head: Mapping[str, Tensor]) -> str:
     if "pool.rows" in head:
         _, slots, size = head["pool.rows"].shape
-        taken = (head["pool.slot_identity"] != NOT_IN_POOL).sum().item()
-        return f"F²C, {slots:,} slots of 2 × {size}, {taken:,} taken, {head['pool.clock'].item():,} writes"
+        taken = int((head["pool.slot_identity"] != NOT_IN_POOL).sum())
+        return f"F²C, {slots:,} slots of 2 × {size}, {taken:,} taken, {int(head['pool.clock']):,} writes"
     if head.keys() == {"weight"}:
         classes, size = head["weight"].shape
         return f"weights of {classes:,} classes × {size}"
     return f"{len(head)} tensors of an unknown head"
 
 
-def _not_finite(state):
-    bad = sum((~value.isfinite()).sum().item() for value in state.values() if torch.is_tensor(value))
+def _not_finite(state: Mapping[str, Any]) -> str:
+    bad = sum(int((~value.isfinite()).sum()) for value in state.values() if torch.is_tensor(value))
     return f", {bad:,} of them NOT FINITE" if bad else ""
 
 
-def merge(folder, out, num_ranks: int) -> list[Path]:
-    """Turn the ``checkpoint_gpu_*.pt`` of a training by arcface_torch into files for another number of ranks.
+def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
+    """Convert arcface_torch's ``checkpoint_gpu_*.pt`` files to another number of ranks.
 
-    F²C's pool is the same on all ranks and is copied. Partial FC's weights, and what the optimizer
-    knows of them, are put together and shared out anew. Steps are counted for the same batch size per
-    GPU: an epoch has fewer of them with more ranks.
+    F²C's pool is the same on all ranks and is copied. Partial FC's weights and their optimizer state are
+    joined and split again. The batch size per GPU is assumed to stay the same, so with more ranks an epoch
+    has fewer steps; steps are rescaled.
 
     Args:
-        folder: of the files of all ranks.
-        out: where the new ones go.
-        num_ranks: how many there are to be.
+        folder: holds the files of all ranks.
+        out: folder for the new files.
+        num_ranks: the new number of ranks.
     Returns:
         The files written.
     Raises:
-        CheckpointError: a file is missing, damaged or of another moment than the others, the pools
+        CheckpointError: a file is missing, damaged or from another step than the others, the pools
             differ, or the head is unknown.
-        FileExistsError: there is a checkpoint in ``out`` already.
+        OverwriteError: ``out`` already holds a checkpoint.
     """
     folder, out = Path(folder), Path(out)
     if num_ranks < 1:
         raise CheckpointError(f"--ranks {num_ranks}: must be at least 1")
-    found = {int(match[1]): path for path in folder.glob(_HOST_NAME.format("*"))
-             if (match := re.fullmatch(r"checkpoint_gpu_(\d+)\.pt", path.name))}
-    lacking = [_HOST_NAME.format(rank) for rank in range(max(found, default=0) + 1) if rank not in found]
-    if lacking:
-        raise CheckpointError(f"{folder}: lacks {', '.join(lacking)}: the files of all ranks are needed")
-    paths = [found[rank] for rank in sorted(found)]
+    paths = _files_of_all_ranks(folder)
     states = [load_states(path) for path in paths]
-    for path, state in zip(paths, states):
-        if not state.keys() >= set(_HOST_KEYS):
+    for path, state in zip(paths, states, strict=True):
+        if not state.keys() >= _KEYS:
             raise CheckpointError(f"{path}: not a checkpoint of arcface_torch")
         if (state["epoch"], state["global_step"]) != (states[0]["epoch"], states[0]["global_step"]):
-            raise CheckpointError(f"{path}: is of step {state['global_step']}, but {paths[0].name} of "
-                                  f"{states[0]['global_step']}: they are not of one moment")
-    if exists := [path for rank in range(num_ranks) if (path := out / _HOST_NAME.format(rank)).exists()]:
-        raise FileExistsError(f"{exists[0]} exists and is not overwritten: choose another folder or remove it")
+            raise CheckpointError(f"{path}: is from step {state['global_step']}, but {paths[0].name} is from step "
+                                  f"{states[0]['global_step']}: give files of the same step")
+    if exists := [path for rank in range(num_ranks) if (path := out / _NAME.format(rank)).exists()]:
+        raise OverwriteError(f"{exists[0]} exists and is not overwritten: choose another folder or remove it")
 
     heads = [state["state_dict_softmax_fc"] for state in states]
     if "pool.rows" in heads[0]:
         _require_same_pools(heads, paths)
-        shared = {}
+        whole = {}
     elif all(head.keys() == {"weight"} for head in heads):
-        shared = _whole(states)
+        whole = _join(states)
     else:
-        raise CheckpointError(f"{paths[0]}: {_describe_head(heads[0])}: how its ranks share it is not known")
+        raise CheckpointError(f"{paths[0]}: {_describe_head(heads[0])}: only F²C and Partial FC can be converted")
 
     out.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     for rank in range(num_ranks):
-        new = _recounted(states[0], len(states), num_ranks) | _share(states[0], shared, rank, num_ranks)
-        written.append(out / _HOST_NAME.format(rank))
+        new = _rescale_steps(states[0], len(states), num_ranks) | _split(states[0], whole, rank, num_ranks)
+        written.append(out / _NAME.format(rank))
         with written_whole(written[-1]) as file:
             torch.save(new, file)
     return written
 
 
-def _require_same_pools(heads, paths):
-    for head, path in zip(heads, paths):
+def _files_of_all_ranks(folder: Path) -> list[Path]:
+    found = {int(match[1]): path for path in folder.glob(_NAME.format("*"))
+             if (match := re.fullmatch(r"checkpoint_gpu_(\d+)\.pt", path.name))}
+    missing = [_NAME.format(rank) for rank in range(max(found, default=0) + 1) if rank not in found]
+    if missing:
+        raise CheckpointError(f"{folder}: lacks {', '.join(missing)}: the files of all ranks are needed")
+    return [found[rank] for rank in sorted(found)]
+
+
+def _require_same_pools(heads: Sequence[Mapping[str, Tensor]], paths: Sequence[Path]) -> None:
+    for head, path in zip(heads, paths, strict=True):
         for name, value in heads[0].items():
             if name.startswith("pool.") and not torch.equal(value, head.get(name, torch.empty(0))):
-                raise CheckpointError(f"{path}: its {name} is not that of {paths[0].name}: the ranks' pools have drifted apart")
+                raise CheckpointError(f"{path}: {name} differs from {paths[0].name}: the pools of the ranks have drifted apart")
 
 
-def _of_weight(state):
-    """What the optimizer keeps for the head's one parameter, the last of all, {name: value}, and its number."""
+def _optimizer_state_of_weight(state: States) -> tuple[int, dict[str, Any]]:
+    """Number and optimizer state of the head's only parameter, which is the last one."""
     number = state["state_optimizer"]["param_groups"][-1]["params"][-1]
     return number, state["state_optimizer"]["state"].get(number, {})
 
 
-def _whole(states):
-    """The weights of all classes, and what the optimizer keeps of each, {name: (N, D)}."""
+def _join(states: Sequence[States]) -> dict[str, Tensor]:
+    """The weights of all classes and their optimizer state, {name: (N, D)}."""
     whole = {"weight": torch.cat([state["state_dict_softmax_fc"]["weight"] for state in states])}
-    for name, value in _of_weight(states[0])[1].items():
+    for name, value in _optimizer_state_of_weight(states[0])[1].items():
         if torch.is_tensor(value) and value.dim():
-            whole[name] = torch.cat([_of_weight(state)[1][name] for state in states])
+            whole[name] = torch.cat([_optimizer_state_of_weight(state)[1][name] for state in states])
     return whole
 
 
-def _share(state, shared, rank, num_ranks):
-    """The entries of a checkpoint that hold a rank's share of what is shared."""
-    if not shared:
+def _split(state: States, whole: Mapping[str, Tensor], rank: int, num_ranks: int) -> States:
+    """The entries of a rank's checkpoint that hold its part of ``whole``. Splits as Partial FC does."""
+    if not whole:
         return {}
-    mine = {name: value.tensor_split(num_ranks)[rank].clone() for name, value in shared.items()}  # split as Partial FC does
-    number, kept = _of_weight(state)
+    part = {name: value.tensor_split(num_ranks)[rank].clone() for name, value in whole.items()}
     optimizer = state["state_optimizer"]
-    kept = kept | {name: value for name, value in mine.items() if name in kept}
-    of_all = optimizer["state"] | ({number: kept} if kept else {})
-    return {"state_dict_softmax_fc": {"weight": mine["weight"]}, "state_optimizer": optimizer | {"state": of_all}}
+    number, of_weight = _optimizer_state_of_weight(state)
+    of_weight = of_weight | {name: value for name, value in part.items() if name in of_weight}
+    of_all = optimizer["state"] | ({number: of_weight} if of_weight else {})
+    return {"state_dict_softmax_fc": {"weight": part["weight"]}, "state_optimizer": optimizer | {"state": of_all}}
 
 
-def _recounted(state, before, after):
-    """The checkpoint with its steps counted for another number of ranks."""
+def _rescale_steps(state: States, before: int, after: int) -> States:
+    """The checkpoint with its steps counted for ``after`` ranks instead of ``before``."""
     epoch, step = state["epoch"], state["global_step"]
     if before == after or not epoch:
         return dict(state)
@@ -153,11 +164,11 @@ def _recounted(state, before, after):
     per_epoch = step // epoch
     schedule = dict(state["state_lr_scheduler"])
 
-    def steps(count):
+    def steps(count: int) -> int:
         return round(count / per_epoch * (per_epoch * before // after))
     for name in "last_epoch", "total_iters", "warmup_iters", "_step_count":
         if name in schedule:
             schedule[name] = steps(schedule[name])
-    if "_extra_state" in head:  # F²C's own count of steps, by which its recipe goes
+    if "_extra_state" in head:  # F²C's own step counter, which drives its schedule
         head = type(head)(head) | {"_extra_state": torch.tensor(steps(step))}
     return state | {"global_step": steps(step), "state_lr_scheduler": schedule, "state_dict_softmax_fc": head}

@@ -1,4 +1,4 @@
-"""What is installed, what is found, and what a checkout or a pack holds."""
+"""Shows the installed packages and GPUs, and examines a checkout or a pack."""
 
 import os
 import platform
@@ -7,36 +7,34 @@ from pathlib import Path
 
 import torch
 
-from f2c_plugin.data.dataset import RecordDataset
-from f2c_plugin.errors import RecordError
 from f2c_plugin.arcface_torch import patching
-from f2c_plugin.errors import UnknownPlugin
-from f2c_plugin.utils.registry import HEADS, SAMPLERS, load_plugin
-from f2c_plugin.tools.packs import describe, spread
-from f2c_plugin.errors import VerificationSetError
+from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.errors import CheckoutError, RecordError, UnknownPlugin, VerificationSetError
 from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.tools.packs import describe, spread
+from f2c_plugin.utils.registry import HEADS, SAMPLERS, load_plugin
 
 PACKAGES = ("f2c-plugin", "torch", "numpy", "easydict", "simplejpeg", "tqdm", "onnx")
 EXTRAS = ("onnxruntime", "matplotlib", "pillow", "tensorboard", "scikit-learn", "scipy", "insightface", "mxnet")
-SAMPLE = 100  # images of a set that are decoded to see whether they can be
+SAMPLE = 100  # images per set to decode as a test
 
 
 class Examination:
-    """Prints findings line by line and remembers whether one of them is bad."""
+    """Prints findings line by line and records whether one of them is bad."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.healthy = True
 
-    def note(self, what, finding):
-        print(f"  {what:<22} {finding}")
+    def note(self, name: str, finding: object) -> None:
+        print(f"  {name:<22} {finding}")
 
-    def complain(self, what, finding):
+    def complain(self, name: str, finding: object) -> None:
         self.healthy = False
-        print(f"! {what:<22} {finding}")
+        print(f"! {name:<22} {finding}")
 
 
-def examine(checkout=None, dataset=None) -> bool:
-    """Print what there is; returns whether all that was asked for is in order."""
+def examine(checkout: str | Path | None = None, dataset: str | Path | None = None) -> bool:
+    """Print all findings. Returns whether everything is in order."""
     examination = Examination()
     _versions(examination)
     _entry_points(examination)
@@ -47,24 +45,22 @@ def examine(checkout=None, dataset=None) -> bool:
     return examination.healthy
 
 
-def _versions(examination):
+def _versions(examination: Examination) -> None:
     examination.note("python", platform.python_version())
-    for package in PACKAGES:
+    for package in PACKAGES + EXTRAS:
         try:
             examination.note(package, metadata.version(package))
         except metadata.PackageNotFoundError:
-            examination.complain(package, "not installed: pip install f2c-plugin")
-    for package in EXTRAS:
-        try:
-            examination.note(package, metadata.version(package))
-        except metadata.PackageNotFoundError:
-            examination.note(package, "not installed (optional)")
+            if package in EXTRAS:
+                examination.note(package, "not installed (optional)")
+            else:
+                examination.complain(package, "not installed: pip install f2c-plugin")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     examination.note("GPUs", ", ".join(gpus) or "none: training runs on the CPU")
     examination.note("CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()}")
 
 
-def _entry_points(examination):
+def _entry_points(examination: Examination) -> None:
     for group, name in (HEADS, "f2c_dcp"), (SAMPLERS, "f2c_dual"):
         try:
             examination.note(name, f"found, {load_plugin(group, name).__module__} in {group}")
@@ -72,28 +68,28 @@ def _entry_points(examination):
             examination.complain(name, error)
 
 
-def _checkout(examination, folder):
+def _checkout(examination: Examination, folder: str | Path) -> None:
     try:
-        host = patching.find_host(folder)
-        changes = patching.plan_install(host)
-        present, files = patching.applied_patches(host), patching.patches()
-    except patching.CheckoutError as error:
+        checkout = patching.find_checkout(folder)
+        changes = patching.plan_install(checkout)
+        present, patches = patching.applied_patches(checkout), patching.patches()
+    except CheckoutError as error:
         examination.complain("checkout", error)
         return
     if not changes:
-        examination.note("checkout", f"{host} is patched, configs are in")
+        examination.note("checkout", f"{checkout} has the patches and the configs")
     elif present == 0:
-        examination.complain("checkout", f"{host} is not patched: f2c-plugin install {folder}")
+        examination.complain("checkout", f"{checkout} is not patched: f2c-plugin install {folder}")
     else:
-        missing = [patch.stem for patch in files[present:]] or [str(change.path) for change in changes]
-        examination.complain("checkout", f"{host} lacks {', '.join(missing)}: f2c-plugin install {folder}")
+        missing = [patch.stem for patch in patches[present:]] or [str(change.path) for change in changes]
+        examination.complain("checkout", f"{checkout} lacks {', '.join(missing)}: f2c-plugin install {folder}")
 
 
-def _dataset(examination, folder):
+def _dataset(examination: Examination, folder: Path) -> None:
     try:
-        dataset = RecordDataset(folder)  # without leave to skip damage: it is to be found
-        for what, finding in describe(dataset):
-            examination.note(what, finding)
+        dataset = RecordDataset(folder)  # does not skip damage, so that damage is found
+        for name, value in describe(dataset):
+            examination.note(name, value)
         sample = spread(len(dataset), SAMPLE)
         dataset.faces(sample)
         examination.note("decoded", f"{len(sample)} images")

@@ -1,52 +1,64 @@
-"""Reports on training runs, of the built-in host or of arcface_torch: pictures, and a page that holds them all."""
+"""Compares training runs of the built-in trainer or arcface_torch: plots, and a page that holds them all."""
 
 import base64
 import html
 import json
 import re
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from f2c_plugin.errors import ReportError
 from f2c_plugin.evaluation.verification import tar_at_far
-from f2c_plugin.tools.plotting import pyplot
+from f2c_plugin.tools.plotting import pyplot, save_figure
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 HEADINGS = {"curves": "Curves", "scores": "Cosines of the verification pairs", "roc": "ROC"}
+STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 _LOSS = re.compile(r"Speed ([\d.]+) samples/sec\s+Loss (\S+)\s+LearningRate (\S+).*Global Step: (\d+)")
 _MONITOR = re.compile(r"F²C step (\d+): (.*)")
-_ACCURACY = re.compile(r"\[(\w+)\]\[(\d+)\]Accuracy-Flip: ([\d.]+)")
-_OLD_NAMES = {"f2c/found": "f2c/pool_hit_rate"}  # of version 0.1
-_CONFIG = re.compile(r"(?:^|[-\s]): ([a-z0-9_]+[a-z_]) *(.*)")
+_ACCURACY = re.compile(r"\[(gallery_)?(\w+)\]\[(\d+)\]Accuracy-Flip: ([\d.]+)")
+_OLD_NAMES = {"f2c/found": "f2c/pool_hit_rate"}  # names of version 0.1
+# A time, then ": key   value". arcface_torch pads keys to 25 characters, so the value directly follows a longer key.
+_CONFIG = re.compile(r"(?:Training: )?[\d-]+ [\d:,]+[- ]: (?:(\w+) +|([a-z0-9_]{24,}[a-z_]))(.*)")
+
+Entry = dict[str, float]
+Scores = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass
 class Run:
-    """What is known of one training.
+    """The results of one training.
 
     Attributes:
-        name: of its folder.
+        name: identifies the run in plots and tables.
         history: entries with "step", "images" and scalars, in order.
         config: {key: value as text}.
-        scores: {verification set: (cosines (n,), whether the pair is one person, bool (n,))}; not
-            kept by arcface_torch without F²C.
-        facts: {what: text}, the summary.
+        scores: {verification set: (cosines (n,), whether the pair is the same, bool (n,))}; arcface_torch
+            saves them only with F²C.
+        facts: {name: text}, the summary.
     """
 
     name: str
-    history: list[dict]
+    history: list[Entry]
     config: dict[str, str]
-    scores: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder) -> "Run":
-        """Read what a training has left in ``folder``.
+    def read(cls, folder: str | Path, name: str | None = None) -> "Run":
+        """Read the results of a training from its output folder.
 
+        Args:
+            folder: the output folder.
+            name: name of the run; the folder's name if None.
         Raises:
-            ReportError: nothing that could be reported on.
+            ReportError: the folder holds no results, or damaged ones.
         """
         folder = Path(folder)
         log = folder / "training.log"
@@ -54,30 +66,30 @@ class Run:
             raise ReportError(f"{folder}: no training.log; give the output folder of a training by arcface_torch or by "
                               "f2c_plugin.train")
         lines = log.read_text(errors="replace").splitlines()
-        config = {found[1]: found[2].strip() for line in lines if (found := _CONFIG.search(line))}
-        if (folder / "history.jsonl").is_file():
-            history = [_todays_names(json.loads(line)) for line in (folder / "history.jsonl").read_text().splitlines()]
+        config = {found[1] or found[2]: found[3].strip() for line in lines if (found := _CONFIG.match(line))}
+        file = folder / "history.jsonl"
+        if file.is_file():
+            history = [_current_names(_parse_json(line, file)) for line in file.read_text().splitlines()]
         else:
-            history = _history_of_log(lines, int(config.get("total_batch_size", 1)))
+            history = _history_of_log(lines, config.get("total_batch_size", ""))
         if not history:
-            raise ReportError(f"{folder}: the training has logged no step yet")
-        run = cls(folder.resolve().name, history, config)
+            raise ReportError(f"{folder}: the training has not logged a step yet")
+        run = cls(name or folder.resolve().name, history, config)
         for path in sorted(folder.glob("*_scores.npz")):
-            with np.load(path) as saved:
-                run.scores[path.name.removesuffix("_scores.npz")] = saved["scores"], saved["same"]
-        run.facts = run._summarise(folder)
+            run.scores[path.name.removesuffix("_scores.npz")] = _read_scores(path)
+        run.facts = run._summarize(folder)
         return run
 
-    def series(self, name: str) -> list[tuple[int, float]]:
-        """(images seen, value) wherever ``name`` was logged."""
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """(images seen, value) of every entry that holds ``name``."""
         return [(entry["images"], entry[name]) for entry in self.history if name in entry]
 
     @property
     def accuracies(self) -> list[str]:
-        """The scalars that are accuracies."""
+        """The names of the scalars that are accuracies."""
         return sorted({name for entry in self.history for name in entry if name.endswith("accuracy")})
 
-    def _summarise(self, folder):
+    def _summarize(self, folder: Path) -> dict[str, str]:
         last = {name: value for entry in self.history for name, value in entry.items()}
         speeds = [value for _, value in self.series("images_per_second")]
         facts = {"head": self.config.get("head", ""), "network": self.config.get("network", ""),
@@ -88,86 +100,118 @@ class Run:
             facts[f"{name} (last, best)"] = f"{last[name]:.2%}, {best:.2%}"
         for name, (scores, same) in self.scores.items():
             facts |= {f"{name}: TAR at FAR {far:g}": f"{tar_at_far(scores, same, far):.2%}" for far in FARS}
-        if (folder / "report.json").is_file():
-            summary = json.loads((folder / "report.json").read_text())
-            facts |= {"shipped": f"the {summary['exported']} net", "minutes": f"{summary['seconds'] / 60:.1f}"}
+        file = folder / "report.json"
+        if file.is_file():
+            summary = _parse_json(file.read_text(), file)
+            facts |= {"exported net": summary["exported"], "minutes": f"{summary['seconds'] / 60:.1f}"}
             if "peak_mb" in summary:
                 facts["peak memory of rank 0, MB"] = f"{summary['peak_mb']:,}"
-            if summary.get("onnx_cosine"):
-                facts["ONNX to PyTorch, smallest cosine"] = f"{summary['onnx_cosine']:.6f}"
+            if isinstance(cosine := summary.get("onnx_cosine"), float):
+                facts["ONNX to PyTorch, smallest cosine"] = f"{cosine:.6f}"
         return facts
 
 
-def _history_of_log(lines, images_per_step):
-    """The entries of a run of arcface_torch, from the lines of its log."""
-    entries = {}
+def _parse_json(text: str, file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ReportError(f"{file}: damaged: {error}") from error
 
-    def entry(step):
+
+def _read_scores(path: Path) -> Scores:
+    try:
+        with np.load(path) as saved:
+            return saved["scores"], saved["same"]
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ReportError(f"{path}: damaged: {error}") from error
+
+
+def _history_of_log(lines: Sequence[str], total_batch_size: str) -> list[Entry]:
+    """The entries of a run of arcface_torch, from the lines of its log."""
+    images_per_step = int(total_batch_size) if total_batch_size.isdecimal() else 1
+    entries: dict[int, Entry] = {}
+
+    def entry(step: str) -> Entry:
         return entries.setdefault(int(step), {"step": int(step), "images": int(step) * images_per_step})
     for line in lines:
         if found := _LOSS.search(line):
             entry(found[4]).update(loss=float(found[2]), learning_rate=float(found[3]), images_per_second=float(found[1]))
         elif found := _ACCURACY.search(line):
-            of_gallery, name = re.fullmatch(r"(gallery_)?(.*)", found[1]).groups("")
-            entry(found[2])[f"{name}/{of_gallery}accuracy"] = float(found[3])
+            entry(found[3])[f"{found[2]}/{found[1] or ''}accuracy"] = float(found[4])
         elif found := _MONITOR.search(line):
             for name, value in re.findall(r"([a-zA-Z -]+?) (nan|-?[\d.]+)(?: steps)?(?:  |$)", found[2]):
                 if value != "nan":
                     entry(found[1])["f2c/" + name.strip().replace(" ", "_").replace("-", "_")] = float(value)
-    return [_todays_names(entries[step]) for step in sorted(entries)]
+    return [_current_names(entries[step]) for step in sorted(entries)]
 
 
-def _todays_names(entry):
+def _current_names(entry: Entry) -> Entry:
     return {_OLD_NAMES.get(name, name): value for name, value in entry.items()}
 
 
-def report(folders, out=None) -> Path:
-    """Print the summary of one run or several, draw their pictures, and write ``report.html`` that holds it all.
+def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Print the summaries of runs, plot the runs, and write ``report.html``, which holds everything.
 
     The page needs no network. Needs matplotlib.
 
     Args:
         folders: output folders of trainings.
-        out: where to; the first of ``folders`` if None.
+        out: folder to write into; the first of ``folders`` if None.
     Returns:
-        The page; the PNGs are beside it.
+        The page. The PNGs are next to it.
     """
-    runs = [Run.read(folder) for folder in folders]
+    runs = [Run.read(folder, name) for folder, name in zip(folders, _distinct_names(folders), strict=True)]
     for run in runs:
         print(run.name)
-        for what, fact in run.facts.items():
-            print(f"  {what:<34} {fact}")
+        for name, fact in run.facts.items():
+            print(f"  {name:<34} {fact}")
     out = Path(out or folders[0])
     out.mkdir(parents=True, exist_ok=True)
-    pictures = [draw_curves(runs, out / "curves.png")]
+    plots = [draw_curves(runs, out / "curves.png")]
     if any(run.scores for run in runs):
-        pictures += [draw_scores(runs, out / "scores.png"), draw_roc(runs, out / "roc.png")]
+        plots += [draw_scores(runs, out / "scores.png"), draw_roc(runs, out / "roc.png")]
     page = out / "report.html"
-    page.write_text(_page(runs, pictures), encoding="utf-8")
+    page.write_text(_page(runs, plots), encoding="utf-8")
     return page
 
 
-def draw_curves(runs: list[Run], path) -> Path:
-    """Loss, verification accuracy, cosines and pool of runs, against images seen."""
-    plt = pyplot()
+def _distinct_names(folders: Sequence[str | Path]) -> list[str]:
+    """The folders' names, each with as many parent folders as make it unique."""
+    paths = [Path(folder).resolve() for folder in folders]
+
+    def end(path: Path, depth: int) -> str:
+        return "/".join(path.parts[-depth:])
+
+    def name(path: Path) -> str:
+        ends = (end(path, depth) for depth in range(1, len(path.parts))
+                if [end(other, depth) for other in paths].count(end(path, depth)) == 1)
+        return next(ends, str(path))
+    return [name(path) for path in paths]
+
+
+def draw_curves(runs: Sequence[Run], path: Path) -> Path:
+    """Plot loss, verification accuracy, cosines and pool statistics against images seen."""
+    accuracies = {name: _label_of(name) for run in runs for name in run.accuracies}
     panels = [("loss", {"loss": ""}, None),
-              ("verification accuracy", {name: _of_accuracy(name) for run in runs for name in run.accuracies}, None),
-              ("cosines to the pool", {"f2c/positive_cosine": "own slot", "f2c/hard_negative_cosine": "hardest negatives"}, None),
-              ("pool", {"f2c/pool_fill": "slots taken", "f2c/pool_hit_rate": "probes whose identity is in the pool"}, (0, 1.05)),
+              ("verification accuracy", accuracies, None),
+              ("cosines to the pool", {"f2c/positive_cosine": "own slot", "f2c/hard_negative_cosine": "hardest negatives"},
+               None),
+              ("pool", {"f2c/pool_fill": "occupied slots", "f2c/pool_hit_rate": "probes with their identity in the pool"},
+               (0, 1.05)),
               ("age of the features in the pool, steps", {"f2c/age": ""}, None),
-              ("evictions a step", {"f2c/evictions": ""}, None)]
+              ("evictions per step", {"f2c/evictions": ""}, None)]
     panels = [panel for panel in panels if any(run.series(name) for run in runs for name in panel[1])]
     columns = min(3, len(panels))
-    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(4.4 * columns, 3.4 * -(-len(panels) // columns)),
-                                squeeze=False, layout="constrained")
-    for axis, (title, lines, limits) in zip(axes.flat, panels):
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot().subplots(rows, columns, figsize=(4.4 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    for axis, (title, lines, limits) in zip(axes.flat, panels, strict=False):  # the last axes may stay empty
         for number, run in enumerate(runs):
-            for style, (name, label) in zip(("-", "--", ":", "-."), lines.items()):
+            for style, (name, line) in zip(cycle(STYLES), lines.items(), strict=False):
                 if points := run.series(name):
-                    label = ", ".join(part for part in (run.name if len(runs) > 1 else "", label) if part)
-                    colour = {"color": f"C{number}"} if len(runs) > 1 else {}
-                    axis.plot(*zip(*points), style if len(runs) > 1 else "-", label=label or None,
-                              marker="o" if len(points) < 20 else None, markersize=4, **colour)
+                    look: dict[str, Any] = {"color": f"C{number}", "linestyle": style} if len(runs) > 1 else {}
+                    label = ", ".join(part for part in (run.name if len(runs) > 1 else "", line) if part)
+                    axis.plot(*zip(*points, strict=True), label=label or None, marker="o" if len(points) < 20 else None,
+                              markersize=4, **look)
         axis.set(title=title, xlabel="images seen", ylim=limits)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
         axis.grid(alpha=0.3)
@@ -175,23 +219,22 @@ def draw_curves(runs: list[Run], path) -> Path:
             axis.legend(fontsize=8)
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
-    if len(runs) == 1 and (scales := runs[0].series("f2c/scale")):  # under the ramp the loss grows because its scale does
+    if len(runs) == 1 and (scales := runs[0].series("f2c/scale")):  # with the ramp, the loss grows with its scale
         axis = axes[0, 0].twinx()
-        axis.plot(*zip(*scales), "k:", alpha=0.5)
+        axis.plot(*zip(*scales, strict=True), "k:", alpha=0.5)
         axis.set(ylabel="scale s (dotted)", ylim=(0, None))
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _of_accuracy(name):
-    return name.split("/")[0] + (", gallery net" if "gallery" in name else "")
+def _label_of(accuracy: str) -> str:
+    return accuracy.split("/")[0] + (", gallery net" if "gallery" in accuracy else "")
 
 
-def draw_scores(runs: list[Run], path) -> Path:
-    """Histograms of the cosines of same and of different pairs, a panel for each run and set."""
-    plt = pyplot()
+def draw_scores(runs: Sequence[Run], path: Path) -> Path:
+    """Plot histograms of the cosines of same and different pairs, one panel per run and set."""
     panels = [(run, name) for run in runs for name in run.scores]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(6, 3.2 * len(panels)), squeeze=False, layout="constrained")
-    for axis, (run, name) in zip(axes[:, 0], panels):
+    figure, axes = pyplot().subplots(len(panels), 1, figsize=(6, 3.2 * len(panels)), squeeze=False, layout="constrained")
+    for axis, (run, name) in zip(axes[:, 0], panels, strict=True):
         scores, same = run.scores[name]
         bins = np.linspace(min(scores.min(), 0), 1, 60)
         for answer, label in (False, "different people"), (True, "same person"):
@@ -199,39 +242,33 @@ def draw_scores(runs: list[Run], path) -> Path:
         axis.set(title=f"{run.name}: {name}", xlabel="cosine of the embeddings", ylabel="pairs")
         axis.legend()
         axis.grid(alpha=0.3)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def draw_roc(runs: list[Run], path) -> Path:
-    """TAR against FAR of every run and set."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+def draw_roc(runs: Sequence[Run], path: Path) -> Path:
+    """Plot TAR against FAR for every run and set."""
+    figure, axis = pyplot().subplots(figsize=(6, 4.2), layout="constrained")
     for run in runs:
         for name, (scores, same) in run.scores.items():
             order = np.argsort(-scores)
             far, tar = (np.cumsum(same[order] == answer) / max((same == answer).sum(), 1) for answer in (False, True))
-            axis.semilogx(np.maximum(far, 0.5 / max((~same).sum(), 1)), tar, label=f"{run.name}: {name}", drawstyle="steps-post")
+            far = np.maximum(far, 0.5 / max((~same).sum(), 1))  # a log axis cannot show 0
+            axis.semilogx(far, tar, label=f"{run.name}: {name}", drawstyle="steps-post")
     axis.set(xlabel="FAR, different people accepted", ylabel="TAR, same person accepted", ylim=(0, 1.02))
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3, which="both")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _save(figure, path):
-    figure.savefig(path, dpi=120)
-    pyplot().close(figure)
-    return Path(path)
-
-
-def _page(runs, pictures):
-    facts = list(dict.fromkeys(what for run in runs for what in run.facts))
+def _page(runs: Sequence[Run], plots: Sequence[Path]) -> str:
+    facts = list(dict.fromkeys(name for run in runs for name in run.facts))
     keys = sorted({key for run in runs for key in run.config})
     differing = [key for key in keys if len({run.config.get(key) for run in runs}) > 1]
     shown = differing if len(runs) > 1 else keys
-    parts = [_table("Summary", runs, facts, lambda run, what: run.facts.get(what, ""))]
-    for picture in pictures:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<h2>{HEADINGS[picture.stem]}</h2>\n<img alt="{picture.stem}" src="data:image/png;base64,{data}">')
+    parts = [_table("Summary", runs, facts, lambda run, name: run.facts.get(name, ""))]
+    for plot in plots:
+        data = base64.b64encode(plot.read_bytes()).decode()
+        parts.append(f'<h2>{HEADINGS[plot.stem]}</h2>\n<img alt="{plot.stem}" src="data:image/png;base64,{data}">')
     parts.append(_table("Config, where it differs" if len(runs) > 1 else "Config", runs, shown,
                         lambda run, key: run.config.get(key, "not set")))
     title = html.escape(", ".join(run.name for run in runs))
@@ -245,7 +282,7 @@ table {{ border-collapse: collapse; }} th, td {{ border: 1px solid #ccc; padding
 """
 
 
-def _table(title, runs, rows, cell):
+def _table(title: str, runs: Sequence[Run], rows: Sequence[str], cell: Callable[[Run, str], str]) -> str:
     head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
     body = "\n".join(f"<tr><th>{html.escape(row)}</th>" + "".join(f"<td>{html.escape(cell(run, row))}</td>" for run in runs)
                      + "</tr>" for row in rows)

@@ -1,4 +1,4 @@
-"""What arcface_torch asks the head for at verification and at the end: accuracies of both nets, and the net that becomes model.pt."""
+"""The head's methods that arcface_torch calls: verification, and selection of the net that becomes model.pt."""
 
 import logging
 import re
@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from f2c_plugin.models import get_model
+from f2c_plugin.arcface_torch.entry_points import f2c_dcp
 from f2c_plugin.config import load_config
 from f2c_plugin.errors import ConfigError
-from f2c_plugin.arcface_torch.entry_points import f2c_dcp
+from f2c_plugin.models import get_model
 from f2c_plugin.trainer.build import margin_loss
 
 
 def head_of(path):
-    """A head as arcface_torch has it after some steps, whose two nets differ, and its probe net."""
+    """A head after some steps in arcface_torch, with two different nets, and its probe net."""
     torch.manual_seed(0)
     cfg = load_config(path)
     probe_net = get_model(cfg.network, cfg.embedding_size)
@@ -41,16 +41,18 @@ def test_the_chosen_net_is_selected_and_both_accuracies_are_logged(config, caplo
     head, probe_net = head_of(config(output=".", f2c_export=export))
     with caplog.at_level(logging.INFO):
         selected = head.select_net()
-    logged = {which: float(found) for which, found in re.findall(r"\[(gallery_|)synth\]\[30\]Accuracy-Flip: (\d\.\d+)", caplog.text)}
+    pattern = r"\[(gallery_|)synth\]\[30\]Accuracy-Flip: (\d\.\d+)"
+    logged = {which: float(accuracy) for which, accuracy in re.findall(pattern, caplog.text)}
     accuracies = {"probe": logged[""], "gallery": logged["gallery_"]}
-    which = max(accuracies, key=accuracies.get) if export == "best" else export
-    assert selected is {"probe": probe_net, "gallery": head.gallery.net}[which] and f"model.pt is the {which} net" in caplog.text
+    which = max(accuracies, key=lambda net: accuracies[net]) if export == "best" else export
+    assert selected is {"probe": probe_net, "gallery": head.gallery.net}[which]
+    assert f"model.pt is the {which} net" in caplog.text
     assert accuracies["probe"] != accuracies["gallery"]
     scores = [np.load(name)["scores"] for name in ("synth_scores.npz", "gallery_synth_scores.npz")]
     assert len(scores[0]) == 60 and not np.allclose(*scores)
 
 
-def test_best_with_nothing_to_choose_by_is_refused_at_the_start_and_sets_that_are_not_there_are_passed_over(config, caplog):
+def test_best_without_a_verification_set_is_refused_at_the_start_and_missing_sets_are_skipped(config, caplog):
     for val_targets in [], ["lfw"]:
         with pytest.raises(ConfigError, match=r"f2c_export='best', but of val_targets=\[.*\] there is none in"):
             head_of(config(f2c_export="best", val_targets=val_targets))

@@ -1,4 +1,4 @@
-"""The head's own log: what it says, what it warns of, and that it reads nothing in between."""
+"""The monitor of the head: log lines, scalars, warnings, and no reads in between."""
 
 import logging
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from f2c_plugin.method.head import StepStatistics
 from f2c_plugin.errors import TrainingDiverged
 from f2c_plugin.evaluation.monitor import Monitor
+from f2c_plugin.method.head import StepStatistics
 from f2c_plugin.method.pool import DynamicClassPool
 
 
@@ -35,7 +35,8 @@ def test_every_so_many_steps_it_logs_averages_and_keeps_them_as_scalars(caplog, 
     pool = pool_after(3)
     with caplog.at_level(logging.INFO):
         for step in range(1, 9):
-            monitor.update(step, statistics(pool_hit_rate=step / 10, positive_cosine=float("nan") if step < 8 else 0.5), pool, 2)
+            cosine = float("nan") if step < 8 else 0.5
+            monitor.update(step, statistics(pool_hit_rate=step / 10, positive_cosine=cosine), pool, 2)
             assert bool(monitor.scalars) == (step >= 4)
     lines = [record.message for record in caplog.records]
     assert [line.split(":")[0] for line in lines] == ["F²C step 4", "F²C step 8"]
@@ -54,7 +55,7 @@ def test_every_so_many_steps_it_logs_averages_and_keeps_them_as_scalars(caplog, 
     (dict(evictions=4.0), 2, 10**6, "only 2.0 steps before they are evicted: raise f2c_pool_rate"),
     (dict(not_finite=1.0), 2, 10**6, "2 gallery features were not finite"),
 ])
-def test_what_goes_wrong_is_said_once_with_the_key_to_turn(caplog, given, writes, total_steps, message):
+def test_a_problem_is_logged_once_with_the_key_to_change(caplog, given, writes, total_steps, message):
     monitor = Monitor(2, total_steps)
     pool = pool_after(20)
     for step in range(1, 3):
@@ -67,7 +68,7 @@ def test_what_goes_wrong_is_said_once_with_the_key_to_turn(caplog, given, writes
 
 
 def test_a_pool_of_stale_features_is_noticed(caplog):
-    pool = pool_after(4)  # eight identities, of whom two come again and again
+    pool = pool_after(4)  # eight identities, two of which come again and again
     for _ in range(250):
         pool.commit(pool.preview(torch.arange(2), torch.randn(2, 4)))
     Monitor(1, 10_000).update(1, statistics(), pool, 2)
@@ -76,7 +77,7 @@ def test_a_pool_of_stale_features_is_noticed(caplog):
     assert "are 189 steps old on average, of 1000 in all, and the net has changed since: lower f2c_pool_rate" in caplog.text
 
 
-def test_a_fall_of_the_positives_cosine_is_noticed_each_time_it_falls(caplog):
+def test_every_fall_of_the_positive_cosine_is_noticed(caplog):
     monitor = Monitor(1, 10**6)
     pool = pool_after(3)
     for step, cosine in enumerate((0.3, 0.6, 0.55, 0.4, 0.45, 0.6, 0.3), 1):
@@ -85,7 +86,7 @@ def test_a_fall_of_the_positives_cosine_is_noticed_each_time_it_falls(caplog):
     assert len(falls) == 2 and "from 0.60 to 0.40" in falls[0] and "f2c_momentum" in falls[0]
 
 
-def test_a_monitory_run_is_not_warned(caplog):
+def test_a_normal_run_gets_no_warnings(caplog):
     monitor = Monitor(1, 1000)
     for step in range(1, 6):
         monitor.update(step, statistics(evictions=0.5), pool_after(20), 2)

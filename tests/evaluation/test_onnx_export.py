@@ -1,19 +1,21 @@
-"""Exported nets: out of every kind of file, and in the hands of the real insightface package."""
+"""Exported nets: loaded from every kind of file, and used by the real insightface package."""
+
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from f2c_plugin.models import get_model
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import normalize_faces
-from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.errors import ExportError
-from f2c_plugin.evaluation.onnx_export import load_net
+from f2c_plugin.evaluation.onnx_export import export_checked, load_net
+from f2c_plugin.method.gallery import GalleryNet
+from f2c_plugin.models import get_model
 
 
 def trained(name="small", size=32):
-    """A net whose BatchNorm statistics are not those of a new one."""
+    """A net whose BatchNorm statistics differ from the initial ones."""
     torch.manual_seed(0)
     net = get_model(name, size)
     for _ in range(2):
@@ -23,13 +25,13 @@ def trained(name="small", size=32):
 
 @pytest.fixture
 def files(tmp_path):
-    """model.pt, and checkpoints as the built-in host and arcface_torch write them, with a gallery net of its own."""
+    """A model.pt, and checkpoints of the built-in trainer and arcface_torch with a different gallery net."""
     probe, other = trained(), get_model("small", 32)
     gallery = {"gallery." + name: value for name, value in GalleryNet(other).state_dict().items()}
     head = gallery | {"pool.clock": torch.tensor(3)}
     torch.save(probe.state_dict(), tmp_path / "model.pt")
     torch.save({"backbone": probe.state_dict(), "head": head}, tmp_path / "ours.pt")
-    torch.save({"state_dict_backbone": probe.state_dict(), "state_dict_softmax_fc": head}, tmp_path / "hosts.pt")
+    torch.save({"state_dict_backbone": probe.state_dict(), "state_dict_softmax_fc": head}, tmp_path / "theirs.pt")
     return tmp_path, probe, other
 
 
@@ -37,7 +39,7 @@ def assert_equal(net, expected):
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["model.pt", "ours.pt", "hosts.pt"])
+@pytest.mark.parametrize("name", ["model.pt", "ours.pt", "theirs.pt"])
 def test_nets_are_found_in_every_kind_of_file(files, name):
     folder, probe, gallery = files
     assert_equal(load_net(folder / name), probe)
@@ -47,13 +49,13 @@ def test_nets_are_found_in_every_kind_of_file(files, name):
 
 def test_what_holds_no_net_is_refused_and_nothing_is_written(files):
     folder, *_ = files
-    with pytest.raises(ExportError, match="holds no gallery net; a checkpoint of"):
+    with pytest.raises(ExportError, match="holds no gallery net: give a checkpoint of"):
         load_net(folder / "model.pt", "gallery")
     (folder / "text.pt").write_text("not a checkpoint")
-    with pytest.raises(ExportError, match="no file that holds a net"):
+    with pytest.raises(ExportError, match="text.pt: holds no net"):
         load_net(folder / "text.pt")
     torch.save({"weight": torch.zeros(3)}, folder / "other.pt")
-    with pytest.raises(SystemExit, match="of none of the nets r18"):
+    with pytest.raises(SystemExit, match="its weights fit none of the nets r18"):
         cli(["export", str(folder / "other.pt"), str(folder / "model.onnx")])
     with pytest.raises(SystemExit, match="is the trained model itself"):
         cli(["export", str(folder / "model.pt"), str(folder / "." / "model.pt")])
@@ -82,3 +84,9 @@ def test_the_insightface_package_loads_the_export_and_embeds_as_pytorch_does(tmp
         expected = net(normalize_faces(torch.from_numpy(faces))).numpy()
     cosine = (embeddings * expected).sum(1) / np.linalg.norm(embeddings, axis=1) / np.linalg.norm(expected, axis=1)
     assert cosine.min() > 0.9999
+
+
+def test_without_onnxruntime_the_export_is_not_compared(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert export_checked(trained(), tmp_path / "model.onnx") is None and (tmp_path / "model.onnx").is_file()
+    assert "is not compared with PyTorch: onnxruntime cannot be imported" in caplog.text

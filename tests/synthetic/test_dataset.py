@@ -1,4 +1,6 @@
-"""Synthetic faces: same bytes every time, people who differ, and a layout that InsightFace would write."""
+"""Synthetic faces: the same bytes every time, distinct identities, and InsightFace's layout."""
+
+import sys
 
 import numpy as np
 import pytest
@@ -6,9 +8,9 @@ import simplejpeg
 
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import RecordDataset
-from f2c_plugin.synthetic.face import draw_face, draw_identity
-from f2c_plugin.synthetic.dataset import write_dataset
 from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.synthetic.dataset import write_dataset
+from f2c_plugin.synthetic.face import draw_face, draw_identity
 
 FILES = "train.rec", "train.idx", "property", "synth.bin"
 
@@ -34,25 +36,26 @@ def test_the_command_writes_a_pack_a_verification_set_and_a_contact_sheet(tmp_pa
     trained_on = {dataset.face(i).tobytes() for i in range(20)}
     seen = [simplejpeg.decode_jpeg(image).tobytes() for image in verification_set.images]
     assert not trained_on & set(seen)
-    assert all(first != second for first, second in zip(seen[::2], seen[1::2]))
+    assert all(first != second for first, second in zip(seen[::2], seen[1::2], strict=True))
 
 
-def test_a_pack_that_is_there_is_not_overwritten(tmp_path):
+def test_an_existing_pack_is_not_overwritten(tmp_path):
     (tmp_path / "train.rec").write_bytes(b"years of work")
     with pytest.raises(SystemExit, match="train.rec exists and is not overwritten"):
         cli(["synth", str(tmp_path), "--identities", "5"])
     assert (tmp_path / "train.rec").read_bytes() == b"years of work"
 
 
-@pytest.mark.parametrize("option, value", [("--identities", "0"), ("--images-per-identity", "-1"), ("--pairs", "1")])
-def test_counts_that_make_no_dataset_are_refused(tmp_path, option, value):
+@pytest.mark.parametrize("option, value", [("--identities", "0"), ("--images-per-identity", "-1"), ("--pairs", "1"),
+                                           ("--processes", "0")])
+def test_counts_that_are_too_small_are_refused(tmp_path, option, value):
     arguments = {"--identities": "3", option: value}
     with pytest.raises(SystemExit, match=f"{option} {value}: must be at least"):
         cli(["synth", str(tmp_path / "new"), *(word for pair in arguments.items() for word in pair)])
     assert not (tmp_path / "new").exists()
 
 
-def test_pictures_of_one_person_are_more_alike_than_pictures_of_two():
+def test_pictures_of_one_identity_are_more_alike_than_pictures_of_two():
     rng = np.random.default_rng(0)
     faces = np.array([[draw_face(identity, rng) for _ in range(6)] for identity in
                       [draw_identity(rng) for _ in range(30)]]).astype(np.float64)  # (30, 6, 112, 112, 3)
@@ -60,10 +63,17 @@ def test_pictures_of_one_person_are_more_alike_than_pictures_of_two():
     mean = faces.mean(axis=1, keepdims=True)
     within = ((faces - mean) ** 2).mean()
     between = ((mean - mean.mean(axis=0)) ** 2).mean()
-    assert between > within / 6 * 1.2  # 6 pictures of strangers would have within / 6
+    assert between > within / 6 * 1.2  # 6 pictures of different identities would give within / 6
 
 
-def test_pictures_of_one_person_all_differ():
+def test_pictures_of_one_identity_all_differ():
     rng = np.random.default_rng(1)
     identity = draw_identity(rng)
     assert len({draw_face(identity, rng).tobytes() for _ in range(20)}) == 20
+
+
+def test_without_pillow_the_contact_sheet_is_skipped_with_the_command_that_installs_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    cli(["synth", str(tmp_path), "--identities", "2", "--images-per-identity", "1", "--pairs", "2"])
+    assert "no contact_sheet.png: PIL cannot be imported" in (printed := capsys.readouterr().out)
+    assert "pip install 'f2c-plugin[plot]'" in printed and (tmp_path / "train.rec").is_file()

@@ -1,4 +1,4 @@
-"""Looking into checkpoints, and turning arcface_torch's into those of another number of ranks."""
+"""Summaries of checkpoints, and converting arcface_torch's to another number of ranks."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from f2c_plugin.errors import CheckpointError
-from f2c_plugin.utils.safe_load import load_states
 from f2c_plugin.cli import main as cli
+from f2c_plugin.errors import CheckpointError, OverwriteError
 from f2c_plugin.method.head import F2CHead
 from f2c_plugin.method.pool import DynamicClassPool
 from f2c_plugin.tools.checkpoints import merge
+from f2c_plugin.utils.safe_load import load_states
 from tests.runs import run
 from tests.trainer.test_checkpoint import checkpoints
 
@@ -19,15 +19,15 @@ CLASSES = 11
 
 
 class Head(nn.Module):
-    """Names and shapes of the host's Partial FC on one rank."""
+    """Names and shapes of arcface_torch's Partial FC on one rank."""
 
     def __init__(self, weight):
         super().__init__()
         self.weight = nn.Parameter(weight)
 
 
-def write_host_checkpoints(folder, heads, epoch=3, per_epoch=40):
-    """What arcface_torch writes with heads that have learnt for a step; returns each rank's optimizer."""
+def write_checkpoints(folder, heads, epoch=3, per_epoch=40):
+    """Write what arcface_torch writes, with heads after one step. Returns each rank's optimizer."""
     torch.manual_seed(5)
     net = nn.Linear(4, 4)
     optimizers = []
@@ -46,20 +46,21 @@ def write_host_checkpoints(folder, heads, epoch=3, per_epoch=40):
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 3), (2, 3), (3, 2)])
-def test_partial_fc_is_put_together_and_shared_out_with_what_the_optimizer_knows(tmp_path, before, after):
+def test_partial_fc_is_joined_and_split_with_its_optimizer_state(tmp_path, before, after):
     weight = torch.randn(CLASSES, 4)
     heads = [Head(part.clone()) for part in weight.tensor_split(before)]
-    optimizers = write_host_checkpoints(tmp_path, heads)
+    optimizers = write_checkpoints(tmp_path, heads)
     written = merge(tmp_path, tmp_path / "new", after)
     assert [path.name for path in written] == [f"checkpoint_gpu_{rank}.pt" for rank in range(after)]
     states = [load_states(path) for path in written]
-    # Partial FC's own rule of who has how many classes.
+    # Partial FC's own rule for the number of classes per rank.
     assert [len(state["state_dict_softmax_fc"]["weight"]) for state in states] == [
         CLASSES // after + (rank < CLASSES % after) for rank in range(after)]
     assert torch.equal(torch.cat([state["state_dict_softmax_fc"]["weight"] for state in states]),
                        torch.cat([head.weight.detach() for head in heads]))
+    momentum = [optimizer.state[head.weight]["momentum_buffer"] for optimizer, head in zip(optimizers, heads, strict=True)]
     assert torch.equal(torch.cat([state["state_optimizer"]["state"][2]["momentum_buffer"] for state in states]),
-                       torch.cat([optimizer.state[head.weight]["momentum_buffer"] for optimizer, head in zip(optimizers, heads)]))
+                       torch.cat(momentum))
     for state in states:
         head = Head(torch.zeros_like(state["state_dict_softmax_fc"]["weight"]))
         optimizer = torch.optim.SGD([{"params": nn.Linear(4, 4).parameters()}, {"params": head.parameters()}], lr=0.1)
@@ -81,14 +82,14 @@ class PoolHead(nn.Module):
 
 
 def test_a_pool_is_the_same_on_any_number_of_ranks_and_pools_that_differ_are_refused(tmp_path):
-    write_host_checkpoints(tmp_path, [PoolHead(), PoolHead()])
+    write_checkpoints(tmp_path, [PoolHead(), PoolHead()])
     for path in merge(tmp_path, tmp_path / "new", 3):
         head = PoolHead(seed=1)
         head.load_state_dict(load_states(path)["state_dict_softmax_fc"])
         assert torch.equal(head.pool.rows, PoolHead().pool.rows)
-        assert head.steps == load_states(path)["global_step"] == 3 * (40 * 2 // 3)  # where the recipe goes on
-    write_host_checkpoints(tmp_path, [PoolHead(), PoolHead(seed=1)])
-    with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: its pool.rows is not that of checkpoint_gpu_0.pt"):
+        assert head.steps == load_states(path)["global_step"] == 3 * (40 * 2 // 3)  # where the schedule continues
+    write_checkpoints(tmp_path, [PoolHead(), PoolHead(seed=1)])
+    with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: pool.rows differs from checkpoint_gpu_0.pt"):
         merge(tmp_path, tmp_path / "newer", 3)
     assert not (tmp_path / "newer").exists()
 
@@ -97,11 +98,11 @@ def test_files_that_do_not_belong_together_are_refused_with_the_reason_and_nothi
     with pytest.raises(CheckpointError, match="lacks checkpoint_gpu_0.pt"):
         merge(tmp_path, tmp_path / "new", 2)
     heads = [Head(torch.randn(3, 4)) for _ in range(3)]
-    write_host_checkpoints(tmp_path, heads)
+    write_checkpoints(tmp_path, heads)
     for ranks, message in (0, "--ranks 0"), (-1, "--ranks -1"):
         with pytest.raises(CheckpointError, match=message):
             merge(tmp_path, tmp_path / "new", ranks)
-    with pytest.raises(FileExistsError, match="checkpoint_gpu_0.pt exists and is not overwritten"):
+    with pytest.raises(OverwriteError, match="checkpoint_gpu_0.pt exists and is not overwritten"):
         merge(tmp_path, tmp_path, 2)
     (tmp_path / "checkpoint_gpu_1.pt").rename(tmp_path / "one")
     with pytest.raises(CheckpointError, match="lacks checkpoint_gpu_1.pt: the files of all ranks"):
@@ -113,19 +114,19 @@ def test_files_that_do_not_belong_together_are_refused_with_the_reason_and_nothi
     saved = load_states(tmp_path / "checkpoint_gpu_1.pt")
     torch.save(saved | {"global_step": 7}, tmp_path / "other.pt")
     (tmp_path / "other.pt").replace(tmp_path / "checkpoint_gpu_1.pt")
-    with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: is of step 7, but checkpoint_gpu_0.pt of 120"):
+    with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: is from step 7, but checkpoint_gpu_0.pt is from step 120"):
         merge(tmp_path, tmp_path / "new", 2)
     assert not (tmp_path / "new").exists()
 
 
-def test_inspect_tells_of_both_hosts_files(config, capsys, tmp_path):
+def test_inspect_summarizes_checkpoints_of_arcface_torch_and_the_built_in_trainer(config, capsys, tmp_path):
     run(config(num_epoch=1, val_targets=[], save_all_states=True))
-    write_host_checkpoints(tmp_path, [PoolHead(), Head(torch.full((3, 4), torch.nan))])
+    write_checkpoints(tmp_path, [PoolHead(), Head(torch.full((3, 4), torch.nan))])
     cli(["checkpoint", "inspect", str(checkpoints()[0]), "checkpoint_gpu_0.pt", "checkpoint_gpu_1.pt"])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for line in ("f2c_plugin.train", "1 with 12 images each", "F²C, 12 slots of 2 × 32, 12 taken", "arcface_torch",
                  "F²C, 8 slots of 2 × 4, 0 taken", "weights of 3 classes × 4, 12 of them NOT FINITE"):
-        assert line in told, told
+        assert line in printed, printed
     Path("model.pt").write_bytes(b"PK")
     with pytest.raises(SystemExit, match="f2c-plugin checkpoint: model.pt: not a whole checkpoint"):
         cli(["checkpoint", "inspect", "model.pt"])
@@ -135,6 +136,6 @@ def test_inspect_tells_of_both_hosts_files(config, capsys, tmp_path):
 
 
 def test_merge_is_a_command(tmp_path, capsys):
-    write_host_checkpoints(tmp_path, [Head(torch.randn(3, 4))])
+    write_checkpoints(tmp_path, [Head(torch.randn(3, 4))])
     cli(["checkpoint", "merge", str(tmp_path), str(tmp_path / "new"), "--ranks", "2"])
     assert capsys.readouterr().out.split() == [str(tmp_path / "new" / f"checkpoint_gpu_{rank}.pt") for rank in (0, 1)]

@@ -1,6 +1,7 @@
-"""What is said of a pack, damage that is found and got over, and packs made from folders."""
+"""Packs: summaries, damage found and skipped, contact sheets, and packs made from folders."""
 
 import logging
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import FIXTURES
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.loader import DualLoader
@@ -17,6 +17,7 @@ from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.data.writer import RecordWriter, pack_image_record
 from f2c_plugin.errors import RecordError
 from f2c_plugin.tools.packs import pack_folder, verify
+from tests.conftest import FIXTURES
 
 
 def picture(seed, size=112, mode="RGB"):
@@ -53,7 +54,7 @@ def damaged_pack(folder, damage):
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_image_is_found_named_and_if_wanted_replaced_by_another_of_its_identity(tmp_path, damage):
+def test_a_damaged_image_is_found_named_and_on_request_replaced_by_another_of_its_identity(tmp_path, damage):
     folder = damaged_pack(tmp_path, damage)
     number, damaged = verify(folder, processes=1)
     assert number == 9 and list(damaged) == [4] and damaged[4].startswith("record 4: ")
@@ -84,7 +85,7 @@ def damage_record(folder, key, damage):
 
 
 @pytest.mark.parametrize("damage", RECORD_DAMAGE.values(), ids=RECORD_DAMAGE)
-def test_a_record_of_unknown_identity_is_found_named_and_if_wanted_left_out(tmp_path, damage, capsys):
+def test_a_record_of_unknown_identity_is_found_named_and_on_request_skipped(tmp_path, damage, capsys):
     folder = damage_record(damaged_pack(tmp_path, lambda jpeg: jpeg), 4, damage)
     assert list(verify(folder, processes=1)[1]) == [4]
     with pytest.raises(RecordError, match=r"train.rec.*record 4 cannot be read.*\(1 such records\)"):
@@ -100,7 +101,7 @@ def test_a_record_of_unknown_identity_is_found_named_and_if_wanted_left_out(tmp_
 
 @pytest.mark.parametrize("damage", [*RECORD_DAMAGE.values(), lambda record: record[:4] + b"\xff\xff\xff\x1f" + record[8:]],
                          ids=[*RECORD_DAMAGE, "length past the end"])
-def test_where_identity_records_say_whose_image_it_is_a_damaged_record_is_replaced_as_any_other(pack, damage):
+def test_a_damaged_record_is_replaced_if_identity_records_give_its_identity(pack, damage):
     folder = damage_record(pack("insightface"), 6, damage)
     image = RecordDataset(folder).index.keys.tolist().index(6)
     with pytest.raises(RecordError, match=r"train.rec: record 6 \(identity \d\)"):
@@ -117,7 +118,7 @@ def test_a_damaged_identity_record_is_named(pack):
         RecordDataset(folder, skip_damaged=True)
 
 
-def test_a_pack_cut_short_is_listed_record_by_record_also_when_it_cannot_be_indexed(pack, capsys):
+def test_a_truncated_pack_is_listed_record_by_record_even_if_it_cannot_be_indexed(pack, capsys):
     folder = pack("insightface")
     content = (folder / "train.rec").read_bytes()
     (folder / "train.rec").write_bytes(content[:len(content) // 2])
@@ -137,7 +138,7 @@ def test_the_loader_counts_and_logs_what_it_replaces(tmp_path, num_workers, capl
     assert loader.num_damaged == 4 == caplog.text.count("record 4 (identity 1)")
 
 
-def test_an_identity_none_of_whose_images_can_be_decoded_ends_the_training(tmp_path):
+def test_an_identity_without_a_readable_image_ends_the_training(tmp_path):
     with RecordWriter(tmp_path / "train.rec") as writer:
         for i in range(3):
             writer.write(i, pack_image_record(7, b"", i))
@@ -152,13 +153,12 @@ def test_cmyk_jpegs_are_read(tmp_path):
 
 
 def test_without_pillow_the_rare_formats_say_what_to_install(monkeypatch):
-    import sys
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(RecordError, match=r"pip install f2c-plugin\[images\]"):
         RecordDataset(FIXTURES / "formats").face(1)
 
 
-def test_the_index_command_says_what_a_pack_holds_draws_it_and_lists_damage(tmp_path, capsys):
+def test_the_index_command_summarizes_and_draws_a_pack_and_lists_damage(tmp_path, capsys):
     cli(["index", str(FIXTURES / "insightface"), "--plot", str(tmp_path / "histogram.png"), "--verify"])
     text = capsys.readouterr().out
     assert "1 to 4, median 2.5, 25.0% with one image" in text and "112×112" in text and "0 of 15 records" in text
@@ -180,7 +180,7 @@ def test_inspect_draws_a_sheet(tmp_path, option, height):
 
 
 @pytest.mark.parametrize("option", [("--identity", "9"), ("--image", "0"), ("--image", "11")])
-def test_inspecting_what_is_not_there_is_refused(tmp_path, option):
+def test_inspecting_a_missing_identity_or_image_is_refused(tmp_path, option):
     with pytest.raises(SystemExit, match=option[1]):
         cli(["inspect", str(FIXTURES / "insightface"), *option, "--out", str(tmp_path / "sheet.png")])
     assert not (tmp_path / "sheet.png").exists()
@@ -196,7 +196,7 @@ def image_folder(folder):
     return folder
 
 
-def test_a_folder_becomes_a_pack_with_its_files_as_they_are(tmp_path, capsys):
+def test_a_folder_becomes_a_pack_with_unchanged_files(tmp_path, capsys):
     source = image_folder(tmp_path / "faces")
     cli(["pack", str(source), str(tmp_path / "pack")])
     assert "5 images of 2 identities" in capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_a_folder_becomes_a_pack_with_its_files_as_they_are(tmp_path, capsys):
         assert path.read_bytes() in (tmp_path / "pack" / "train.rec").read_bytes()
 
 
-def test_packing_refuses_to_overwrite_and_what_is_no_image_folder(tmp_path):
+def test_packing_refuses_to_overwrite_and_refuses_folders_without_images(tmp_path):
     (tmp_path / "pack").mkdir()
     (tmp_path / "pack" / "train.rec").write_bytes(b"years of work")
     with pytest.raises(SystemExit, match="is not overwritten"):
@@ -221,24 +221,24 @@ def test_packing_refuses_to_overwrite_and_what_is_no_image_folder(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_packing_refuses_links_that_lead_out_of_the_folder_and_follows_those_that_do_not(tmp_path, what):
+def test_packing_follows_links_only_inside_the_folder(tmp_path, what):
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "key.jpg").write_bytes(encoded(1))
-    person = tmp_path / "faces" / "a"
-    person.mkdir(parents=True)
-    (person / "1.jpg").write_bytes(encoded(2))
-    (person / "2.jpg").symlink_to("1.jpg")
+    folder = tmp_path / "faces" / "a"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(encoded(2))
+    (folder / "2.jpg").symlink_to("1.jpg")
     assert pack_folder(tmp_path / "faces", tmp_path / "good") == (1, 2)
     if what == "file":
-        (person / "3.jpg").symlink_to(tmp_path / "secret" / "key.jpg")
+        (folder / "3.jpg").symlink_to(tmp_path / "secret" / "key.jpg")
     else:
         (tmp_path / "faces" / "b").symlink_to("../secret")
-    with pytest.raises(RecordError, match="is, or lies behind, a link to .*secret/key.jpg, outside"):
+    with pytest.raises(RecordError, match="is, or is behind, a link to .*secret/key.jpg, outside"):
         pack_folder(tmp_path / "faces", tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
 
 
-def test_packing_that_is_interrupted_leaves_no_pack(tmp_path, monkeypatch):
+def test_an_interrupted_packing_leaves_no_pack(tmp_path, monkeypatch):
     source = image_folder(tmp_path / "faces")
     read = Path.read_bytes
 
