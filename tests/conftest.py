@@ -1,4 +1,4 @@
-"""Shared fixtures: packs, the real host, mxnet, and processes over gloo."""
+"""Shared fixtures: packs, mxnet, configs."""
 
 import os
 import shutil

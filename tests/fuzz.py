@@ -1,10 +1,10 @@
-"""Coverage-guided fuzzing, with atheris, of all that is read from files of others.
+"""Coverage-guided fuzzing, with atheris, of everything that is read from other people's files.
 
     python tests/fuzz.py TARGET -max_total_time=1800 -max_len=20000 CORPUS_FOLDER
 
 TARGET is "pack", "verification", "checkpoint", or "states", the pickle in a checkpoint that is whole otherwise.
-Starts from real files. Whatever an input is, reading it ends in what it says or in the error for such files, soon,
-and without doing anything else. test_fuzz.py runs each for a minute.
+Starts from real files. Whatever the input, reading it soon ends in its content or in the error for such files, and does
+nothing else. test_fuzz.py runs each for a minute.
 """
 
 import pickle
@@ -12,19 +12,18 @@ import shutil
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
 import atheris
 
 with atheris.instrument_imports(include=["f2c_plugin"]):
-    from f2c_plugin.errors import RecordError
     from f2c_plugin.data.dataset import decode_face
     from f2c_plugin.data.identities import index_identities
     from f2c_plugin.data.recordio import RecordFile, read_idx, unpack_image_record
-    from f2c_plugin.errors import VerificationSetError
+    from f2c_plugin.errors import CheckpointError, RecordError, VerificationSetError
     from f2c_plugin.evaluation.verification import VerificationSet
-    from f2c_plugin.errors import CheckpointError
     from f2c_plugin.trainer.checkpoint import _check
     from f2c_plugin.utils.safe_load import load_states
 
@@ -58,10 +57,8 @@ def packs():
 
 def verification(folder, data):
     (folder / "set.bin").write_bytes(data)
-    try:
+    with suppress(VerificationSetError):
         VerificationSet(folder / "set.bin").faces()
-    except VerificationSetError:
-        pass
 
 
 def verification_sets():
@@ -75,17 +72,16 @@ def verification_sets():
 
 def checkpoint(folder, data):
     (folder / "checkpoint.pt").write_bytes(data)
-    try:
+    with suppress(CheckpointError):
         _check(load_states(folder / "checkpoint.pt"), "checkpoint.pt")
-    except CheckpointError:
-        pass
 
 
 def checkpoints():
     with tempfile.TemporaryDirectory() as folder:
-        for states in ({"format": "f2c-plugin checkpoint 1", "settings": {}, "images": 1, "step": 1, "seconds": 1.0, "layout": [1] * 4,
-                        "origin": [0, 0, 0], "position": [0, 0, 0], "random": [], "backbone": {"a": torch.ones(3)},
-                        "head": {"b": torch.zeros(2, dtype=torch.int64)}, "optimizer": {}}, {"epoch": 1}):
+        ours = {"format": "f2c-plugin checkpoint 1", "settings": {}, "images": 1, "step": 1, "seconds": 1.0, "layout": [1] * 4,
+                "origin": [0, 0, 0], "position": [0, 0, 0], "random": [], "backbone": {"a": torch.ones(3)},
+                "head": {"b": torch.zeros(2, dtype=torch.int64)}, "optimizer": {}}
+        for states in ours, {"epoch": 1}:
             torch.save(states, Path(folder) / "checkpoint.pt")
             yield (Path(folder) / "checkpoint.pt").read_bytes()
 

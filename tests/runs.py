@@ -1,4 +1,4 @@
-"""Trainings by the built-in host, in this process and in others."""
+"""Trainings by the built-in trainer, in this process and in others."""
 
 import json
 import os

@@ -31,6 +31,7 @@ def test_the_wheel_carries_configs_patches_and_all_code(wheel):
         prefix = "" if folder == "f2c_plugin" else "f2c_plugin/"
         files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".patch")]
         assert files and {prefix + path.relative_to(ROOT).as_posix() for path in files} <= names
+    assert "f2c_plugin/py.typed" in names
     assert not [name for name in names if "test" in name or "benchmark" in name]
 
 

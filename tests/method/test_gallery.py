@@ -20,7 +20,7 @@ def test_it_starts_as_the_probe_net_and_follows_it_by_the_momentum():
         for parameter in probe.parameters():
             parameter.add_(torch.randn_like(parameter))
     gallery.follow(probe, momentum=0.9)
-    for old, new, followed in zip(before, gallery.parameters(), probe.parameters()):
+    for old, new, followed in zip(before, gallery.parameters(), probe.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * followed)
 
 

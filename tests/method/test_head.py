@@ -209,9 +209,10 @@ def test_two_ranks_keep_equal_pools_and_those_of_one_rank_fed_the_gathered_batch
 
     net = make_plain_net()
     head = make_head(net)
-    for ranks, expected in zip(zip(batches(seed=0, batch=8), batches(seed=1, batch=8)), by_rule_0):
+    both = zip(batches(seed=0, batch=8), batches(seed=1, batch=8), strict=True)
+    for ranks, expected in zip(both, by_rule_0, strict=True):
         images, labels = (torch.cat([part.chunk(2)[half] for half in (0, 1) for part in parts])
-                          for parts in zip(*ranks))
+                          for parts in zip(*ranks, strict=True))
         head(net(images), labels)
         move(net)
         for name, buffer in head.pool.named_buffers():
@@ -233,7 +234,7 @@ def run_sharded_rank(rank, world_size, symmetric, folder):
             gradient, = torch.autograd.grad(loss, embeddings)
             results.append((loss, gradient, *vars(head.statistics).values()))
             head.pool.validate()
-        for replicated, sharded in zip(*results):
+        for replicated, sharded in zip(*results, strict=True):
             torch.testing.assert_close(torch.as_tensor(sharded), torch.as_tensor(replicated), rtol=0, atol=1e-9,
                                        equal_nan=True)
     replicated, sharded = (head.state_dict() for head in heads)
@@ -274,7 +275,7 @@ def test_a_scaler_skips_the_step_of_a_batch_that_is_not_finite_and_goes_on():
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        moved = any(not torch.equal(*pair) for pair in zip(before, net.parameters()))
+        moved = any(not torch.equal(*pair) for pair in zip(before, net.parameters(), strict=True))
         assert moved == (i != 1) and scaler.get_scale() == (2.0**10 if i < 1 else 2.0**9)
         assert all(parameter.isfinite().all() for parameter in [*net.parameters(), *head.gallery.parameters()])
         head.pool.validate()
@@ -283,7 +284,7 @@ def test_a_scaler_skips_the_step_of_a_batch_that_is_not_finite_and_goes_on():
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_a_step_never_asks_for_a_value_or_for_a_shape_that_depends_on_one(symmetric, autocast, monkeypatch):
-    # On the meta device there are no values: whatever would make a GPU's host wait for one fails.
+    # On the meta device there are no values: whatever would make the CPU wait for one fails.
     monkeypatch.setitem(pool_softmax.CHUNK_ENTRIES, "meta", 40)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
     net = make_net().float()
@@ -296,9 +297,9 @@ def test_a_step_never_asks_for_a_value_or_for_a_shape_that_depends_on_one(symmet
     assert loss.is_meta and all(parameter.grad.is_meta for parameter in net.parameters())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="NO GPU: that a step makes the host never wait is not tested")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED WITHOUT A GPU: that a step never makes the CPU wait")
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_step_makes_the_host_never_wait_for_the_gpu(autocast):
+def test_a_step_never_makes_the_cpu_wait_for_the_gpu(autocast):
     net = make_net().float().cuda()
     head = make_head(net).float().cuda()
     head.autocast = autocast

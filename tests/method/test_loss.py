@@ -86,7 +86,8 @@ def test_loss_and_gradient_equal_plain_autograd(margin, labels, two_keys):
 @given(labels=st.lists(st.integers(-1, 8), min_size=1, max_size=8), kinds=st.lists(st.integers(0, 3), min_size=9, max_size=9),
        hard=st.integers(1, 12), seed=st.integers(0, 1000), name=st.sampled_from(sorted(MARGINS)), with_keys=st.booleans())
 def test_loss_and_gradient_equal_plain_autograd_for_any_batch(labels, kinds, hard, seed, name, with_keys):
-    keys = 3 * torch.randn(len(labels), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) if with_keys else None
+    generator = torch.Generator().manual_seed(seed)
+    keys = 3 * torch.randn(len(labels), 6, dtype=torch.float64, generator=generator) if with_keys else None
     two_keys, entering, entering_twice = ([slot for slot in range(9) if kinds[slot] == kind] for kind in (1, 2, 3))
     assert_exact(*problem(labels, seed=seed), two_keys, MARGINS[name], hard, entering, entering_twice, keys)
 

@@ -18,7 +18,7 @@ def slow_loss(embeddings, labels, rows, two_keys, margin, num_hard_negatives, ow
     total = embeddings.sum() * 0
     for view in rows[0], second_view:
         positives, negatives = [], []
-        for number, (embedding, label) in enumerate(zip(embeddings, labels.tolist())):
+        for number, (embedding, label) in enumerate(zip(embeddings, labels.tolist(), strict=True)):
             cosines = []
             for slot, feature in enumerate(view):
                 cosine = embedding @ feature / embedding.norm()

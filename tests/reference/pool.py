@@ -21,7 +21,7 @@ class SlowPool:
         protected = {identity for identity in identities if identity in self.slots}
         for identity in protected:  # touched before anything is evicted
             self.slots.move_to_end(identity)
-        for identity, feature in zip(identities, normalize(features)):
+        for identity, feature in zip(identities, normalize(features), strict=True):
             if identity not in self.slots:
                 if self.free:
                     slot = self.free.pop(0)

@@ -16,8 +16,8 @@ from f2c_plugin.utils.distributed import WHOLE, Shard
 @pytest.mark.parametrize("shard_pool", [False, True])
 def test_pool_and_slot_table_take_what_is_planned(dtype, shard_pool):
     plan = Plan(40_000, gpus=3, batch_size=8, pool_rate=0.05, pool_dtype=dtype, shard_pool=shard_pool)
-    pools = [DynamicClassPool(plan.slots, 40_000, 512, dtype=getattr(torch, dtype), shard=Shard(rank, 3) if shard_pool else WHOLE)
-             for rank in range(3)]
+    pools = [DynamicClassPool(plan.slots, 40_000, 512, dtype=getattr(torch, dtype),
+                              shard=Shard(rank, 3) if shard_pool else WHOLE) for rank in range(3)]
     assert max(pool.rows.nbytes for pool in pools) == plan.pool()
     others = sum(buffer.nbytes for name, buffer in pools[0].named_buffers() if name != "rows")
     assert others == plan.slot_table() + 8  # the clock

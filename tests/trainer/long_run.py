@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 tests/long_run.py CONFIG HOURS
 
-Ends by the host's own SIGTERM; rank 0 prints how often the pools were compared.
+Ends itself by SIGTERM; rank 0 prints how often the pools were compared.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Checkpoints: going on bit for bit, on other numbers of ranks, after signals, over damaged files and full disks."""
+"""Checkpoints: resuming bit for bit, on other numbers of ranks, after signals, damaged files and full disks."""
 
 import os
 import random
@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,12 @@ import pytest
 import torch
 
 from f2c_plugin import train
+from f2c_plugin.config import load_config
 from f2c_plugin.errors import CheckpointError
 from f2c_plugin.trainer.checkpoint import Checkpoints
-from f2c_plugin.utils.safe_load import load_states
-from f2c_plugin.config import load_config
-from f2c_plugin.errors import ConfigError
 from f2c_plugin.trainer.logger import TrainingLog
 from f2c_plugin.trainer.signals import Stopped
+from f2c_plugin.utils.safe_load import load_states
 from tests.runs import history, launch, losses, refusal, run, start
 
 
@@ -70,12 +68,12 @@ def run_on(ranks, path):
 
 def run_with_a_signal(path, monkeypatch, number, step):
     """Run, and send a signal to this process while it trains the given step."""
-    def told(self, now, *arguments, tell=TrainingLog.update):
+    def update(self, now, *arguments, original=TrainingLog.update):
         if now == step:
             os.kill(os.getpid(), number)
-        tell(self, now, *arguments)
+        original(self, now, *arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingLog, "update", told)
+        patch.setattr(TrainingLog, "update", update)
         run(path)
 
 
@@ -105,7 +103,7 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(config):
 
 
 class Sized:
-    """Pickles as a call that makes as much as it is told."""
+    """Pickles as a call that makes a terabyte."""
 
     def __reduce__(self):
         return bytearray, (1 << 40,)
@@ -176,7 +174,8 @@ def test_pool_gallery_and_optimizer_are_whole_on_every_rank_of_another_number(co
         multiprocessing.spawn(load_on_a_rank, (world_size, path, tmp_path), nprocs=world_size)
         for rank in range(world_size):
             loaded = torch.load(tmp_path / f"loaded_{rank}.pt")
-            assert equal(loaded["backbone"], saved["backbone"]) and equal(loaded["optimizer"]["state"], saved["optimizer"]["state"])
+            assert equal(loaded["backbone"], saved["backbone"])
+            assert equal(loaded["optimizer"]["state"], saved["optimizer"]["state"])
             head = {name: saved["head"][name] for name in saved["head"] if name != "_extra_state"}
             assert equal({name: loaded["head"][name] for name in head}, head)
 
@@ -210,7 +209,7 @@ def packed(path):
 
 @pytest.mark.parametrize("damage", [cut_short, changed, not_finite, foreign, packed, lambda path: path.write_bytes(b""),
                                     lambda path: path.write_bytes(b"PK\3\4 no archive")])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(config, damage, caplog):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(config, damage, caplog):
     keys = dict(num_epoch=1, val_targets=[], f2c_save_every=4)
     run(config(**keys))
     first, last = checkpoints()
@@ -232,7 +231,7 @@ def test_a_new_training_does_not_replace_the_checkpoints_of_another(config):
     run(config(num_epoch=1, val_targets=[], resume="auto", output="new"))
 
 
-def test_resuming_another_training_is_refused_with_what_has_changed_and_smaller_changes_are_told(config, caplog):
+def test_resuming_another_training_is_refused_with_what_has_changed_and_smaller_changes_are_reported(config, caplog):
     run(config(val_targets=[], num_epoch=1, save_all_states=True))
     run(config(val_targets=[], num_epoch=2, resume=True, lr=0.01, batch_size=10))
     assert "lr was 0.05 and is now 0.01" in caplog.text and "batch_size was 12 and is now 10" in caplog.text

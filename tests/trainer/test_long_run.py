@@ -27,7 +27,7 @@ def resident_mb():
 def test_memory_and_files_stay_flat_and_the_pool_whole_over_many_steps(steps):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 8), nn.BatchNorm1d(8))
-    head = F2CHead(net, DynamicClassPool(SLOTS, IDENTITIES, 8), Recipe("ramp", Margin(32.0, additive=0.3), steps))
+    head = F2CHead(net, DynamicClassPool(SLOTS, IDENTITIES, 8), Schedule.ramp(Margin(32.0, additive=0.3), steps))
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     memory, files = [], []
     for step in range(steps):
@@ -45,17 +45,17 @@ def test_memory_and_files_stay_flat_and_the_pool_whole_over_many_steps(steps):
     assert all(value.isfinite().all() for value in head.state_dict().values() if value.is_floating_point())
 
 
-def test_the_clock_stands_centuries_before_it_could_run_over():
+def test_the_clock_would_run_over_after_centuries_and_is_refused_then():
     pool = DynamicClassPool(SLOTS, IDENTITIES, 8)
     assert pool.clock.dtype == torch.int64
     writes_a_second = 10**6  # far more than any cluster's
     assert (2**63 - 1) / writes_a_second / (365 * 86400) > 100_000  # years
-    # Near the end of its range it still works; a write past it is refused on loading, as the clock has gone back.
+    # Near the end of its range it still works. Past it, the clock is negative, and the pool refused.
     pool.clock.fill_(2**63 - 1 - 8)
-    pool.write(pool.place(torch.arange(4)), torch.randn(4, 8))
+    pool.commit(pool.preview(torch.arange(4), torch.randn(4, 8)))
     pool.validate()
-    pool.write(pool.place(torch.arange(8)), torch.randn(8, 8))
-    with pytest.raises(ValueError, match="the clock has not gone back"):
+    pool.commit(pool.preview(torch.arange(8), torch.randn(8, 8)))
+    with pytest.raises(ValueError, match="the clock is not negative"):
         pool.validate()
 
 

@@ -1,13 +1,13 @@
-"""Numbers that are none: they stay out of the pool and out of the nets, are counted, and end a training that makes nothing else."""
+"""Numbers that are not finite: they stay out of pool and nets, are counted, and end a training that makes nothing else."""
 
 import pytest
 import torch
 
-from f2c_plugin.errors import TrainingDiverged
-from f2c_plugin.utils.safe_load import load_states
 from f2c_plugin.data.loader import DualLoader
+from f2c_plugin.errors import TrainingDiverged
 from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.head import F2CHead
+from f2c_plugin.utils.safe_load import load_states
 from tests.runs import history, refusal, run
 from tests.trainer.test_checkpoint import checkpoints
 
@@ -15,7 +15,7 @@ from tests.trainer.test_checkpoint import checkpoints
 def spoil_images(monkeypatch, steps, value):
     """The loader's images of these steps, counted from 0, hold ``value`` in one pixel."""
     def spoiled(self, each=DualLoader.__iter__):
-        for step, (images, labels) in zip(self.sampler.steps, each(self)):
+        for step, (images, labels) in zip(self.sampler.steps, each(self), strict=True):
             if step in steps:
                 images[1, 0, 5, 5] = value
             yield images, labels

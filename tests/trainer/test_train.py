@@ -1,4 +1,4 @@
-"""The built-in host, run for real on a small pack: what it leaves behind, resuming, and what it refuses."""
+"""The built-in trainer on a small pack: what it leaves behind and what it refuses."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from f2c_plugin.models import get_model
-from f2c_plugin.utils.safe_load import load_states
-from f2c_plugin.data.writer import RecordWriter
 from f2c_plugin.data.dataset import normalize_faces
+from f2c_plugin.data.writer import RecordWriter
 from f2c_plugin.errors import ExportError
 from f2c_plugin.evaluation.onnx_export import load_net
-from f2c_plugin.tools.report import report
 from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.models import get_model
+from f2c_plugin.tools.report import report
+from f2c_plugin.utils.safe_load import load_states
 from tests.runs import IDENTITIES, history, launch, refusal, run
+
 
 @pytest.mark.parametrize("ranks, shard_pool", [(1, False), (2, False), (2, True)])
 def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, faces, ranks, shard_pool):
@@ -54,7 +55,7 @@ def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, faces,
     assert state["pool.rows"].shape == (2, IDENTITIES, 32)  # whole, sharded or not
 
     page = report(["out"]).read_text()
-    assert all(part in page for part in ("f2c_dcp", "synth: TAR at FAR 0.001", "shipped", "f2c_pool_rate"))
+    assert all(part in page for part in ("f2c_dcp", "synth: TAR at FAR 0.001", "the probe net", "f2c_pool_rate"))
     assert all((Path("out") / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "scores.png", "roc.png"))
 
 
@@ -65,17 +66,17 @@ def test_the_full_fc_baseline_learns_its_training_set(config):
 
 
 @pytest.mark.parametrize("export", ["probe", "gallery", "best"])
-def test_both_nets_are_verified_and_the_chosen_one_is_shipped(config, export):
+def test_both_nets_are_verified_and_the_selected_one_is_exported(config, export):
     summary = run(config(num_epoch=1, save_all_states=True, f2c_momentum=0.5, f2c_export=export))
     last = {name: value for entry in history() for name, value in entry.items()}
     accuracies = {"probe": last["synth/accuracy"], "gallery": last["synth/gallery_accuracy"]}
-    shipped = summary["exported"]
+    selected = summary["exported"]
     if export == "best":
-        assert accuracies[shipped] == max(accuracies.values())
+        assert accuracies[selected] == max(accuracies.values())
     else:
-        assert shipped == export
-    assert summary["verification"]["accuracy"] == pytest.approx(accuracies[shipped])
-    net = load_net(max(Path("out").glob("checkpoint_*.pt")), shipped).state_dict()
+        assert selected == export
+    assert summary["verification"]["accuracy"] == pytest.approx(accuracies[selected])
+    net = load_net(max(Path("out").glob("checkpoint_*.pt")), selected).state_dict()
     assert all(torch.equal(value, net[name]) for name, value in torch.load("out/model.pt").items())
 
 
@@ -100,7 +101,7 @@ def test_settings_train_to_finite_losses(config, keys):
 def test_a_run_that_replaces_another_does_not_mix_with_it(config):
     for _ in range(2):
         run(config(num_epoch=1, val_targets=[]))
-        # One file of the host's scalars, one of the head's.
+        # One file of the trainer's scalars, one of the head's.
         assert len(list(Path("out/tensorboard").glob("events*"))) == 2 and len(history()) == 5
 
 
@@ -140,14 +141,15 @@ def test_bad_input_is_refused_with_the_key_or_file_the_value_and_the_remedy(conf
     assert message in refusal(config(**keys))
 
 
-def test_all_that_is_wrong_is_said_at_once_before_the_ranks_meet(config):
-    path = config(network="r19", optimizer="sdg", batch_size=122, num_classes=11, val_targets=["lfw"], head="f2c_dpc", lr="0.1",
-                  f2c_pol_rate=0.1, f2c_export="both", scale=0, warmup_epoch=9, margin_list=None, seed=-1, f2c_save_every=0)
+def test_everything_that_is_wrong_is_reported_at_once_before_the_ranks_meet(config):
+    path = config(network="r19", optimizer="sdg", batch_size=122, num_classes=11, val_targets=["lfw"], head="f2c_dpc",
+                  lr="0.1", f2c_pol_rate=0.1, f2c_export="both", scale=0, warmup_epoch=9, margin_list=None, seed=-1,
+                  f2c_save_every=0)
     message = refusal(path)
     for part in ("network='r19'", "num_image=120 is less than", "num_classes=11, but", "lfw.bin: no such file",
-                 "head='f2c_dpc' is unknown", "lr='0.1': must be a number above 0", "f2c_pol_rate: unknown key", "scale=0: must be",
-                 "warmup_epoch=9: is more than num_epoch=2", "margin_list=None: must be three numbers", "seed=-1: must be",
-                 "f2c_save_every=0: must be"):
+                 "head='f2c_dpc' is unknown", "lr='0.1': must be a number above 0", "f2c_pol_rate: unknown key",
+                 "scale=0: must be", "warmup_epoch=9: is more than num_epoch=2", "margin_list=None: must be three numbers",
+                 "seed=-1: must be", "f2c_save_every=0: must be"):
         assert part in message
     assert not Path("out").exists()
 

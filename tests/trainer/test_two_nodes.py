@@ -1,4 +1,4 @@
-"""One training on two nodes: network namespaces with a cable between them where these are allowed, else two loopback addresses."""
+"""One training on two nodes: network namespaces with a cable between them where allowed, else two loopback addresses."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,12 @@ from f2c_plugin.utils.safe_load import load_states
 from tests.runs import launch, losses
 from tests.trainer.test_checkpoint import checkpoints, equal
 
-
-# torchrun's agents share a store by default, and one that joins later waits in vain to be told of it (torch 2.13).
+# torchrun's agents share a store by default, and one that joins later waits for its address in vain (torch 2.13).
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 class Node:
-    """A place with an address of its own to start one rank of a training at."""
+    """An address of its own, where one rank of a training is started."""
 
     def __init__(self, number, address, interface, inside=()):
         self.number, self.address, self.interface, self.inside = number, address, interface, inside
@@ -31,8 +31,9 @@ class Node:
                    "--rdzv-backend=c10d", f"--rdzv-endpoint={store}", "--rdzv-id=two", f"--local-addr={self.address}",
                    f"--rdzv-conf=is_host={int(self.number == 0)},keep_alive_interval=1,keep_alive_max_attempt=2",
                    f"--max-restarts={restarts}", "--monitor-interval=0.2", "-m", "f2c_plugin.train", path]
-        return subprocess.Popen(command, stdout=open(f"node_{self.number}", "a"), stderr=subprocess.STDOUT, start_new_session=True,
-                                env={**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": self.interface})
+        with open(f"node_{self.number}", "a") as printed:
+            return subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
+                                    env={**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": self.interface})
 
 
 def ip(*arguments):
@@ -44,13 +45,15 @@ def nodes():
     names = [f"f2c{os.getpid()}_{number}" for number in (0, 1)]
     cable = [f"f2c{os.getpid() % 10**6}{end}" for end in "ab"]
     try:
-        able = all(ip("netns", "add", name) for name in names) and ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1])
-        for number, (name, end) in enumerate(zip(names, cable)):
-            able = (able and ip("link", "set", end, "netns", name) and ip("-n", name, "addr", "add", f"10.99.0.{number + 1}/24", "dev", end)
+        able = all(ip("netns", "add", name) for name in names)
+        able = able and ip("link", "add", cable[0], "type", "veth", "peer", "name", cable[1])
+        for number, (name, end) in enumerate(zip(names, cable, strict=True)):
+            able = (able and ip("link", "set", end, "netns", name)
+                    and ip("-n", name, "addr", "add", f"10.99.0.{number + 1}/24", "dev", end)
                     and ip("-n", name, "link", "set", end, "up") and ip("-n", name, "link", "set", "lo", "up"))
         if able:
             yield [Node(number, f"10.99.0.{number + 1}", end, ("ip", "netns", "exec", name))
-                   for number, (name, end) in enumerate(zip(names, cable))]
+                   for number, (name, end) in enumerate(zip(names, cable, strict=True))]
         else:
             print("no network namespaces here: two loopback addresses instead")
             yield [Node(number, f"127.0.0.{number + 2}", "lo") for number in (0, 1)]
@@ -71,14 +74,12 @@ def ends_well(process, node):
 
 def kill(process):
     """Everything on a node dies at once."""
-    of_node = [process.pid, *map(int, subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split())]
-    of_node += [int(pid) for parent in of_node
-                for pid in subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True).stdout.split()]
-    for pid in set(of_node):
-        try:
+    def found(option, pid):
+        return map(int, subprocess.run(["pgrep", option, str(pid)], capture_output=True, text=True).stdout.split())
+    group = [process.pid, *found("-g", process.pid)]
+    for pid in {*group, *(child for parent in group for child in found("-P", parent))}:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.wait()
 
 
@@ -101,7 +102,7 @@ def test_two_nodes_train_as_one_and_one_that_goes_away_and_comes_back_resumes(co
     time.sleep(2)
     assert running[0].poll() is None and gone_at < 600
     running[1] = nodes[1].start(path, store, restarts=3)
-    for process, node in zip(running, nodes):
+    for process, node in zip(running, nodes, strict=True):
         ends_well(process, node)
     assert "resume: going on from" in Path("out/training.log").read_text()
     assert_same_training()
