@@ -177,6 +177,7 @@ def plan(arguments: Namespace) -> None:
     print(f"{planned.identities:,} identities on {planned.gpus} GPUs, batch {planned.batch_size}: the head on each GPU")
     for name, size in planned.table():
         print(f"  {name:<34} {size / 2**20:>11,.0f} MB")
+    print(planned.verdict())
     if arguments.plot:
         planning.draw(planned, arguments.plot)
 

@@ -39,8 +39,8 @@ class ArcFaceTorchHead(F2CHead):
         if not self.is_first_rank:
             return
         if self.export == "best" and not self.verification_files:
-            raise ConfigError(f"f2c_export='best', but of val_targets={cfg.get('val_targets')!r} there is none in {cfg['rec']}: "
-                              "name a verification set to choose by")
+            raise ConfigError(f"f2c_export='best', but of val_targets={cfg.get('val_targets')!r} there is none in "
+                              f"{cfg['rec']}: name a verification set to choose by")
         # Beside arcface_torch's own log.
         self.monitor = Monitor(cfg.get("frequent", 10), total_steps, self.folder / "tensorboard" if output else None,
                                settings.max_bad_steps)

@@ -44,7 +44,7 @@ class Plan:
     pool_dtype: str = "float32"
     shard_pool: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = [f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0"
                     for name in ("identities", "gpus") if getattr(self, name) < 1]
         if self.network not in NETWORKS:
@@ -140,7 +140,7 @@ class Plan:
 
 def draw(plan: Plan, path: str | Path) -> None:
     """Draw memory per GPU against the number of identities, around the plan's. Needs matplotlib."""
-    from f2c_plugin.tools.plotting import pyplot
+    from f2c_plugin.tools.plotting import pyplot, save_figure
 
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -160,8 +160,7 @@ def draw(plan: Plan, path: str | Path) -> None:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _mb(size: float) -> str:

@@ -228,8 +228,8 @@ def _load_part(part: Any, state: dict[str, Any]) -> None:
 
 def _random_state() -> dict[str, Any]:
     _, keys, *rest = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-                             "python": random.getstate()}
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(),
+                             "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest]}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

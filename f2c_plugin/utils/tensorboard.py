@@ -4,6 +4,9 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from f2c_plugin.errors import F2CError
+from f2c_plugin.utils.extras import require
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -17,8 +20,8 @@ def tensorboard_writer(folder: Path, step: int = 0) -> "SummaryWriter | None":
         step: that the training resumes from; TensorBoard drops what was written of later ones.
     """
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        log.warning("no TensorBoard scalars: pip install 'f2c-plugin[tensorboard]'")
+        writer = require("torch.utils.tensorboard", extra="tensorboard").SummaryWriter
+    except F2CError as error:
+        log.warning("no TensorBoard scalars: %s", error)
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    return writer(str(folder), purge_step=step + 1 if step else None)

@@ -39,6 +39,7 @@ def test_the_command_prints_the_table_and_draws_it(tmp_path, capsys):
     cli(["plan", "--identities", "1000000", "--gpus", "8", "--network", "r18", "--plot", str(tmp_path / "plan.png")])
     text = capsys.readouterr().out
     assert "100,000 slots" in text and "Partial FC, sample rate 0.1" in text and "391 MB" in text
+    assert text.splitlines()[-1].startswith("Use F²C if memory is what you lack: ")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -55,7 +55,7 @@ def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, faces,
     assert state["pool.rows"].shape == (2, IDENTITIES, 32)  # whole, sharded or not
 
     page = report(["out"]).read_text()
-    assert all(part in page for part in ("f2c_dcp", "synth: TAR at FAR 0.001", "the probe net", "f2c_pool_rate"))
+    assert all(part in page for part in ("f2c_dcp", "synth: TAR at FAR 0.001", "exported net", "f2c_pool_rate"))
     assert all((Path("out") / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "scores.png", "roc.png"))
 
 
@@ -106,7 +106,7 @@ def test_a_run_that_replaces_another_does_not_mix_with_it(config):
 
 
 def test_a_run_that_diverges_says_so_and_still_leaves_a_report(config, caplog):
-    with pytest.raises(ExportError, match="model.onnx does not embed as model.pt does"):
+    with pytest.raises(ExportError, match="model.onnx and model.pt give different embeddings"):
         run(config(num_epoch=1, lr=1e12, head="softmax"))
     assert "the loss is nan at step" in caplog.text
     assert json.loads(Path("out/report.json").read_text())["onnx_cosine"] == "not a number"
