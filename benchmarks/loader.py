@@ -143,8 +143,9 @@ def main():
     for _ in range(arguments.repeats + 1):
         positions = rng.permutation(len(dataset))[:arguments.images]
         jpegs = [bytes(unpack_image_record(dataset.records.read(int(dataset.index.offsets[i]))).image) for i in positions]
-        for name, function, *inputs in (("ours", ours, dataset, positions, False), ("bare", bare, jpegs),
-                                        ("ours_normalized", ours, dataset, positions, True), ("pil", by_pil, dataset, positions)):
+        for name, function, *inputs in (
+                ("ours", ours, dataset, positions, False), ("bare", bare, jpegs),
+                ("ours_normalized", ours, dataset, positions, True), ("pil", by_pil, dataset, positions)):
             start = time.perf_counter()
             function(*inputs)
             rates[name].append(len(positions) / (time.perf_counter() - start))

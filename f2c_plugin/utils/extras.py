@@ -20,4 +20,5 @@ def require(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise F2CError(f"{module} cannot be imported ({error}): pip install 'f2c-plugin[{extra}]'") from error
+        package = module.partition(".")[0]
+        raise F2CError(f"{package} cannot be imported ({error}): pip install 'f2c-plugin[{extra}]'") from error

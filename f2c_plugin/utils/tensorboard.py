@@ -20,8 +20,9 @@ def tensorboard_writer(folder: Path, step: int = 0) -> "SummaryWriter | None":
         step: that the training resumes from; TensorBoard drops what was written of later ones.
     """
     try:
-        writer = require("torch.utils.tensorboard", extra="tensorboard").SummaryWriter
+        require("tensorboard", extra="tensorboard")
     except F2CError as error:
         log.warning("no TensorBoard scalars: %s", error)
         return None
-    return writer(str(folder), purge_step=step + 1 if step else None)
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
