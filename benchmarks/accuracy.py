@@ -3,14 +3,14 @@
     python benchmarks/accuracy.py                                   # about five minutes on two cores
     python benchmarks/accuracy.py --identities 10000 --steps 1562 --seeds 3 --lr 0.1 0.2 --variants all
 
-Every run is a training by the built-in host on the same synthetic faces, from the same initial
+Every run is a training by the built-in trainer on the same synthetic faces, from the same initial
 weights for a seed, with as many images, and its probe net is verified on people that are in no training
 set: accuracy as arcface_torch has it, on --pairs pairs; TAR and AUC on all pairs of 5,000 images of 500
 people, 22,500 of them same. Each run is in a process of its own, --jobs at a time; those that are
 finished in --work are not repeated.
 Of several learning rates, each variant has its own: the one with which it is best on the first seed.
 Prints a Markdown table, means over the seeds with their standard deviations, and writes it as JSON
-with --json FILE and as plots with --plot FILE. Partial FC is the host's own file, from ARCFACE_TORCH or
+with --json FILE and as plots with --plot FILE. Partial FC is arcface_torch's own file, from ARCFACE_TORCH or
 the cache that `f2c-plugin fetch-host` fills.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from head_step import host_modules
+from head_step import arcface_torch_modules
 
 from f2c_plugin.arcface_torch import patching
 from f2c_plugin.arcface_torch.entry_points import f2c_dcp
@@ -81,8 +81,8 @@ COLUMNS = {"lr": "learning rate", "accuracy": "accuracy", "tar_1e-3": "TAR at FA
 
 
 def partial_fc(cfg, backbone, margin_loss):
-    """Head factory of the host's Partial FC."""
-    losses, partial_fc_v2 = host_modules(patching.known_checkout())
+    """Head factory of arcface_torch's Partial FC."""
+    losses, partial_fc_v2 = arcface_torch_modules(patching.known_checkout())
     margin = losses.CombinedMarginLoss(margin_loss.s, margin_loss.m1, margin_loss.m2, margin_loss.m3)
     return partial_fc_v2.PartialFC_V2(margin, cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16)
 
@@ -96,7 +96,7 @@ def softmax_ramp(cfg, backbone, margin_loss):
 
 def partial_fc_ramp(cfg, backbone, margin_loss):
     """Head factory of Partial FC with the scale and margin of F²C's recipe."""
-    head = partial_fc(cfg, backbone, margin_loss)  # which holds the host's margin as ``margin_softmax``
+    head = partial_fc(cfg, backbone, margin_loss)  # its margin is ``margin_softmax``
 
     def set_margin(margin):
         head.margin_softmax.s, head.margin_softmax.m2, head.margin_softmax.m3 = margin.scale, margin.angular, margin.additive

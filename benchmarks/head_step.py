@@ -12,7 +12,7 @@ what it had before it built its head (on a GPU, the most that was allocated).
 
 - f2c: this project's head, symmetric, with the published recipe's full scale from the first step;
 - plain_f2c: the same loss by plain autograd, half-step by half-step and view by view;
-- partial_fc: the host's own file, from ARCFACE_TORCH or the cache that `f2c-plugin fetch-host` fills,
+- partial_fc: arcface_torch's own file, from ARCFACE_TORCH or the cache that `f2c-plugin fetch-host` fills,
   patched in a copy to run without a GPU, at a sample rate that samples as many classes as the pool
   has slots;
 - full_fc: every class in every step;
@@ -109,12 +109,12 @@ def full_fc(net, identities, arguments):
     return FullFC(EMBEDDING_SIZE, identities, MARGIN)
 
 
-def host_modules(host):
-    """The host's losses.py and partial_fc_v2.py, patched in a copy to run without a GPU."""
+def arcface_torch_modules(checkout):
+    """arcface_torch's losses.py and partial_fc_v2.py, patched in a copy to run without a GPU."""
     modules = []
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "host"
-        shutil.copytree(host, copy)
+        copy = Path(folder) / "arcface_torch"
+        shutil.copytree(checkout, copy)
         patching.apply(copy, patching.plan_install(copy))
         for name in "losses", "partial_fc_v2":
             with mock.patch.object(sys, "path", [str(copy), *sys.path]):
@@ -123,7 +123,7 @@ def host_modules(host):
 
 
 def partial_fc(net, identities, arguments):
-    losses, partial_fc_v2 = host_modules(arguments.host)
+    losses, partial_fc_v2 = arcface_torch_modules(arguments.checkout)
     margin_loss = losses.CombinedMarginLoss(MARGIN.scale, 1.0, 0.0, MARGIN.additive)
     rate = arguments.slots_of(identities) / identities
     return partial_fc_v2.PartialFC_V2(margin_loss, EMBEDDING_SIZE, identities, rate, arguments.fp16)
@@ -405,7 +405,7 @@ def main():
     if smallest < arguments.batch_size // 2 * arguments.ranks:
         parser.error("the pool must hold the identities of half a global batch: raise --identities, --pool-rate or --slots")
     try:
-        arguments.host = patching.known_checkout()
+        arguments.checkout = patching.known_checkout()
     except patching.CheckoutError:
         print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
         arguments.heads = [name for name in arguments.heads if name != "partial_fc"]

@@ -1,15 +1,15 @@
 """Images per second and core: this loader, arcface_torch's own way of reading, PIL, and bare JPEG decoding.
 
-    python benchmarks/loader.py PACK [--host-python .venv-mxnet/bin/python] [--json]
+    python benchmarks/loader.py PACK [--mxnet-python .venv-mxnet/bin/python] [--json]
 
 All read the same images of one pack in the same shuffled order, one thread each, in turn; medians
 and quartiles are over the repeats.
 
-- this loader: what a worker does for a batch (read, decode into uint8) and, for the host's share of
-  it, flip and normalise, which on a GPU run there;
-- host: mxnet's reader and decoder, then the arithmetic of the host's transform (PIL image, random
-  flip, ToTensor, Normalize) in NumPy, for torchvision is not to be had beside mxnet's NumPy. Runs in
-  the interpreter given, which needs mxnet; `make mxnet` sets one up;
+- this loader: what a worker does for a batch (read, decode into uint8); and once more with flip and
+  normalise, which on a GPU run there;
+- mxnet, arcface_torch's way: mxnet's reader and decoder, then the arithmetic of its transform (PIL image,
+  random flip, ToTensor, Normalize) in NumPy, because torchvision does not install beside mxnet's NumPy.
+  Runs in the interpreter given, which needs mxnet; `make mxnet` sets one up;
 - PIL: the same records decoded by Pillow, with the same arithmetic;
 - bare: simplejpeg (libjpeg-turbo) on JPEGs that are in memory already.
 """
@@ -28,7 +28,7 @@ import numpy as np
 
 BATCH = 128
 
-HOST = """
+BY_MXNET = """
 import sys, time, json
 import numpy as np, mxnet as mx
 folder, count, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -119,7 +119,7 @@ def workers(folder, count):
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("pack", help="folder of train.rec and train.idx")
-    parser.add_argument("--host-python", default=os.environ.get("MXNET_PYTHON", ".venv-mxnet/bin/python"))
+    parser.add_argument("--mxnet-python", default=os.environ.get("MXNET_PYTHON", ".venv-mxnet/bin/python"))
     parser.add_argument("--images", type=int, default=1280, help="in each repeat")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", action="store_true")
@@ -131,14 +131,15 @@ def main():
     torch.set_num_threads(1)
     dataset = RecordDataset(arguments.pack)
     rng = np.random.default_rng(0)
-    host = None
-    if Path(arguments.host_python).is_file():
-        host = subprocess.Popen([arguments.host_python, "-c", HOST, arguments.pack, str(arguments.images), "0"], text=True,
+    mxnet = None
+    if Path(arguments.mxnet_python).is_file():
+        command = [arguments.mxnet_python, "-c", BY_MXNET, arguments.pack, str(arguments.images), "0"]
+        mxnet = subprocess.Popen(command, text=True,
                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     else:
-        print("without the host's way of reading: run `make mxnet`, or give --host-python", file=sys.stderr)
+        print("without arcface_torch's way of reading: run `make mxnet`, or give --mxnet-python", file=sys.stderr)
 
-    rates = {name: [] for name in ("ours", "ours_normalized", "pil", "bare")} | ({"host": []} if host else {})
+    rates = {name: [] for name in ("ours", "ours_normalized", "pil", "bare")} | ({"mxnet": []} if mxnet else {})
     jpegs = []
     for _ in range(arguments.repeats + 1):
         positions = rng.permutation(len(dataset))[:arguments.images]
@@ -149,12 +150,12 @@ def main():
             start = time.perf_counter()
             function(*inputs)
             rates[name].append(len(positions) / (time.perf_counter() - start))
-        if host and host.stdin and host.stdout:
-            host.stdin.write("\n")
-            host.stdin.flush()
-            rates["host"].append(float(host.stdout.readline()))
-    if host:
-        host.communicate()
+        if mxnet and mxnet.stdin and mxnet.stdout:
+            mxnet.stdin.write("\n")
+            mxnet.stdin.flush()
+            rates["mxnet"].append(float(mxnet.stdout.readline()))
+    if mxnet:
+        mxnet.communicate()
     rates = {name: values[1:] for name, values in rates.items()}  # the first warms the caches
     median = {name: float(np.median(values)) for name, values in rates.items()}
 
@@ -162,9 +163,9 @@ def main():
               "images_per_s_per_core": round(median["ours"]), "with_flip_and_normalize": round(median["ours_normalized"]),
               "pil_images_per_s_per_core": round(median["pil"]), "bare_decoding": round(median["bare"]),
               "share_of_bare_decoding": round(median["ours"] / median["bare"], 3)}
-    if host:
-        result |= {"host_images_per_s_per_core": round(median["host"]), "ratio": round(median["ours"] / median["host"], 2),
-                   "ratio_with_flip_and_normalize": round(median["ours_normalized"] / median["host"], 2)}
+    if mxnet:
+        result |= {"mxnet_images_per_s_per_core": round(median["mxnet"]), "ratio": round(median["ours"] / median["mxnet"], 2),
+                   "ratio_with_flip_and_normalize": round(median["ours_normalized"] / median["mxnet"], 2)}
     result["quartiles"] = {name: np.percentile(values, [25, 75]).round().tolist() for name, values in rates.items()}
     result["by_workers"] = [workers(arguments.pack, count) for count in (1, 2, 4)]
     if arguments.json:
