@@ -14,26 +14,12 @@ In a training loop of your own, with any backbone and any map-style dataset with
             optimizer.zero_grad()
 
 The head has no parameters to train; ``head.state_dict()`` belongs into checkpoints beside the backbone's.
-In arcface_torch, ``config.head = "f2c_dcp"`` is all.
+Every error is an ``F2CError``; ``f2c_plugin.errors`` lists them. In arcface_torch, ``config.head = "f2c_dcp"`` is all.
 """
 
 from f2c_plugin.build import build_head
 from f2c_plugin.data import DualLoader, DualSampler, IdentityIndex, RecordDataset, RecordWriter
-from f2c_plugin.errors import (
-    CheckoutError,
-    CheckpointError,
-    ConfigError,
-    ExportError,
-    F2CError,
-    InputError,
-    OverwriteError,
-    PoolStateError,
-    RecordError,
-    ReportError,
-    TrainingDiverged,
-    UnknownPlugin,
-    VerificationSetError,
-)
+from f2c_plugin.errors import F2CError
 from f2c_plugin.evaluation.monitor import Monitor
 from f2c_plugin.evaluation.verification import VerificationSet
 from f2c_plugin.method.gallery import GalleryNet
@@ -45,8 +31,6 @@ from f2c_plugin.method.schedule import Schedule
 __version__ = "0.2.0"
 
 __all__ = [
-    "CheckoutError", "CheckpointError", "ConfigError", "DualLoader", "DualSampler", "DynamicClassPool", "ExportError",
-    "F2CError", "F2CHead", "GalleryNet", "IdentityIndex", "InputError", "Margin", "Monitor", "OverwriteError",
-    "PoolStateError", "RecordDataset", "RecordError", "RecordWriter", "ReportError", "Schedule", "TrainingDiverged",
-    "UnknownPlugin", "VerificationSet", "VerificationSetError", "build_head",
+    "DualLoader", "DualSampler", "DynamicClassPool", "F2CError", "F2CHead", "GalleryNet", "IdentityIndex", "Margin", "Monitor",
+    "RecordDataset", "RecordWriter", "Schedule", "VerificationSet", "build_head",
 ]

@@ -1,6 +1,7 @@
 """The command ``f2c-plugin``.
 
-A command is a function that runs it, a function that adds its arguments, and a row in ``COMMANDS``.
+A command is a function with its arguments in ``@command(...)``. It imports what it needs itself, so that
+``--help`` and the other commands start quickly.
 """
 
 import sys
@@ -12,13 +13,28 @@ import f2c_plugin
 from f2c_plugin.arcface_torch.patching import ARCFACE_TORCH_URL
 from f2c_plugin.errors import ExportError, F2CError
 
+Run = Callable[[Namespace], None]
+AddTo = Callable[[ArgumentParser], object]
 
-def install_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("checkout", help="folder of arcface_torch, or of the insightface checkout that contains it")
-    parser.add_argument("--check", action="store_true", help="show what would change, but change nothing")
-    parser.add_argument("--reverse", action="store_true", help="restore the checkout")
+COMMANDS: dict[str, tuple[Run, Sequence[AddTo]]] = {}
 
 
+def argument(*flags: str, **options: object) -> AddTo:
+    """An argument, as ``ArgumentParser.add_argument`` takes it."""
+    return lambda parser: parser.add_argument(*flags, **options)  # type: ignore[arg-type]
+
+
+def command(*arguments: AddTo) -> Callable[[Run], Run]:
+    """Make a function a command. Its docstring is the command's description."""
+    def register(run: Run) -> Run:
+        COMMANDS[run.__name__.replace("_", "-")] = run, arguments
+        return run
+    return register
+
+
+@command(argument("checkout", help="folder of arcface_torch, or of the insightface checkout that contains it"),
+         argument("--check", action="store_true", help="show what would change, but change nothing"),
+         argument("--reverse", action="store_true", help="restore the checkout"))
 def install(arguments: Namespace) -> None:
     """Patch an arcface_torch checkout and copy the configs into it."""
     from f2c_plugin.arcface_torch import patching
@@ -36,11 +52,8 @@ def install(arguments: Namespace) -> None:
         print(f"{checkout}: nothing to do, the plugin is {'not installed' if arguments.reverse else 'installed'}")
 
 
-def fetch_host_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--from", dest="source", default=ARCFACE_TORCH_URL, metavar="GIT_URL_OR_PATH",
-                        help="repository to clone; default: %(default)s")
-
-
+@command(argument("--from", dest="source", default=ARCFACE_TORCH_URL, metavar="GIT_URL_OR_PATH",
+                  help="repository to clone; default: %(default)s"))
 def fetch_host(arguments: Namespace) -> None:
     """Clone the tested revision of arcface_torch into the cache."""
     from f2c_plugin.arcface_torch.patching import fetch_checkout
@@ -48,11 +61,8 @@ def fetch_host(arguments: Namespace) -> None:
     print(fetch_checkout(arguments.source))
 
 
-def doctor_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--checkout", help="an arcface_torch checkout to examine")
-    parser.add_argument("--dataset", help="folder of a pack to examine")
-
-
+@command(argument("--checkout", help="an arcface_torch checkout to examine"),
+         argument("--dataset", help="folder of a pack to examine"))
 def doctor(arguments: Namespace) -> None:
     """Show the installed packages and the state of a checkout and a dataset."""
     from f2c_plugin.tools.doctor import examine
@@ -61,12 +71,9 @@ def doctor(arguments: Namespace) -> None:
         sys.exit(1)
 
 
-def index_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", help="folder of train.rec and train.idx")
-    parser.add_argument("--plot", metavar="PNG", help="draw the histogram of images per identity")
-    parser.add_argument("--verify", action="store_true", help="decode every image and list the unusable records")
-
-
+@command(argument("folder", help="folder of train.rec and train.idx"),
+         argument("--plot", metavar="PNG", help="draw the histogram of images per identity"),
+         argument("--verify", action="store_true", help="decode every image and list the unusable records"))
 def index(arguments: Namespace) -> None:
     """Index a pack, so that training starts at once, and summarize it."""
     from f2c_plugin.data.dataset import RecordDataset
@@ -88,13 +95,10 @@ def index(arguments: Namespace) -> None:
         sys.exit(1)
 
 
-def inspect_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", help="folder of train.rec and train.idx")
-    parser.add_argument("--identity", type=int, metavar="N", help="draw the images of identity N")
-    parser.add_argument("--image", type=int, metavar="N", help="draw the image of record N")
-    parser.add_argument("--out", default="sheet.png", metavar="PNG", help="file to write; default: %(default)s")
-
-
+@command(argument("folder", help="folder of train.rec and train.idx"),
+         argument("--identity", type=int, metavar="N", help="draw the images of identity N"),
+         argument("--image", type=int, metavar="N", help="draw the image of record N"),
+         argument("--out", default="sheet.png", metavar="PNG", help="file to write; default: %(default)s"))
 def inspect(arguments: Namespace) -> None:
     """Draw a contact sheet of a pack: one identity, one image, or random identities."""
     from f2c_plugin.data.dataset import RecordDataset
@@ -104,11 +108,8 @@ def inspect(arguments: Namespace) -> None:
     print(arguments.out)
 
 
-def pack_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("source", help="folder with one folder of .jpg or .png files per identity")
-    parser.add_argument("out", help="folder to write train.rec, train.idx and property into")
-
-
+@command(argument("source", help="folder with one folder of .jpg or .png files per identity"),
+         argument("out", help="folder to write train.rec, train.idx and property into"))
 def pack(arguments: Namespace) -> None:
     """Write a pack from a folder of images, one folder per identity."""
     from f2c_plugin.tools.packs import pack_folder
@@ -117,12 +118,9 @@ def pack(arguments: Namespace) -> None:
     print(f"{arguments.out}: {images} images of {identities} identities")
 
 
-def export_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("model", help="a model.pt, or a checkpoint of arcface_torch or f2c_plugin.train")
-    parser.add_argument("out", help="the .onnx file to write")
-    parser.add_argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net")
-
-
+@command(argument("model", help="a model.pt, or a checkpoint of arcface_torch or f2c_plugin.train"),
+         argument("out", help="the .onnx file to write"),
+         argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net"))
 def export(arguments: Namespace) -> None:
     """Write a trained net as ONNX for the insightface package."""
     from f2c_plugin.evaluation.onnx_export import export_checked, load_net
@@ -135,7 +133,7 @@ def export(arguments: Namespace) -> None:
           + ("" if cosine is None else f"; smallest cosine to PyTorch: {cosine:.6f}"))
 
 
-def checkpoint_arguments(parser: ArgumentParser) -> None:
+def checkpoint_actions(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     describing = actions.add_parser("inspect", help="summarize checkpoints")
     describing.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint of arcface_torch or f2c_plugin.train")
@@ -145,6 +143,7 @@ def checkpoint_arguments(parser: ArgumentParser) -> None:
     merging.add_argument("--ranks", type=int, required=True, metavar="W", help="the new number of ranks")
 
 
+@command(checkpoint_actions)
 def checkpoint(arguments: Namespace) -> None:
     """Summarize checkpoints, or convert arcface_torch's to another number of ranks."""
     from f2c_plugin.tools import checkpoints
@@ -157,17 +156,14 @@ def checkpoint(arguments: Namespace) -> None:
         _print_table(checkpoints.describe(path))
 
 
-def plan_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--identities", type=int, required=True, metavar="N")
-    parser.add_argument("--gpus", type=int, default=8, metavar="W")
-    parser.add_argument("--network", default="r100")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per GPU")
-    parser.add_argument("--pool-rate", type=float, default=0.1, help="also the sample rate of Partial FC")
-    parser.add_argument("--pool-dtype", default="float32")
-    parser.add_argument("--shard-pool", action="store_true")
-    parser.add_argument("--plot", metavar="PNG", help="draw memory against the number of identities")
-
-
+@command(argument("--identities", type=int, required=True, metavar="N"),
+         argument("--gpus", type=int, default=8, metavar="W"),
+         argument("--network", default="r100"),
+         argument("--batch-size", type=int, default=128, help="images per GPU"),
+         argument("--pool-rate", type=float, default=0.1, help="also the sample rate of Partial FC"),
+         argument("--pool-dtype", default="float32"),
+         argument("--shard-pool", action="store_true"),
+         argument("--plot", metavar="PNG", help="draw memory against the number of identities"))
 def plan(arguments: Namespace) -> None:
     """Estimate the GPU memory of F²C, Partial FC and the full FC layer."""
     from f2c_plugin.tools import plan as planning
@@ -182,11 +178,8 @@ def plan(arguments: Namespace) -> None:
         planning.draw(planned, arguments.plot)
 
 
-def report_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", metavar="folder", help="output folder of arcface_torch or f2c_plugin.train")
-    parser.add_argument("--out", metavar="DIR", help="folder to write report.html and PNGs into; default: the first folder")
-
-
+@command(argument("folders", nargs="+", metavar="folder", help="output folder of arcface_torch or f2c_plugin.train"),
+         argument("--out", metavar="DIR", help="folder to write report.html and PNGs into; default: the first folder"))
 def report(arguments: Namespace) -> None:
     """Plot training runs and write a page that compares them."""
     from f2c_plugin.tools.report import report
@@ -194,15 +187,12 @@ def report(arguments: Namespace) -> None:
     print(report(arguments.folders, arguments.out))
 
 
-def synth_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", help="folder to write train.rec, train.idx, property, synth.bin and contact_sheet.png into")
-    parser.add_argument("--identities", type=int, required=True)
-    parser.add_argument("--images-per-identity", type=int, default=20)
-    parser.add_argument("--pairs", type=int, default=6000, help="verification pairs; default: %(default)s, as in LFW")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, help="default: one per CPU")
-
-
+@command(argument("folder", help="folder to write train.rec, train.idx, property, synth.bin and contact_sheet.png into"),
+         argument("--identities", type=int, required=True),
+         argument("--images-per-identity", type=int, default=20),
+         argument("--pairs", type=int, default=6000, help="verification pairs; default: %(default)s, as in LFW"),
+         argument("--seed", type=int, default=0),
+         argument("--processes", type=int, help="default: one per CPU"))
 def synth(arguments: Namespace) -> None:
     """Draw a pack of synthetic faces and a verification set."""
     from f2c_plugin.synthetic.dataset import draw_contact_sheet, write_dataset
@@ -216,23 +206,6 @@ def synth(arguments: Namespace) -> None:
         print(f"no contact_sheet.png: {error}")
 
 
-Command = tuple[Callable[[Namespace], None], Callable[[ArgumentParser], None]]
-
-COMMANDS: dict[str, Command] = {
-    "install": (install, install_arguments),
-    "fetch-host": (fetch_host, fetch_host_arguments),
-    "doctor": (doctor, doctor_arguments),
-    "index": (index, index_arguments),
-    "inspect": (inspect, inspect_arguments),
-    "pack": (pack, pack_arguments),
-    "export": (export, export_arguments),
-    "checkpoint": (checkpoint, checkpoint_arguments),
-    "plan": (plan, plan_arguments),
-    "report": (report, report_arguments),
-    "synth": (synth, synth_arguments),
-}
-
-
 def _print_table(rows: list[tuple[str, str]]) -> None:
     for name, value in rows:
         print(f"{name:<20} {value}")
@@ -243,14 +216,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser("f2c-plugin", description="F²C for arcface_torch.")
     parser.add_argument("--version", action="version", version=f"f2c-plugin {f2c_plugin.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (run, add_arguments) in COMMANDS.items():
-        add_arguments(commands.add_parser(name, help=run.__doc__, description=run.__doc__))
-    arguments = parser.parse_args(argv)
-    run, _ = COMMANDS[arguments.command]
+    for name, (run, arguments) in COMMANDS.items():
+        subparser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        for add_to in arguments:
+            add_to(subparser)
+    parsed = parser.parse_args(argv)
     try:
-        run(arguments)
+        COMMANDS[parsed.command][0](parsed)
     except (F2CError, OSError) as error:
-        sys.exit(f"f2c-plugin {arguments.command}: {error}")
+        sys.exit(f"f2c-plugin {parsed.command}: {error}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from f2c_plugin.utils.backbone import embeddings_in
+from f2c_plugin.utils.inputs import embeddings_in
 
 
 class GalleryNet(nn.Module):

@@ -11,9 +11,8 @@ from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.loss import HalfStep, PoolLoss, default_hard_negatives, pool_loss
 from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool, PoolView
 from f2c_plugin.method.schedule import Schedule
-from f2c_plugin.utils.backbone import ImageHook, embeddings_in, unwrapped
-from f2c_plugin.utils.batch import check_batch, check_room
 from f2c_plugin.utils.distributed import gather
+from f2c_plugin.utils.inputs import ImageHook, check_batch, check_room, embeddings_in, unwrapped
 from f2c_plugin.utils.tensors import at_least_float32
 
 

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from f2c_plugin.utils.autograd import with_gradient
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.tensors import largest_of_columns
+from f2c_plugin.utils.tensors import largest_of_columns, with_gradient
 
 # The logit of a slot that is left out. Finite, so that a chunk with no other slot has a softmax, too.
 LEFT_OUT = -1e30

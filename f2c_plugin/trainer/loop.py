@@ -18,22 +18,14 @@ from f2c_plugin.config import F2CConfig, TrainConfig
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.data.from_config import steps_per_epoch, training_device
 from f2c_plugin.data.loader import DualLoader
+from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.evaluation.model_selection import Results, select_net
 from f2c_plugin.evaluation.onnx_export import export_onnx, onnx_cosine, require_same_embedding
 from f2c_plugin.evaluation.verification import VerificationSet
 from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.models import get_model
+from f2c_plugin.trainer import build
 from f2c_plugin.trainer.bad_steps import BadSteps
-from f2c_plugin.trainer.build import (
-    build_loader,
-    build_optimizer,
-    head_factory,
-    learning_rate,
-    margin_loss,
-    seed_everything,
-    verification_sets,
-    wrap,
-)
 from f2c_plugin.trainer.checkpoint import Checkpoints, save_due
 from f2c_plugin.trainer.logger import TrainingLog
 from f2c_plugin.trainer.signals import Request, Stopped, listening
@@ -86,9 +78,9 @@ class TrainState:
 def build_state(cfg: TrainConfig, device: torch.device, total_steps: int) -> TrainState:
     """Nets, head and optimizer at the beginning of a training."""
     net = get_model(cfg.network, cfg.embedding_size, fp16=cfg.fp16).to(device)
-    backbone = wrap(net).train()
-    head = head_factory(cfg.head)(cfg, backbone, margin_loss(cfg)).train()
-    optimizer = build_optimizer(cfg, [{"params": backbone.parameters()}, {"params": head.parameters()}])
+    backbone = build.wrap(net).train()
+    head = build.head_factory(cfg.head)(cfg, backbone, build.margin_loss(cfg)).train()
+    optimizer = build.build_optimizer(cfg, [{"params": backbone.parameters()}, {"params": head.parameters()}])
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.fp16, growth_interval=100)
     state = TrainState(cfg, backbone, net, head, optimizer, scaler, total_steps)
     state.bad_steps = BadSteps(cfg.get("f2c_max_bad_steps", F2CConfig.max_bad_steps), state.nets.values())
@@ -98,7 +90,7 @@ def build_state(cfg: TrainConfig, device: torch.device, total_steps: int) -> Tra
 def train_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
     """One batch: forward, backward and, every ``gradient_acc`` batches, a step of the optimizer. Returns the loss."""
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(state.cfg, state.step, state.total_steps)
+        group["lr"] = build.learning_rate(state.cfg, state.step, state.total_steps)
     state.step += 1
     loss = state.head(state.backbone(images), labels)
     state.scaler.scale(loss).backward()
@@ -126,13 +118,13 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    seed_everything(cfg.seed)
-    loader = build_loader(cfg, head_factory(cfg.head), local_rank)
-    sets = verification_sets(cfg)
+    build.seed_everything(cfg.seed)
+    loader = build.build_loader(cfg, build.head_factory(cfg.head), local_rank)
+    sets = build.verification_sets(cfg)
     num_steps = steps_per_epoch(cfg, world_size)
     state = build_state(cfg, training_device(local_rank), num_steps * cfg.num_epoch)
 
-    checkpoints = Checkpoints(cfg, state.parts(), loader.dual_sampler)
+    checkpoints = Checkpoints(cfg, state.parts(), cast(DualSampler, loader.sampler))
     state.step, seconds = checkpoints.begin()
     if cfg.save_all_states or cfg.get("f2c_save_every"):
         checkpoints.require_room()
@@ -155,7 +147,7 @@ def _run(state: TrainState, loader: DualLoader, num_steps: int, sets: dict[str, 
     save_is_due = False
     with listening() as requests:
         for epoch in range(state.step // num_steps, cfg.num_epoch):
-            loader.dual_sampler.set_epoch(epoch, state.step % num_steps)
+            cast(DualSampler, loader.sampler).set_epoch(epoch, state.step % num_steps)
             for images, labels in loader:
                 loss = train_step(state, images, labels)
                 if training_log:
@@ -189,10 +181,9 @@ def _finish(state: TrainState, results: Results, images_seen: int, seconds: floa
     exported.load_state_dict(net.state_dict())
     export_onnx(exported, folder / "model.onnx")
     summaries = {name: result.summary() for name, result in results[which].items()}
-    report: dict[str, Any] = {"head": cfg.head, "network": cfg.network, "exported": which,
-                              "images_seen": images_seen, "seconds": round(seconds, 1),
-                              "peak_mb": round(_peak_memory() / 2**20),
-                              "verification": next(iter(summaries.values()), None), "verification_sets": summaries}
+    report: dict[str, Any] = dict(
+        head=cfg.head, network=cfg.network, exported=which, images_seen=images_seen, seconds=round(seconds, 1),
+        peak_mb=round(_peak_memory() / 2**20), verification=next(iter(summaries.values()), None), verification_sets=summaries)
     cosine = None
     for verification_set in list(sets.values())[:1]:
         cosine = onnx_cosine(exported, folder / "model.onnx", normalize_faces(verification_set.faces(64)))

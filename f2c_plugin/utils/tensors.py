@@ -1,5 +1,7 @@
 """Operations on tensors; of fixed shapes and without a wait for the device unless said."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,3 +60,21 @@ def largest_of_columns(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     candidates = torch.cat([inside, rows[whole:, None].expand(-1, values.size(1))])
     found, best = values.gather(0, candidates).topk(min(count, len(candidates)), dim=0)
     return found, candidates.gather(0, best)
+
+
+def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+    """``value`` (B,), with ``gradient`` (B, D) as its gradient to ``inputs`` (B, D)."""
+    return _WithGradient.apply(inputs, value, gradient)  # pyright: ignore[reportReturnType]
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, value_gradient: Tensor) -> tuple[Tensor, None, None]:
+        gradient, = ctx.saved_tensors
+        return gradient * value_gradient[:, None], None, None
