@@ -1,16 +1,16 @@
 """The command ``f2c-plugin``.
 
-A command is a function with its arguments in ``@command(...)``. It imports what it needs itself, so that
-``--help`` and the other commands start quickly.
+A command is a function; ``@command(argument(...), ...)`` above it adds it to ``COMMANDS``.
 """
 
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import f2c_plugin
-from f2c_plugin.arcface_torch.patching import ARCFACE_TORCH_URL
+from f2c_plugin.arcface_torch import patching
 from f2c_plugin.errors import ExportError, F2CError
 
 Run = Callable[[Namespace], None]
@@ -19,9 +19,9 @@ AddTo = Callable[[ArgumentParser], object]
 COMMANDS: dict[str, tuple[Run, Sequence[AddTo]]] = {}
 
 
-def argument(*flags: str, **options: object) -> AddTo:
+def argument(*flags: str, **options: Any) -> AddTo:
     """An argument, as ``ArgumentParser.add_argument`` takes it."""
-    return lambda parser: parser.add_argument(*flags, **options)  # type: ignore[arg-type]
+    return lambda parser: parser.add_argument(*flags, **options)
 
 
 def command(*arguments: AddTo) -> Callable[[Run], Run]:
@@ -35,62 +35,58 @@ def command(*arguments: AddTo) -> Callable[[Run], Run]:
 @command(argument("checkout", help="folder of arcface_torch, or of the insightface checkout that contains it"),
          argument("--check", action="store_true", help="show what would change, but change nothing"),
          argument("--reverse", action="store_true", help="restore the checkout"))
-def install(arguments: Namespace) -> None:
+def install(args: Namespace) -> None:
     """Patch an arcface_torch checkout and copy the configs into it."""
-    from f2c_plugin.arcface_torch import patching
-
-    checkout = patching.find_checkout(arguments.checkout)
-    changes = patching.plan_reverse(checkout) if arguments.reverse else patching.plan_install(checkout)
-    if not arguments.check:
+    checkout = patching.find_checkout(args.checkout)
+    changes = patching.plan_reverse(checkout) if args.reverse else patching.plan_install(checkout)
+    if not args.check:
         patching.apply(checkout, changes)
     for change in changes:
         verb = "removed" if change.content is None else "written"
-        print(f"{change.path} {'would be' if arguments.check else 'is'} {verb} ({change.reason})")
+        print(f"{change.path} {'would be' if args.check else 'is'} {verb} ({change.reason})")
     for config in patching.edited_configs(checkout):
         print(f"{config.relative_to(checkout)} stays: it has been edited")
     if not changes:
-        print(f"{checkout}: nothing to do, the plugin is {'not installed' if arguments.reverse else 'installed'}")
+        print(f"{checkout}: nothing to do, the plugin is {'not installed' if args.reverse else 'installed'}")
 
 
-@command(argument("--from", dest="source", default=ARCFACE_TORCH_URL, metavar="GIT_URL_OR_PATH",
+@command(argument("--from", dest="source", default=patching.ARCFACE_TORCH_URL, metavar="GIT_URL_OR_PATH",
                   help="repository to clone; default: %(default)s"))
-def fetch_host(arguments: Namespace) -> None:
+def fetch_host(args: Namespace) -> None:
     """Clone the tested revision of arcface_torch into the cache."""
-    from f2c_plugin.arcface_torch.patching import fetch_checkout
-
-    print(fetch_checkout(arguments.source))
+    print(patching.fetch_checkout(args.source))
 
 
 @command(argument("--checkout", help="an arcface_torch checkout to examine"),
          argument("--dataset", help="folder of a pack to examine"))
-def doctor(arguments: Namespace) -> None:
+def doctor(args: Namespace) -> None:
     """Show the installed packages and the state of a checkout and a dataset."""
     from f2c_plugin.tools.doctor import examine
 
-    if not examine(arguments.checkout, arguments.dataset):
+    if not examine(args.checkout, args.dataset):
         sys.exit(1)
 
 
 @command(argument("folder", help="folder of train.rec and train.idx"),
          argument("--plot", metavar="PNG", help="draw the histogram of images per identity"),
          argument("--verify", action="store_true", help="decode every image and list the unusable records"))
-def index(arguments: Namespace) -> None:
+def index(args: Namespace) -> None:
     """Index a pack, so that training starts at once, and summarize it."""
     from f2c_plugin.data.dataset import RecordDataset
     from f2c_plugin.data.index import open_index
     from f2c_plugin.tools import packs
 
     damaged: dict[int, str] = {}
-    if arguments.verify:
-        number, damaged = packs.verify(arguments.folder)
+    if args.verify:
+        number, damaged = packs.verify(args.folder)
         for error in damaged.values():
             print(error)
         print(f"{len(damaged)} of {number} records cannot be used" + (":" if damaged else ""), ", ".join(map(str, damaged)))
-    open_index(arguments.folder, progress=True)
-    dataset = RecordDataset(arguments.folder, skip_damaged=True)
+    open_index(args.folder, progress=True)
+    dataset = RecordDataset(args.folder, skip_damaged=True)
     _print_table(packs.describe(dataset))
-    if arguments.plot:
-        packs.draw_histogram(dataset, arguments.plot)
+    if args.plot:
+        packs.draw_histogram(dataset, args.plot)
     if damaged:
         sys.exit(1)
 
@@ -99,37 +95,37 @@ def index(arguments: Namespace) -> None:
          argument("--identity", type=int, metavar="N", help="draw the images of identity N"),
          argument("--image", type=int, metavar="N", help="draw the image of record N"),
          argument("--out", default="sheet.png", metavar="PNG", help="file to write; default: %(default)s"))
-def inspect(arguments: Namespace) -> None:
+def inspect(args: Namespace) -> None:
     """Draw a contact sheet of a pack: one identity, one image, or random identities."""
     from f2c_plugin.data.dataset import RecordDataset
     from f2c_plugin.tools.packs import draw_sheet
 
-    draw_sheet(RecordDataset(arguments.folder, skip_damaged=True), arguments.out, arguments.identity, arguments.image)
-    print(arguments.out)
+    draw_sheet(RecordDataset(args.folder, skip_damaged=True), args.out, args.identity, args.image)
+    print(args.out)
 
 
 @command(argument("source", help="folder with one folder of .jpg or .png files per identity"),
          argument("out", help="folder to write train.rec, train.idx and property into"))
-def pack(arguments: Namespace) -> None:
+def pack(args: Namespace) -> None:
     """Write a pack from a folder of images, one folder per identity."""
     from f2c_plugin.tools.packs import pack_folder
 
-    identities, images = pack_folder(arguments.source, arguments.out)
-    print(f"{arguments.out}: {images} images of {identities} identities")
+    identities, images = pack_folder(args.source, args.out)
+    print(f"{args.out}: {images} images of {identities} identities")
 
 
 @command(argument("model", help="a model.pt, or a checkpoint of arcface_torch or f2c_plugin.train"),
          argument("out", help="the .onnx file to write"),
          argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net"))
-def export(arguments: Namespace) -> None:
+def export(args: Namespace) -> None:
     """Write a trained net as ONNX for the insightface package."""
     from f2c_plugin.evaluation.onnx_export import export_checked, load_net
 
-    if Path(arguments.model).resolve() == Path(arguments.out).resolve():
-        raise ExportError(f"{arguments.out} is the trained model itself and is not overwritten: name another file")
-    net = load_net(arguments.model, arguments.net)
-    cosine = export_checked(net, arguments.out)
-    print(f"{arguments.out}: the {arguments.net} net, {len(net.features.weight)}-dimensional embeddings"
+    if Path(args.model).resolve() == Path(args.out).resolve():
+        raise ExportError(f"{args.out} is the trained model itself and is not overwritten: name another file")
+    net = load_net(args.model, args.net)
+    cosine = export_checked(net, args.out)
+    print(f"{args.out}: the {args.net} net, {len(net.features.weight)}-dimensional embeddings"
           + ("" if cosine is None else f"; smallest cosine to PyTorch: {cosine:.6f}"))
 
 
@@ -144,16 +140,15 @@ def checkpoint_actions(parser: ArgumentParser) -> None:
 
 
 @command(checkpoint_actions)
-def checkpoint(arguments: Namespace) -> None:
+def checkpoint(args: Namespace) -> None:
     """Summarize checkpoints, or convert arcface_torch's to another number of ranks."""
     from f2c_plugin.tools import checkpoints
 
-    if arguments.action == "merge":
-        for path in checkpoints.merge(arguments.folder, arguments.out, arguments.ranks):
-            print(path)
-        return
-    for path in arguments.files:
-        _print_table(checkpoints.describe(path))
+    if args.action == "merge":
+        print(*checkpoints.merge(args.folder, args.out, args.ranks), sep="\n")
+    else:
+        for path in args.files:
+            _print_table(checkpoints.describe(path))
 
 
 @command(argument("--identities", type=int, required=True, metavar="N"),
@@ -164,27 +159,27 @@ def checkpoint(arguments: Namespace) -> None:
          argument("--pool-dtype", default="float32"),
          argument("--shard-pool", action="store_true"),
          argument("--plot", metavar="PNG", help="draw memory against the number of identities"))
-def plan(arguments: Namespace) -> None:
+def plan(args: Namespace) -> None:
     """Estimate the GPU memory of F²C, Partial FC and the full FC layer."""
     from f2c_plugin.tools import plan as planning
 
-    planned = planning.Plan(arguments.identities, arguments.gpus, arguments.network, arguments.batch_size,
-                            arguments.pool_rate, arguments.pool_dtype, arguments.shard_pool)
+    planned = planning.Plan(args.identities, args.gpus, args.network, args.batch_size, args.pool_rate,
+                            args.pool_dtype, args.shard_pool)
     print(f"{planned.identities:,} identities on {planned.gpus} GPUs, batch {planned.batch_size}: the head on each GPU")
     for name, size in planned.table():
         print(f"  {name:<34} {size / 2**20:>11,.0f} MB")
     print(planned.verdict())
-    if arguments.plot:
-        planning.draw(planned, arguments.plot)
+    if args.plot:
+        planning.draw(planned, args.plot)
 
 
 @command(argument("folders", nargs="+", metavar="folder", help="output folder of arcface_torch or f2c_plugin.train"),
          argument("--out", metavar="DIR", help="folder to write report.html and PNGs into; default: the first folder"))
-def report(arguments: Namespace) -> None:
+def report(args: Namespace) -> None:
     """Plot training runs and write a page that compares them."""
     from f2c_plugin.tools.report import report
 
-    print(report(arguments.folders, arguments.out))
+    print(report(args.folders, args.out))
 
 
 @command(argument("folder", help="folder to write train.rec, train.idx, property, synth.bin and contact_sheet.png into"),
@@ -193,15 +188,14 @@ def report(arguments: Namespace) -> None:
          argument("--pairs", type=int, default=6000, help="verification pairs; default: %(default)s, as in LFW"),
          argument("--seed", type=int, default=0),
          argument("--processes", type=int, help="default: one per CPU"))
-def synth(arguments: Namespace) -> None:
+def synth(args: Namespace) -> None:
     """Draw a pack of synthetic faces and a verification set."""
     from f2c_plugin.synthetic.dataset import draw_contact_sheet, write_dataset
 
-    folder = Path(arguments.folder)
-    write_dataset(folder, arguments.identities, arguments.images_per_identity, arguments.pairs, arguments.seed,
-                  arguments.processes)
+    folder = Path(args.folder)
+    write_dataset(folder, args.identities, args.images_per_identity, args.pairs, args.seed, args.processes)
     try:
-        draw_contact_sheet(folder / "contact_sheet.png", min(8, arguments.identities), seed=arguments.seed)
+        draw_contact_sheet(folder / "contact_sheet.png", min(8, args.identities), seed=args.seed)
     except F2CError as error:
         print(f"no contact_sheet.png: {error}")
 
@@ -220,11 +214,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         subparser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         for add_to in arguments:
             add_to(subparser)
-    parsed = parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    run, _ = COMMANDS[args.command]
     try:
-        COMMANDS[parsed.command][0](parsed)
+        run(args)
     except (F2CError, OSError) as error:
-        sys.exit(f"f2c-plugin {parsed.command}: {error}")
+        sys.exit(f"f2c-plugin {args.command}: {error}")
 
 
 if __name__ == "__main__":
