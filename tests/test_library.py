@@ -13,7 +13,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 import f2c_plugin
-from f2c_plugin import ConfigError, InputError, Margin, build_head
+from f2c_plugin import ConfigError, F2CHead, InputError, Margin, build_head
 
 NUM_IDENTITIES, BATCH, EMBEDDING_SIZE = 30, 12, 6
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -122,13 +122,19 @@ def test_a_backbone_has_one_hook_at_a_time():
     first(net(images), labels, images=images)
 
 
-def test_a_copy_of_a_backbone_with_a_hook_has_none():
-    # An average of the weights is such a copy, and the gallery net of a second head is.
+def test_a_copy_of_a_backbone_with_a_hook_is_free_of_the_head(monkeypatch):
+    def refuse(head, memo):
+        raise AssertionError("the head is copied, with its pool")
+
+    monkeypatch.setattr(F2CHead, "__deepcopy__", refuse, raising=False)
     net = make_net()
-    make_head(net, hook=True)
-    copy = deepcopy(net)
-    for head in make_head(net), make_head(copy, hook=True):
-        assert not head.gallery.net._forward_pre_hooks
+    head = make_head(net, hook=True)
+    copy = deepcopy(net)  # as an average of the weights is, or the gallery net of a second head
+    make_head(net)
+    copy(batch()[0])
+    with pytest.raises(InputError, match="has seen no images"):
+        head(copy(batch()[0]), batch()[1])
+    assert train(copy, make_head(copy, hook=True), batches(2), hook=True) == train(net, head, batches(2), hook=True)
 
 
 # What the backbone is called with and returns
@@ -228,7 +234,8 @@ BAD_BATCHES = {
     "label too large": (lambda net, images, labels: (net(images), labels % 2 + 29, images), "labels from 29 to 30"),
     "label negative": (lambda net, images, labels: (net(images), -labels, images), r"labels from -\d+ to"),
     "too few labels": (lambda net, images, labels: (net(images), labels[:10], images), "12 images and 10 labels"),
-    "one-hot labels": (lambda net, images, labels: (net(images), torch.eye(30)[labels], images), "12 images and 360 labels"),
+    "one-hot labels": (lambda net, images, labels: (net(images), torch.eye(30).long()[labels], images),
+                       "12 images and 360 labels"),
     "labels with fractions": (lambda net, images, labels: (net(images), labels + 0.5, images), "labels of torch.float32"),
     "embedding size": (lambda net, images, labels: (torch.randn(BATCH, 7), labels, images),
                        "embeddings of 7 numbers for a pool of 6: set embedding_size"),
