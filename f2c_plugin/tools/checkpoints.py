@@ -18,26 +18,22 @@ States = dict[str, Any]
 
 # What arcface_torch writes.
 _KEYS = {"epoch", "global_step", "state_dict_backbone", "state_dict_softmax_fc", "state_optimizer", "state_lr_scheduler"}
+_COUNTERS = {"last_epoch", "total_iters", "warmup_iters", "_step_count"}  # in "state_lr_scheduler", in steps
 _NAME = "checkpoint_gpu_{}.pt"
 
 
 def describe(path: str | Path) -> list[tuple[str, str]]:
-    """Summarize a checkpoint in rows of (name, value).
-
-    Raises:
-        CheckpointError: the file is not a whole checkpoint of arcface_torch or f2c_plugin.train.
-    """
+    """Summarize a checkpoint of arcface_torch or f2c_plugin.train in rows of (name, value). Raises CheckpointError."""
     path = Path(path)
     saved = load_states(path)
     if saved.get("format") == FORMAT:
-        settings = saved["settings"]
+        settings, net, head = saved["settings"], saved["backbone"], saved["head"]
         rows = [("written by", "f2c_plugin.train"), ("step", f"{saved['step']:,}"), ("images seen", f"{saved['images']:,}"),
                 ("ranks", f"{saved['layout'][0]} with {saved['layout'][1]} images each"),
                 ("training", f"{settings.get('head')}, {settings.get('network')}, lr {settings.get('lr')}")]
-        net, head = saved["backbone"], saved["head"]
     elif saved.keys() >= _KEYS:
-        rows = [("written by", "arcface_torch"), ("epochs done", f"{saved['epoch']}"), ("step", f"{saved['global_step']:,}")]
         net, head = saved["state_dict_backbone"], saved["state_dict_softmax_fc"]
+        rows = [("written by", "arcface_torch"), ("epochs done", f"{saved['epoch']}"), ("step", f"{saved['global_step']:,}")]
     else:
         raise CheckpointError(f"{path}: not a checkpoint of arcface_torch or f2c_plugin.train; it holds "
                               + ", ".join(map(str, saved)))
@@ -68,10 +64,6 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
     joined and split again. The batch size per GPU is assumed to stay the same, so with more ranks an epoch
     has fewer steps; steps are rescaled.
 
-    Args:
-        folder: holds the files of all ranks.
-        out: folder for the new files.
-        num_ranks: the new number of ranks.
     Returns:
         The files written.
     Raises:
@@ -90,7 +82,8 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
         if (state["epoch"], state["global_step"]) != (states[0]["epoch"], states[0]["global_step"]):
             raise CheckpointError(f"{path}: is from step {state['global_step']}, but {paths[0].name} is from step "
                                   f"{states[0]['global_step']}: give files of the same step")
-    if exists := [path for rank in range(num_ranks) if (path := out / _NAME.format(rank)).exists()]:
+    targets = [out / _NAME.format(rank) for rank in range(num_ranks)]
+    if exists := [path for path in targets if path.exists()]:
         raise OverwriteError(f"{exists[0]} exists and is not overwritten: choose another folder or remove it")
 
     heads = [state["state_dict_softmax_fc"] for state in states]
@@ -103,20 +96,17 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
         raise CheckpointError(f"{paths[0]}: {_describe_head(heads[0])}: only F²C and Partial FC can be converted")
 
     out.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    for rank in range(num_ranks):
-        new = _rescale_steps(states[0], len(states), num_ranks) | _split(states[0], whole, rank, num_ranks)
-        written.append(out / _NAME.format(rank))
-        with written_whole(written[-1]) as file:
-            torch.save(new, file)
-    return written
+    rescaled = _rescale_steps(states[0], len(states), num_ranks)
+    for rank, target in enumerate(targets):
+        with written_whole(target) as file:
+            torch.save(rescaled | _split(states[0], whole, rank, num_ranks), file)
+    return targets
 
 
 def _files_of_all_ranks(folder: Path) -> list[Path]:
     found = {int(match[1]): path for path in folder.glob(_NAME.format("*"))
              if (match := re.fullmatch(r"checkpoint_gpu_(\d+)\.pt", path.name))}
-    missing = [_NAME.format(rank) for rank in range(max(found, default=0) + 1) if rank not in found]
-    if missing:
+    if missing := [_NAME.format(rank) for rank in range(max(found, default=0) + 1) if rank not in found]:
         raise CheckpointError(f"{folder}: lacks {', '.join(missing)}: the files of all ranks are needed")
     return [found[rank] for rank in sorted(found)]
 
@@ -136,11 +126,9 @@ def _optimizer_state_of_weight(state: States) -> tuple[int, dict[str, Any]]:
 
 def _join(states: Sequence[States]) -> dict[str, Tensor]:
     """The weights of all classes and their optimizer state, {name: (N, D)}."""
-    whole = {"weight": torch.cat([state["state_dict_softmax_fc"]["weight"] for state in states])}
-    for name, value in _optimizer_state_of_weight(states[0])[1].items():
-        if torch.is_tensor(value) and value.dim():
-            whole[name] = torch.cat([_optimizer_state_of_weight(state)[1][name] for state in states])
-    return whole
+    parts = [_optimizer_state_of_weight(state)[1] | state["state_dict_softmax_fc"] for state in states]
+    return {name: torch.cat([part[name] for part in parts]) for name, value in parts[0].items()
+            if torch.is_tensor(value) and value.dim()}
 
 
 def _split(state: States, whole: Mapping[str, Tensor], rank: int, num_ranks: int) -> States:
@@ -148,11 +136,11 @@ def _split(state: States, whole: Mapping[str, Tensor], rank: int, num_ranks: int
     if not whole:
         return {}
     part = {name: value.tensor_split(num_ranks)[rank].clone() for name, value in whole.items()}
+    weight = part.pop("weight")
     optimizer = state["state_optimizer"]
     number, of_weight = _optimizer_state_of_weight(state)
-    of_weight = of_weight | {name: value for name, value in part.items() if name in of_weight}
-    of_all = optimizer["state"] | ({number: of_weight} if of_weight else {})
-    return {"state_dict_softmax_fc": {"weight": part["weight"]}, "state_optimizer": optimizer | {"state": of_all}}
+    of_all = optimizer["state"] | ({number: of_weight | part} if of_weight else {})
+    return {"state_dict_softmax_fc": {"weight": weight}, "state_optimizer": optimizer | {"state": of_all}}
 
 
 def _rescale_steps(state: States, before: int, after: int) -> States:
@@ -162,13 +150,10 @@ def _rescale_steps(state: States, before: int, after: int) -> States:
         return dict(state)
     head = state["state_dict_softmax_fc"]
     per_epoch = step // epoch
-    schedule = dict(state["state_lr_scheduler"])
 
     def steps(count: int) -> int:
         return round(count / per_epoch * (per_epoch * before // after))
-    for name in "last_epoch", "total_iters", "warmup_iters", "_step_count":
-        if name in schedule:
-            schedule[name] = steps(schedule[name])
+    schedule = {name: steps(value) if name in _COUNTERS else value for name, value in state["state_lr_scheduler"].items()}
     if "_extra_state" in head:  # F²C's own step counter, which drives its schedule
-        head = type(head)(head) | {"_extra_state": torch.tensor(steps(step))}
+        head = head | {"_extra_state": torch.tensor(steps(step))}
     return state | {"global_step": steps(step), "state_lr_scheduler": schedule, "state_dict_softmax_fc": head}

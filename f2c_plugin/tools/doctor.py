@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -18,87 +19,72 @@ PACKAGES = ("f2c-plugin", "torch", "numpy", "easydict", "simplejpeg", "tqdm", "o
 EXTRAS = ("onnxruntime", "matplotlib", "pillow", "tensorboard", "scikit-learn", "scipy", "insightface", "mxnet")
 SAMPLE = 100  # images per set to decode as a test
 
-
-class Examination:
-    """Prints findings line by line and records whether one of them is bad."""
-
-    def __init__(self) -> None:
-        self.healthy = True
-
-    def note(self, name: str, finding: object) -> None:
-        print(f"  {name:<22} {finding}")
-
-    def complain(self, name: str, finding: object) -> None:
-        self.healthy = False
-        print(f"! {name:<22} {finding}")
+Finding = tuple[bool, str, object]  # whether it is good, its name, what was found
 
 
 def examine(checkout: str | Path | None = None, dataset: str | Path | None = None) -> bool:
-    """Print all findings. Returns whether everything is in order."""
-    examination = Examination()
-    _versions(examination)
-    _entry_points(examination)
-    if checkout:
-        _checkout(examination, checkout)
-    if dataset:
-        _dataset(examination, Path(dataset))
-    return examination.healthy
+    """Print all findings, line by line. Returns whether everything is in order."""
+    healthy = True
+    for good, name, found in _findings(checkout, dataset):
+        print(f"{' ' if good else '!'} {name:<22} {found}")
+        healthy = healthy and good
+    return healthy
 
 
-def _versions(examination: Examination) -> None:
-    examination.note("python", platform.python_version())
-    for package in PACKAGES + EXTRAS:
-        try:
-            examination.note(package, metadata.version(package))
-        except metadata.PackageNotFoundError:
-            if package in EXTRAS:
-                examination.note(package, "not installed (optional)")
-            else:
-                examination.complain(package, "not installed: pip install f2c-plugin")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    examination.note("GPUs", ", ".join(gpus) or "none: training runs on the CPU")
-    examination.note("CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()}")
-
-
-def _entry_points(examination: Examination) -> None:
+def _findings(checkout: str | Path | None, dataset: str | Path | None) -> Iterator[Finding]:
+    yield from _versions()
     for group, name in (HEADS, "f2c_dcp"), (SAMPLERS, "f2c_dual"):
         try:
-            examination.note(name, f"found, {load_plugin(group, name).__module__} in {group}")
+            yield True, name, f"found, {load_plugin(group, name).__module__} in {group}"
         except UnknownPlugin as error:
-            examination.complain(name, error)
+            yield False, name, error
+    if checkout:
+        yield _checkout(checkout)
+    if dataset:
+        yield from _dataset(Path(dataset))
 
 
-def _checkout(examination: Examination, folder: str | Path) -> None:
+def _versions() -> Iterator[Finding]:
+    yield True, "python", platform.python_version()
+    for package in PACKAGES + EXTRAS:
+        try:
+            yield True, package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            optional = package in EXTRAS
+            yield optional, package, "not installed (optional)" if optional else "not installed: pip install f2c-plugin"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield True, "GPUs", ", ".join(gpus) or "none: training runs on the CPU"
+    yield True, "CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()}"
+
+
+def _checkout(folder: str | Path) -> Finding:
     try:
         checkout = patching.find_checkout(folder)
         changes = patching.plan_install(checkout)
-        present, patches = patching.applied_patches(checkout), patching.patches()
+        present = patching.applied_patches(checkout)
     except CheckoutError as error:
-        examination.complain("checkout", error)
-        return
+        return False, "checkout", error
     if not changes:
-        examination.note("checkout", f"{checkout} has the patches and the configs")
-    elif present == 0:
-        examination.complain("checkout", f"{checkout} is not patched: f2c-plugin install {folder}")
-    else:
-        missing = [patch.stem for patch in patches[present:]] or [str(change.path) for change in changes]
-        examination.complain("checkout", f"{checkout} lacks {', '.join(missing)}: f2c-plugin install {folder}")
+        return True, "checkout", f"{checkout} has the patches and the configs"
+    missing = [patch.stem for patch in patching.patches()[present:]] or [str(change.path) for change in changes]
+    state = f"lacks {', '.join(missing)}" if present else "is not patched"
+    return False, "checkout", f"{checkout} {state}: f2c-plugin install {folder}"
 
 
-def _dataset(examination: Examination, folder: Path) -> None:
+def _dataset(folder: Path) -> Iterator[Finding]:
     try:
         dataset = RecordDataset(folder)  # does not skip damage, so that damage is found
         for name, value in describe(dataset):
-            examination.note(name, value)
+            yield True, name, value
         sample = spread(len(dataset), SAMPLE)
         dataset.faces(sample)
-        examination.note("decoded", f"{len(sample)} images")
+        yield True, "decoded", f"{len(sample)} images"
     except RecordError as error:
-        examination.complain("dataset", error)
+        yield False, "dataset", error
     for path in sorted(folder.glob("*.bin")):
         try:
-            verification_set = VerificationSet(path)
-            verification_set.faces(SAMPLE)
-            examination.note(path.name, f"{len(verification_set.same)} pairs, {verification_set.same.mean():.0%} same")
+            pairs = VerificationSet(path)
+            pairs.faces(SAMPLE)
+            yield True, path.name, f"{len(pairs.same)} pairs, {pairs.same.mean():.0%} same"
         except VerificationSetError as error:
-            examination.complain(path.name, error)
+            yield False, path.name, error
