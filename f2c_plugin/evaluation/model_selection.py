@@ -17,11 +17,7 @@ Results = dict[str, dict[str, VerificationResult]]  # {net: {verification set: r
 
 
 def verify(nets: Mapping[str, nn.Module], sets: Mapping[str, VerificationSet], step: int, folder: Path) -> Results:
-    """Verify nets, log their accuracies as arcface_torch does, and save the scores in ``folder`` for reports.
-
-    Args:
-        nets: {"probe" or "gallery": net}.
-    """
+    """Verify nets, log their accuracies as arcface_torch does, and save the scores in ``folder`` for reports."""
     results: Results = {which: {} for which in nets}
     for which, net in nets.items():
         for name, verification_set in sets.items():
@@ -33,12 +29,7 @@ def verify(nets: Mapping[str, nn.Module], sets: Mapping[str, VerificationSet], s
 
 
 def select_net(export: str, results: Results) -> str:
-    """Select "probe" or "gallery".
-
-    Args:
-        export: ``config.f2c_export``; "best" selects the net with the higher accuracy on the first set.
-        results: returned by ``verify``.
-    """
+    """Select "probe" or "gallery" by ``config.f2c_export``: "best" is the net with the higher accuracy on the first set."""
     if export != "best":
         return export
     first = {which: next(iter(of_net.values())) for which, of_net in results.items()}

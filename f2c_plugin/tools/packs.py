@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections import Counter
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -28,9 +29,7 @@ def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
     sample = spread(len(index), SAMPLE)
     encoded = [unpack_image_record(dataset.records.read(offset)).image for offset in index.offsets[sample].tolist()
                if not dataset.records.damage(offset)]
-    sizes = Counter(_size(image) for image in encoded)
-    sizes["no readable record"] = len(sample) - len(encoded)
-    sizes = +sizes
+    sizes = Counter(map(_size, encoded)) + Counter({"no readable record": len(sample) - len(encoded)})
     mean_bytes = np.mean([len(image) for image in encoded]) if encoded else np.nan
     return [
         ("pack", str(dataset.records.path)),
@@ -74,7 +73,7 @@ def verify(root_dir: str | Path, processes: int | None = None) -> tuple[int, dic
     """Read every record of a pack and decode its image. Needs no index, so it also works on packs that cannot be indexed.
 
     Args:
-        processes: number of processes that decode; None means one per CPU.
+        processes: how many decode; None means one per CPU.
     Returns:
         The number of records, and {record number: what is wrong with it} for every unusable record.
     Raises:
@@ -118,7 +117,6 @@ def draw_sheet(dataset: RecordDataset, path: str | Path, identity: int | None = 
 
     Raises:
         RecordError: there is no such identity or record.
-        InputError: the suffix of ``path`` is not that of an image format.
     """
     pillow = require("PIL.Image", extra="plot")
     index = dataset.index
@@ -138,10 +136,8 @@ def draw_sheet(dataset: RecordDataset, path: str | Path, identity: int | None = 
     sheet = np.full((len(grid), IMAGE_SIZE, max(map(len, grid)), IMAGE_SIZE, 3), 128, np.uint8)
     for row, positions in enumerate(grid):
         for column, position in enumerate(positions):
-            try:
+            with suppress(RecordError):
                 sheet[row, :, column] = dataset.face(int(position))
-            except RecordError:
-                continue
     try:
         pillow.fromarray(sheet.reshape(len(grid) * IMAGE_SIZE, -1, 3)).save(path)
     except ValueError as error:  # an unknown suffix
@@ -151,10 +147,9 @@ def draw_sheet(dataset: RecordDataset, path: str | Path, identity: int | None = 
 def pack_folder(source: str | Path, out: str | Path) -> tuple[int, int]:
     """Write a pack in InsightFace's layout from a folder that has one folder of images per identity.
 
-    Identities are numbered in the order of their folder names. Images are stored unchanged.
+    Identities are numbered in the order of their folder names. Images are stored unchanged. Returns the number
+    of identities and the number of images.
 
-    Returns:
-        The number of identities and the number of images.
     Raises:
         RecordError: there is nothing to pack, or a link leads out of ``source``.
         OverwriteError: ``out`` already holds a pack.
@@ -171,8 +166,8 @@ def pack_folder(source: str | Path, out: str | Path) -> tuple[int, int]:
         raise RecordError(f"{source}: no folder holds {', '.join(_SUFFIXES)} files: give a folder with one folder per identity")
     for path in paths:  # a folder from elsewhere must not pack other files of this machine
         if not path.resolve().is_relative_to(source.resolve()):
-            raise RecordError(f"{path} is, or is behind, a link to {path.resolve()}, outside {source}: replace the link with a "
-                              "copy")
+            raise RecordError(f"{path} is, or is behind, a link to {path.resolve()}, outside {source}: "
+                              "replace the link with a copy")
     out.mkdir(parents=True, exist_ok=True)
     files = (path.read_bytes() for path in tqdm(paths, "packing", unit=" images", disable=None))
     write_insightface_pack(out / "train.rec", files, sizes)

@@ -6,6 +6,7 @@ measures. The optimizer is SGD with momentum and weight decay, as arcface_torch'
 are float32.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,29 +18,21 @@ from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.loss import default_hard_negatives
 from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES
 from f2c_plugin.models import NETWORKS, get_model
+from f2c_plugin.tools.plotting import pyplot, save_figure
 
 EMBEDDING_SIZE = 512
 SIMILAR = 1.25  # ratio of memory within which two heads are about equal
-_FLOAT = 4
-_INT32, _INT64 = 4, 8
+_FLOAT, _INT32, _INT64 = 4, 4, 8  # bytes
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A training to plan.
-
-    Attributes:
-        identities: N.
-        gpus: W.
-        network: one of NETWORKS.
-        batch_size: images per GPU and step.
-        pool_rate, pool_dtype, shard_pool: as in F2CConfig.
-    """
+    """A training to plan. The pool's settings are those of F2CConfig. All sizes are bytes on each GPU."""
 
     identities: int
     gpus: int = 8
-    network: str = "r100"
-    batch_size: int = 128
+    network: str = "r100"  # one of NETWORKS
+    batch_size: int = 128  # images per GPU
     pool_rate: float = 0.1
     pool_dtype: str = "float32"
     shard_pool: bool = False
@@ -56,26 +49,25 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        """K."""
         return F2CConfig(pool_rate=self.pool_rate).num_slots(self.identities)
 
     def pool(self) -> int:
-        """Bytes of the pool's rows on each GPU: 2 · K · D, over W if sharded."""
+        """The pool's rows: 2 · slots · embedding size, divided among the GPUs if sharded."""
         rows = -(-self.slots // self.gpus) if self.shard_pool else self.slots
         return 2 * rows * EMBEDDING_SIZE * getattr(torch, self.pool_dtype).itemsize
 
     def slot_table(self) -> int:
-        """Bytes of the slot table: 4 for each identity; identity, recency and next row of every slot."""
+        """The slot of each identity, as int32; the identity, recency and next row of each slot, as int64."""
         return _INT32 * (self.identities + 1) + 3 * _INT64 * self.slots
 
     def gallery_net(self) -> int:
-        """Bytes of the gallery net's parameters and buffers."""
+        """The gallery net's parameters and buffers."""
         with torch.device("meta"):
             net = get_model(self.network, EMBEDDING_SIZE)
         return sum(tensor.nbytes for tensor in net.state_dict().values())
 
     def working_memory(self, device: str = "cuda") -> int:
-        """Bytes that a step of the F²C head takes for a while.
+        """What a step of the F²C head takes for a while.
 
         Three chunks of logits (the logits, their softmax, its copy in the type of the product); and, not at
         the same time, the hardest negatives' rows or the cosines to the touched slots.
@@ -90,11 +82,11 @@ class Plan:
         return _FLOAT * (3 * CHUNK_ENTRIES[device] + max(hardest_rows, touched_cosines))
 
     def f2c(self, device: str = "cuda") -> int:
-        """Bytes of the F²C head on each GPU at the peak, without the gallery net."""
+        """The F²C head at the peak, without the gallery net."""
         return self.pool() + self.slot_table() + self.working_memory(device)
 
     def partial_fc(self, sample_rate: float) -> int:
-        """Bytes of arcface_torch's Partial FC on each GPU at the peak; at sample rate 1 it is the full FC layer, split.
+        """arcface_torch's Partial FC at the peak; at sample rate 1 it is the full FC layer, split.
 
         In matrices of (classes of this GPU) × D, of which the weights and their momentum are always there.
         The peak is the highest of three moments: the optimizer's step (weights, momentum, gradient, gradient
@@ -102,13 +94,12 @@ class Plan:
         one through the logits of all GPUs' batches (four matrices of batch × sampled classes).
         """
         classes = -(-self.identities // self.gpus)
-        rate = sample_rate
-        if rate < 1:
-            optimizer, weights, at_logits = 4 + rate, 2 + 6 * rate, 2 + 2 * rate
+        if sample_rate < 1:
+            optimizer, weights, at_logits = 4 + sample_rate, 2 + 6 * sample_rate, 2 + 2 * sample_rate
         else:  # nothing is copied out of the weights
             optimizer, weights, at_logits = 4, 7, 3
         matrix = classes * EMBEDDING_SIZE
-        logits = 4 * self.batch_size * self.gpus * rate * classes
+        logits = 4 * self.batch_size * self.gpus * sample_rate * classes
         return int(_FLOAT * max(optimizer * matrix, weights * matrix, at_logits * matrix + logits))
 
     def verdict(self) -> str:
@@ -126,7 +117,7 @@ class Plan:
                 "Partial FC's passes over all classes.")
 
     def table(self) -> list[tuple[str, int]]:
-        """(what, bytes on each GPU)."""
+        """(what, its size)."""
         return [
             (f"F²C, {self.slots:,} slots", self.f2c() + self.gallery_net()),
             ("  pool, two rows a slot" + (", sharded" if self.shard_pool else ""), self.pool()),
@@ -140,17 +131,12 @@ class Plan:
 
 def draw(plan: Plan, path: str | Path) -> None:
     """Draw memory per GPU against the number of identities, around the plan's. Needs matplotlib."""
-    from f2c_plugin.tools.plotting import pyplot, save_figure
-
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(7, 4.2), layout="constrained")
     plans: list[Plan] = []
     gallery_net = plan.gallery_net()
     for identities in plan.identities * np.logspace(-1, 1, 21):
-        try:
+        with suppress(ConfigError):  # too few: the pool would be smaller than a batch
             plans.append(replace(plan, identities=int(identities)))
-        except ConfigError:  # too few: the pool would be smaller than a batch
-            continue
     for label, size in ((f"F²C, pool rate {plan.pool_rate:g}, gallery net {plan.network}", lambda p: p.f2c() + gallery_net),
                         (f"Partial FC, sample rate {plan.pool_rate:g}", lambda p: p.partial_fc(p.pool_rate)),
                         ("full FC", lambda p: p.partial_fc(1.0))):

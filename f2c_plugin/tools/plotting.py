@@ -14,7 +14,7 @@ def pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write a figure of matplotlib and close it."""
+    """Write a figure and close it."""
     try:
         figure.savefig(path, dpi=120)
     except ValueError as error:  # an unknown suffix

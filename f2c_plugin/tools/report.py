@@ -5,7 +5,8 @@ import html
 import json
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -28,35 +29,23 @@ _OLD_NAMES = {"f2c/found": "f2c/pool_hit_rate"}  # names of version 0.1
 _CONFIG = re.compile(r"(?:Training: )?[\d-]+ [\d:,]+[- ]: (?:(\w+) +|([a-z0-9_]{24,}[a-z_]))(.*)")
 
 Entry = dict[str, float]
-Scores = tuple[np.ndarray, np.ndarray]
+Scores = tuple[np.ndarray, np.ndarray]  # cosines (n,); whether the pair is the same, bool (n,)
 
 
 @dataclass
 class Run:
-    """The results of one training.
-
-    Attributes:
-        name: identifies the run in plots and tables.
-        history: entries with "step", "images" and scalars, in order.
-        config: {key: value as text}.
-        scores: {verification set: (cosines (n,), whether the pair is the same, bool (n,))}; arcface_torch
-            saves them only with F²C.
-        facts: {name: text}, the summary.
-    """
+    """The results of one training."""
 
     name: str
-    history: list[Entry]
+    history: list[Entry]  # with "step", "images" and scalars, in order
     config: dict[str, str]
-    scores: dict[str, Scores] = field(default_factory=dict)
-    facts: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)  # by verification set; arcface_torch saves them only with F²C
+    facts: dict[str, str] = field(default_factory=dict)  # the summary
 
     @classmethod
     def read(cls, folder: str | Path, name: str | None = None) -> "Run":
-        """Read the results of a training from its output folder.
+        """Read the output folder of a training. The run is named as the folder if ``name`` is None.
 
-        Args:
-            folder: the output folder.
-            name: name of the run; the folder's name if None.
         Raises:
             ReportError: the folder holds no results, or damaged ones.
         """
@@ -69,14 +58,16 @@ class Run:
         config = {found[1] or found[2]: found[3].strip() for line in lines if (found := _CONFIG.match(line))}
         file = folder / "history.jsonl"
         if file.is_file():
-            history = [_current_names(_parse_json(line, file)) for line in file.read_text().splitlines()]
+            with _reading(file):
+                history = [_current_names(json.loads(line)) for line in file.read_text().splitlines()]
         else:
             history = _history_of_log(lines, config.get("total_batch_size", ""))
         if not history:
             raise ReportError(f"{folder}: the training has not logged a step yet")
         run = cls(name or folder.resolve().name, history, config)
         for path in sorted(folder.glob("*_scores.npz")):
-            run.scores[path.name.removesuffix("_scores.npz")] = _read_scores(path)
+            with _reading(path), np.load(path) as saved:
+                run.scores[path.name.removesuffix("_scores.npz")] = saved["scores"], saved["same"]
         run.facts = run._summarize(folder)
         return run
 
@@ -102,7 +93,8 @@ class Run:
             facts |= {f"{name}: TAR at FAR {far:g}": f"{tar_at_far(scores, same, far):.2%}" for far in FARS}
         file = folder / "report.json"
         if file.is_file():
-            summary = _parse_json(file.read_text(), file)
+            with _reading(file):
+                summary = json.loads(file.read_text())
             facts |= {"exported net": summary["exported"], "minutes": f"{summary['seconds'] / 60:.1f}"}
             if "peak_mb" in summary:
                 facts["peak memory of rank 0, MB"] = f"{summary['peak_mb']:,}"
@@ -111,19 +103,12 @@ class Run:
         return facts
 
 
-def _parse_json(text: str, file: Path) -> dict[str, Any]:
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ReportError(f"{file}: damaged: {error}") from error
-
-
-def _read_scores(path: Path) -> Scores:
-    try:
-        with np.load(path) as saved:
-            return saved["scores"], saved["same"]
+        yield
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ReportError(f"{path}: damaged: {error}") from error
+        raise ReportError(f"{file}: damaged: {error}") from error
 
 
 def _history_of_log(lines: Sequence[str], total_batch_size: str) -> list[Entry]:
@@ -152,13 +137,8 @@ def _current_names(entry: Entry) -> Entry:
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Print the summaries of runs, plot the runs, and write ``report.html``, which holds everything.
 
-    The page needs no network. Needs matplotlib.
-
-    Args:
-        folders: output folders of trainings.
-        out: folder to write into; the first of ``folders`` if None.
-    Returns:
-        The page. The PNGs are next to it.
+    The page and its PNGs go into ``out``, or into the first of ``folders`` if None. The page needs no network.
+    Needs matplotlib.
     """
     runs = [Run.read(folder, name) for folder, name in zip(folders, _distinct_names(folders), strict=True)]
     for run in runs:
@@ -179,32 +159,31 @@ def _distinct_names(folders: Sequence[str | Path]) -> list[str]:
     """The folders' names, each with as many parent folders as make it unique."""
     paths = [Path(folder).resolve() for folder in folders]
 
-    def end(path: Path, depth: int) -> str:
-        return "/".join(path.parts[-depth:])
-
     def name(path: Path) -> str:
-        ends = (end(path, depth) for depth in range(1, len(path.parts))
-                if [end(other, depth) for other in paths].count(end(path, depth)) == 1)
-        return next(ends, str(path))
+        for depth in range(1, len(path.parts)):
+            end = path.parts[-depth:]
+            if [other.parts[-depth:] for other in paths].count(end) == 1:
+                return "/".join(end)
+        return str(path)
     return [name(path) for path in paths]
 
 
 def draw_curves(runs: Sequence[Run], path: Path) -> Path:
     """Plot loss, verification accuracy, cosines and pool statistics against images seen."""
-    accuracies = {name: _label_of(name) for run in runs for name in run.accuracies}
-    panels = [("loss", {"loss": ""}, None),
-              ("verification accuracy", accuracies, None),
-              ("cosines to the pool", {"f2c/positive_cosine": "own slot", "f2c/hard_negative_cosine": "hardest negatives"},
-               None),
-              ("pool", {"f2c/pool_fill": "occupied slots", "f2c/pool_hit_rate": "probes with their identity in the pool"},
-               (0, 1.05)),
-              ("age of the features in the pool, steps", {"f2c/age": ""}, None),
-              ("evictions per step", {"f2c/evictions": ""}, None)]
-    panels = [panel for panel in panels if any(run.series(name) for run in runs for name in panel[1])]
+    panels = {
+        "loss": {"loss": ""},
+        "verification accuracy": {name: name.split("/")[0] + (", gallery net" if "gallery" in name else "")
+                                  for run in runs for name in run.accuracies},
+        "cosines to the pool": {"f2c/positive_cosine": "own slot", "f2c/hard_negative_cosine": "hardest negatives"},
+        "pool": {"f2c/pool_fill": "occupied slots", "f2c/pool_hit_rate": "probes with their identity in the pool"},
+        "age of the features in the pool, steps": {"f2c/age": ""},
+        "evictions per step": {"f2c/evictions": ""},
+    }
+    panels = {title: lines for title, lines in panels.items() if any(run.series(name) for run in runs for name in lines)}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = pyplot().subplots(rows, columns, figsize=(4.4 * columns, 3.4 * rows), squeeze=False, layout="constrained")
-    for axis, (title, lines, limits) in zip(axes.flat, panels, strict=False):  # the last axes may stay empty
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):  # the last axes may stay empty
         for number, run in enumerate(runs):
             for style, (name, line) in zip(cycle(STYLES), lines.items(), strict=False):
                 if points := run.series(name):
@@ -212,7 +191,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
                     label = ", ".join(part for part in (run.name if len(runs) > 1 else "", line) if part)
                     axis.plot(*zip(*points, strict=True), label=label or None, marker="o" if len(points) < 20 else None,
                               markersize=4, **look)
-        axis.set(title=title, xlabel="images seen", ylim=limits)
+        axis.set(title=title, xlabel="images seen", ylim=(0, 1.05) if title == "pool" else None)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
@@ -224,10 +203,6 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
         axis.plot(*zip(*scales, strict=True), "k:", alpha=0.5)
         axis.set(ylabel="scale s (dotted)", ylim=(0, None))
     return save_figure(figure, path)
-
-
-def _label_of(accuracy: str) -> str:
-    return accuracy.split("/")[0] + (", gallery net" if "gallery" in accuracy else "")
 
 
 def draw_scores(runs: Sequence[Run], path: Path) -> Path:
@@ -263,13 +238,13 @@ def draw_roc(runs: Sequence[Run], path: Path) -> Path:
 def _page(runs: Sequence[Run], plots: Sequence[Path]) -> str:
     facts = list(dict.fromkeys(name for run in runs for name in run.facts))
     keys = sorted({key for run in runs for key in run.config})
-    differing = [key for key in keys if len({run.config.get(key) for run in runs}) > 1]
-    shown = differing if len(runs) > 1 else keys
+    if len(runs) > 1:
+        keys = [key for key in keys if len({run.config.get(key) for run in runs}) > 1]
     parts = [_table("Summary", runs, facts, lambda run, name: run.facts.get(name, ""))]
     for plot in plots:
         data = base64.b64encode(plot.read_bytes()).decode()
         parts.append(f'<h2>{HEADINGS[plot.stem]}</h2>\n<img alt="{plot.stem}" src="data:image/png;base64,{data}">')
-    parts.append(_table("Config, where it differs" if len(runs) > 1 else "Config", runs, shown,
+    parts.append(_table("Config, where it differs" if len(runs) > 1 else "Config", runs, keys,
                         lambda run, key: run.config.get(key, "not set")))
     title = html.escape(", ".join(run.name for run in runs))
     return f"""<!DOCTYPE html>
