@@ -92,6 +92,17 @@ def test_of_more_than_two_features_of_one_identity_the_last_two_stand():
     assert pool.next_row[new.slot[0]] == 1
 
 
+def test_entries_that_go_to_one_place_all_carry_the_last_feature_so_that_the_order_of_writes_does_not_matter():
+    pool = DynamicClassPool(4, 10, 5)
+    features = features_for(range(5), 0)
+    features[4] = torch.nan
+    view = pool.preview(torch.tensor([3, 3, 3, 3, 3]), features)  # rows 0, 1, 0, 1, 0
+    assert view.assignment.row.tolist() == [0, 1, 0, 1, 0]
+    assert torch.equal(view.features[[1, 3]], normalize(features)[[3, 3]])
+    assert view.features[[0, 2, 4]].isnan().all() and view.finite.tolist() == [False, True, False, True, False]
+    assert view.num_not_finite == 1
+
+
 def test_features_that_are_not_finite_are_not_written():
     pool = DynamicClassPool(4, 10, 5)
     features = features_for(range(2), 0)
