@@ -78,6 +78,7 @@ def test_images_by_argument_and_by_hook_give_the_same_training_bit_for_bit(symme
     assert explicit_losses == hooked_losses and len(set(explicit_losses)) == 8
     assert_equal_states(explicit_net, hooked_net)
     assert_equal_states(explicit, hooked)
+    assert not torch.equal(explicit.gallery.net[1].weight, make_net()[1].weight)  # it has followed
 
 
 def test_a_head_that_is_not_symmetric_takes_embeddings_of_the_whole_batch_or_of_its_second_half():
