@@ -20,12 +20,8 @@ log = logging.getLogger(__name__)
 
 
 def f2c_dcp(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcFaceTorchHead:
-    """Head factory, group ``arcface_torch.heads``.
+    """Head factory, group ``arcface_torch.heads``. ``backbone`` is the probe net, on its device and in DDP.
 
-    Args:
-        cfg: arcface_torch's config.
-        backbone: the probe net, on its device and in DDP.
-        margin_loss: arcface_torch's ``CombinedMarginLoss``, or anything with its attributes.
     Raises:
         ConfigError: lists everything that is wrong with the config.
     """
@@ -48,11 +44,8 @@ f2c_dcp.sampler = "f2c_dual"  # type: ignore[attr-defined]  # the loader that th
 
 
 def f2c_dual(cfg: Any, local_rank: int) -> DualLoader:
-    """Loader factory, group ``arcface_torch.samplers``.
+    """Loader factory, group ``arcface_torch.samplers``. Without GPUs the batches stay on the CPU.
 
-    Args:
-        cfg: arcface_torch's config.
-        local_rank: index of this process's GPU; without GPUs the batches stay on the CPU.
     Raises:
         ConfigError: the config is wrong in itself or does not fit the pack.
         RecordError: the pack cannot be read.

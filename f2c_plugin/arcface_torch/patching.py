@@ -21,17 +21,11 @@ BUILT_IN_ONLY = "f2c_demo.py"  # a config for the built-in trainer: arcface_torc
 
 @dataclass
 class Change:
-    """A change to one file of the checkout.
+    """A change to one file of the checkout."""
 
-    Attributes:
-        path: relative to the checkout.
-        content: new content, or None to remove the file.
-        reason: the patch or config that requires the change.
-    """
-
-    path: Path
-    content: bytes | None
-    reason: str
+    path: Path  # relative to the checkout
+    content: bytes | None  # None removes the file
+    reason: str  # the patch or config that requires the change
 
 
 def patches() -> list[Path]:

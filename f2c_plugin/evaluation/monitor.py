@@ -24,20 +24,15 @@ class Monitor:
     The CPU waits for the GPU only then; nothing is read in between.
 
     Args:
-        frequent: steps between two log lines (``config.frequent``).
-        total_steps: length of the run in steps.
-        folder: folder for TensorBoard; None writes no scalars.
+        folder: for TensorBoard; None writes no scalars.
         max_bad_steps: training ends after more than this many steps in a row with a loss that is not finite
             (``config.f2c_max_bad_steps``). The built-in trainer checks gradients and ends earlier.
-
-    Attributes:
-        scalars: {name: value} of the last log line; empty before the first.
     """
 
     def __init__(self, frequent: int, total_steps: int, folder: Path | None = None, max_bad_steps: int = 50):
         self.frequent, self.total_steps, self.max_bad_steps = frequent, total_steps, max_bad_steps
+        self.scalars: dict[str, float] = {}  # of the last log line
         self._bad_in_a_row = 0
-        self.scalars: dict[str, float] = {}
         self._folder, self._writer = folder, None
         self._steps: list[StepStatistics] = []
         self._best_cosine = -1.0
@@ -48,8 +43,7 @@ class Monitor:
 
         Args:
             step: counted from 1.
-            statistics: the statistics of this step.
-            pool: the pool after this step.
+            pool: its state after this step.
             num_writes: gallery features that this step wrote, over all ranks.
         Raises:
             TrainingDiverged: too many bad steps in a row.
@@ -88,13 +82,13 @@ class Monitor:
 
     def _read(self, pool: DynamicClassPool, num_writes: int) -> dict[str, float]:
         names = [name for name in vars(self._steps[0]) if name != "finite"]
-        device = pool.rows.device
-        columns = [torch.stack([torch.as_tensor(getattr(each, name), dtype=torch.float32, device=device)
-                                for each in self._steps]) for name in names]
         taken = pool.slot_identity != NOT_IN_POOL
         age = torch.where(taken, pool.clock - pool.last_used, 0).sum() / taken.sum() / num_writes
-        averages = [column.sum() if name == "not_finite" else column.nanmean()
-                    for name, column in zip(names, columns, strict=True)]
+        averages: list[torch.Tensor] = []
+        for name in names:
+            column = torch.stack([torch.as_tensor(getattr(each, name), dtype=torch.float32, device=pool.rows.device)
+                                  for each in self._steps])
+            averages.append(column.sum() if name == "not_finite" else column.nanmean())
         values = torch.stack([*averages, pool.fill(), age]).tolist()  # waits for the GPU
         return dict(zip([*names, "pool_fill", "age"], values, strict=True))
 

@@ -48,8 +48,8 @@ def load_net(path: str | Path, which: str = "probe") -> Net:
                               "save_all_states=True")
     for name in NETWORKS:
         with torch.device("meta"):
-            net = get_model(name)
-        if net.state_dict().keys() == state.keys():
+            names = get_model(name).state_dict().keys()
+        if names == state.keys():
             try:
                 net = get_model(name, len(state["features.weight"]))
                 net.load_state_dict(state)
@@ -61,10 +61,9 @@ def load_net(path: str | Path, which: str = "probe") -> Net:
 
 
 def export_onnx(net: nn.Module, path: str | Path) -> None:
-    """Write a net as ONNX.
+    """Write a net as ONNX, and leave it on the CPU, in eval mode.
 
-    Input ``data``: float32 (N, 3, 112, 112) RGB in [-1, 1], any N. Output ``embedding``: (N, D). Leaves the
-    net on the CPU, in eval mode.
+    Input ``data``: float32 (N, 3, 112, 112) RGB in [-1, 1], any N. Output ``embedding``: (N, D).
     """
     net = net.cpu().eval()
     with warnings.catch_warnings():
@@ -77,15 +76,9 @@ def export_onnx(net: nn.Module, path: str | Path) -> None:
 
 
 def onnx_cosine(net: nn.Module, path: str | Path, images: torch.Tensor) -> float | None:
-    """Compare an exported net with the original.
+    """The smallest cosine between the embeddings of a net, in eval mode, and of its export, NaN if any is NaN.
 
-    Args:
-        net: the original, in eval mode.
-        path: the ONNX file.
-        images: float32 (N, 3, 112, 112) in [-1, 1].
-    Returns:
-        The smallest cosine between the embeddings of PyTorch and ONNX Runtime, NaN if any is NaN; None, with a
-        warning, without onnxruntime.
+    None, with a warning, without onnxruntime. ``images``: float32 (N, 3, 112, 112) in [-1, 1].
     """
     try:
         onnxruntime = require("onnxruntime", extra="onnxruntime")
@@ -109,10 +102,7 @@ def require_same_embedding(cosine: float | None, path: str | Path) -> None:
 def export_checked(net: nn.Module, path: str | Path) -> float | None:
     """Export a net under a temporary name, compare it with the original on random images, then move it to ``path``.
 
-    Returns:
-        The result of ``onnx_cosine``.
-    Raises:
-        ExportError: the exported net gives different embeddings.
+    Returns the result of ``onnx_cosine``. Raises ExportError if the exported net gives different embeddings.
     """
     partial = Path(f"{path}.partial")
     try:

@@ -40,12 +40,11 @@ class _PlainUnpickler(pickle._Unpickler):
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _STAND_INS[module.replace("numpy._core", "numpy.core"), name]
-        except KeyError:
-            pass
-        raise VerificationSetError(f"it asks for {module}.{name}, but a verification set holds only lists of images and "
-                                   "labels: the file is damaged or malicious")
+        wanted = module.replace("numpy._core", "numpy.core"), name
+        if wanted not in _STAND_INS:
+            raise VerificationSetError(f"it asks for {module}.{name}, but a verification set holds only lists of images and "
+                                       "labels: the file is damaged or malicious")
+        return _STAND_INS[wanted]
 
 
 class _PickledDtype:
@@ -101,18 +100,13 @@ _STAND_INS: dict[tuple[str, str], Any] = {
 
 
 def load_pickle(path: Path) -> tuple[list[Any], list[bool]]:
-    """Read the images and the labels, whether pairs are the same, from a ``.bin`` file.
-
-    Raises:
-        VerificationSetError: the file is missing, damaged, or holds something else.
-    """
+    """Read the images and the labels, whether pairs are the same, from a ``.bin`` file. Raises VerificationSetError."""
     if not path.is_file():
         raise VerificationSetError(f"{path}: no such file")
     try:
         # From memory, so that a read past the end costs no more than what is there.
         images, same = _PlainUnpickler(BytesIO(path.read_bytes()), encoding="bytes").load()
-        images, same = ([item.array if isinstance(item, _PickledArray) else item for item in part]
-                        for part in (_as_list(images), _as_list(same)))
+        images, same = _as_list(images), _as_list(same)
         if not all(isinstance(image, (bytes, np.ndarray)) for image in images):
             raise VerificationSetError("its images are not byte strings")
         if not all(isinstance(label, (bool, int, np.integer)) for label in same):
@@ -124,9 +118,9 @@ def load_pickle(path: Path) -> tuple[list[Any], list[bool]]:
         raise VerificationSetError(f"{path}: not a pickle of images and labels: {type(error).__name__}") from error
 
 
-def _as_list(part: Any) -> list[Any] | tuple[Any, ...] | np.ndarray:
+def _as_list(part: Any) -> list[Any]:
     if isinstance(part, _PickledArray):
         part = part.array
     if not isinstance(part, (list, tuple, np.ndarray)):
         raise VerificationSetError(f"found a {type(part).__name__} instead of a list")
-    return part
+    return [item.array if isinstance(item, _PickledArray) else item for item in part]

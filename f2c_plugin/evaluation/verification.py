@@ -20,21 +20,13 @@ THRESHOLDS = np.arange(0, 4, 0.01)  # on squared distances of unit vectors, as i
 
 @dataclass
 class VerificationResult:
-    """How well embeddings separate same from different pairs.
+    """How well embeddings separate same from different pairs."""
 
-    Attributes:
-        accuracy, accuracy_std: over 10 folds, each with the best threshold of the other nine;
-            "Accuracy-Flip" in arcface_torch.
-        scores: float64 (pairs,) cosines.
-        same: bool (pairs,).
-        embedding_norm: mean norm of the embeddings, "XNorm" in arcface_torch.
-    """
-
-    accuracy: float
+    accuracy: float  # mean over 10 folds, each with the best threshold of the other nine; "Accuracy-Flip" in arcface_torch
     accuracy_std: float
-    scores: np.ndarray
-    same: np.ndarray
-    embedding_norm: float
+    scores: np.ndarray  # cosines, float64 (pairs,)
+    same: np.ndarray  # bool (pairs,)
+    embedding_norm: float  # mean over the embeddings; "XNorm" in arcface_torch
 
     def tar_at_far(self, far: float) -> float:
         """Share of same pairs accepted at the lowest threshold that accepts at most ``far`` of the different pairs."""
@@ -42,18 +34,14 @@ class VerificationResult:
 
     def summary(self) -> dict[str, float]:
         """The metrics that go into ``report.json``."""
-        return {"accuracy": self.accuracy, "accuracy_std": self.accuracy_std,
-                "tar_at_far_1e-3": self.tar_at_far(1e-3), "tar_at_far_1e-4": self.tar_at_far(1e-4),
-                "pairs": len(self.same)}
+        return {"accuracy": self.accuracy, "accuracy_std": self.accuracy_std, "tar_at_far_1e-3": self.tar_at_far(1e-3),
+                "tar_at_far_1e-4": self.tar_at_far(1e-4), "pairs": len(self.same)}
 
 
 class VerificationSet:
-    """Pairs of faces, labeled same or different, from a ``.bin`` file.
+    """Pairs of faces, labeled same or different, from a ``.bin`` file: a pickle of (2n encoded images, n labels).
 
-    Args:
-        path: a pickle of (2n encoded images, n labels); it is read without running code from it.
-    Raises:
-        VerificationSetError: the file is not such a set.
+    The file is read without running code from it. Raises VerificationSetError if it is not such a set.
     """
 
     def __init__(self, path: str | Path):
@@ -83,8 +71,8 @@ class VerificationSet:
         first, second = normalize(embeddings.sum(dim=1)).view(-1, 2, embeddings.size(2)).unbind(1)  # (n, D) each
         scores = (first * second).sum(1).numpy()
         accuracy = fold_accuracies(scores, self.same)
-        return VerificationResult(float(accuracy.mean()), float(accuracy.std()), scores, self.same,
-                                  float(embeddings.norm(dim=2).mean()))
+        norm = embeddings.norm(dim=2).mean()
+        return VerificationResult(float(accuracy.mean()), float(accuracy.std()), scores, self.same, float(norm))
 
 
 @torch.no_grad()
@@ -110,16 +98,13 @@ def tar_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float:
 
 
 def fold_accuracies(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
-    """Accuracy of each of 10 consecutive folds, at the best threshold of the other nine.
+    """Accuracy of each of 10 consecutive folds, at the best threshold of the other nine. Fewer folds if there are fewer pairs.
 
     Args:
         scores: cosines (n,).
         same: bool (n,).
-    Returns:
-        float64 (10,); fewer if there are fewer pairs.
     """
-    distance = 2 - 2 * scores
-    correct = (distance[:, None] < THRESHOLDS) == same[:, None]  # (n, thresholds)
+    correct = ((2 - 2 * scores)[:, None] < THRESHOLDS) == same[:, None]  # (n, thresholds)
     total = correct.sum(0)
     accuracies: list[float] = []
     for fold in np.array_split(np.arange(len(same)), min(FOLDS, len(same))):
@@ -132,7 +117,7 @@ def load_bin(path: str | Path, image_size: Sequence[int] = (IMAGE_SIZE, IMAGE_SI
     """Replaces ``eval.verification.load_bin`` of arcface_torch.
 
     Returns:
-        ([images, mirrored images], labels): float32 (2n, 3, 112, 112) in [0, 255] each, list of bool.
+        [images, mirrored images], float32 (2n, 3, 112, 112) in [0, 255] each; and the labels.
     """
     if tuple(image_size) != (IMAGE_SIZE, IMAGE_SIZE):
         raise VerificationSetError(f"image_size={image_size}: must be {(IMAGE_SIZE, IMAGE_SIZE)}")

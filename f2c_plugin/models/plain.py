@@ -12,9 +12,8 @@ class PlainNet(nn.Module):
     """A chain of convolutions. Processes hundreds of faces per second on one core; an IResNet processes ten.
 
     Args:
-        layers: (channels, stride) of each convolution.
+        layers: (channels, stride) of each convolution, which lead from 112 pixels to 7.
         before: makes the first module.
-        fp16: whether all but the last two layers run under autocast.
     """
 
     def __init__(self, layers: Iterable[tuple[int, int]], before: Callable[[], nn.Module] = nn.Identity,

@@ -27,19 +27,18 @@ def write_dataset(folder: str | Path, num_identities: int, images_per_identity: 
                   processes: int | None = None) -> None:
     """Draw ``train.rec``, ``train.idx``, ``property`` and ``synth.bin`` into ``folder``.
 
-    The same arguments give the same bytes, with any number of processes.
+    The same arguments give the same bytes, with any number of processes. None means one process per CPU.
 
     Args:
         num_pairs: size of the verification set; half of the pairs are the same identity.
-        processes: number of processes that draw; None means one per CPU.
     Raises:
         InputError: a count is too small.
         OverwriteError: the folder already holds a pack.
     """
     folder = Path(folder)
     for name, value, smallest in (("identities", num_identities, 1), ("images-per-identity", images_per_identity, 1),
-                                  ("pairs", num_pairs, 2), ("processes", 1 if processes is None else processes, 1)):
-        if value < smallest:
+                                  ("pairs", num_pairs, 2), ("processes", processes, 1)):
+        if value is not None and value < smallest:
             raise InputError(f"--{name} {value}: must be at least {smallest}")
     refuse_to_overwrite(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,7 @@ def draw_contact_sheet(path: str | Path, num_identities: int = 8, images_per_ide
 
 
 def _faces(seed: int, stream: int, count: int, identity: int) -> Iterator[np.ndarray]:
-    """Yields faces, uint8 (112, 112, 3), of one identity. They do not depend on other identities."""
+    """Draws faces, uint8 (112, 112, 3), of one identity. They do not depend on other identities."""
     rng = np.random.default_rng([seed, stream, identity])
     vector = draw_identity(rng)
     for _ in range(count):
