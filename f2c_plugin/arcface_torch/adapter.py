@@ -18,25 +18,19 @@ log = logging.getLogger(__name__)
 
 
 class ArcFaceTorchHead(F2CHead):
-    """An F²C head that also verifies its gallery net and says which net becomes ``model.pt``.
+    """An F²C head that also verifies its gallery net and says which net becomes ``model.pt``, on rank 0 alone.
 
     The script that patch 0001 makes of ``train_v2.py`` asks a head for ``verify`` and ``select_net``.
-    Only rank 0 verifies, logs and monitors.
     """
 
     def configure(self, cfg: Config, settings: F2CConfig, total_steps: int) -> None:
-        """Take what the head does beside the loss from the config.
-
-        Raises:
-            ConfigError: ``f2c_export="best"``, and there is nothing to choose by.
-        """
+        """Take what the head does beside the loss from the config. Raises ConfigError if "best" has nothing to choose by."""
         self.export = settings.export
-        self.is_first_rank = this_rank()[0] == 0
         output = cfg.get("output")
         self.folder = Path(output or ".")
         files = [Path(cfg["rec"]) / f"{name}.bin" for name in cfg.get("val_targets", ())]
         self.verification_files = [file for file in files if file.is_file()]  # arcface_torch skips missing ones, too
-        if not self.is_first_rank:
+        if this_rank()[0] != 0:
             return
         if self.export == "best" and not self.verification_files:
             raise ConfigError(f"f2c_export='best', but of val_targets={cfg.get('val_targets')!r} there is none in "

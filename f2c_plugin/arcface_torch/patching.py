@@ -39,11 +39,7 @@ def arcface_torch_configs() -> list[Path]:
 
 
 def find_checkout(folder: str | Path) -> Path:
-    """Find arcface_torch in ``folder``, which is arcface_torch itself or a checkout of insightface.
-
-    Raises:
-        CheckoutError: arcface_torch is not there.
-    """
+    """Find arcface_torch in ``folder``, which is arcface_torch itself or a checkout of insightface, or raise CheckoutError."""
     for candidate in (Path(folder), Path(folder) / ARCFACE_TORCH_FOLDER):
         if (candidate / "train_v2.py").is_file() and (candidate / "partial_fc_v2.py").is_file():
             return candidate.resolve()
@@ -54,49 +50,39 @@ def find_checkout(folder: str | Path) -> Path:
 def plan_install(checkout: Path) -> list[Change]:
     """The patches and configs that are still to be installed. Empty if everything is installed.
 
-    Existing configs of the same name are kept, because users edit them.
-
-    Raises:
-        CheckoutError: a patch does not fit.
+    Existing configs of the same name are kept, because users edit them. Raises CheckoutError if a patch does not fit.
     """
-    changes = _patched(checkout, applied_patches(checkout), len(patches()))
-    for config in arcface_torch_configs():
-        target = checkout / "configs" / config.name
-        if not target.exists():
-            changes.append(Change(target.relative_to(checkout), config.read_bytes(), "config"))
-    return changes
+    return _patched(checkout, len(patches())) + [Change(path, config.read_bytes(), "config") for path, config in _configs()
+                                                 if not (checkout / path).exists()]
 
 
 def edited_configs(checkout: Path) -> list[Path]:
     """Configs in the checkout that have the name of one of this package's configs but different content."""
-    targets = [(checkout / "configs" / config.name, config) for config in arcface_torch_configs()]
-    return [target for target, config in targets if target.is_file() and target.read_bytes() != config.read_bytes()]
+    return [checkout / path for path, config in _configs() if _content(checkout / path) not in (None, config.read_bytes())]
 
 
 def plan_reverse(checkout: Path) -> list[Change]:
     """The changes that undo an installation. Edited configs are kept."""
-    changes = _patched(checkout, applied_patches(checkout), 0)
-    for config in arcface_torch_configs():
-        target = checkout / "configs" / config.name
-        if target.is_file() and target.read_bytes() == config.read_bytes():
-            changes.append(Change(target.relative_to(checkout), None, "config"))
-    return changes
+    return _patched(checkout, 0) + [Change(path, None, "config") for path, config in _configs()
+                                    if _content(checkout / path) == config.read_bytes()]
+
+
+def _configs() -> list[tuple[Path, Path]]:
+    """(path in the checkout, our file) of each config."""
+    return [(Path("configs") / config.name, config) for config in arcface_torch_configs()]
 
 
 def apply(checkout: Path, changes: list[Change]) -> None:
-    """Make all changes or none.
+    """Make all changes or none. Raises CheckoutError if a link leads out of the checkout.
 
     New content is first written next to its target. If anything fails, the old content is restored.
-
-    Raises:
-        CheckoutError: a link leads out of the checkout. Nothing was changed.
     """
     targets = [(change, (checkout / change.path).resolve()) for change in changes]
     for change, target in targets:
         if not target.is_relative_to(checkout.resolve()):
             raise CheckoutError(f"{checkout / change.path} is, or is behind, a link to {target}, outside the checkout. Nothing "
                                 "was changed: replace the link with a copy")
-    old = {target: target.read_bytes() if target.is_file() else None for _, target in targets}
+    old = {target: _content(target) for _, target in targets}
     partials = {target: target.with_name(target.name + ".f2c-partial") for _, target in targets}
     try:
         for change, target in targets:
@@ -114,7 +100,7 @@ def apply(checkout: Path, changes: list[Change]) -> None:
             partials[target].unlink(missing_ok=True)
             if content is None:
                 target.unlink(missing_ok=True)
-            elif not target.is_file() or target.read_bytes() != content:
+            elif _content(target) != content:
                 target.write_bytes(content)
         raise
 
@@ -123,8 +109,7 @@ def applied_patches(checkout: Path) -> int:
     """The number of patches that are applied. Patches stack, so these are the first ones.
 
     Raises:
-        CheckoutError: the checkout matches neither the patched nor the original files; names the file
-            and line that do not match.
+        CheckoutError: the checkout matches neither the patched nor the original files; names file and line.
     """
     misfits: list[tuple[Path, list[str]]] = []
     for count in range(len(patches()), -1, -1):
@@ -144,8 +129,9 @@ def applied_patches(checkout: Path) -> int:
                         "install --reverse")
 
 
-def _patched(checkout: Path, present: int, wanted: int) -> list[Change]:
-    """Changes that lead from ``present`` patches to ``wanted``, computed in a copy. The patches are known to fit."""
+def _patched(checkout: Path, wanted: int) -> list[Change]:
+    """Changes that lead to the first ``wanted`` patches, computed in a copy."""
+    present = applied_patches(checkout)  # so the patches fit
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         touched = _copy_touched(checkout, copy)
@@ -153,12 +139,12 @@ def _patched(checkout: Path, present: int, wanted: int) -> list[Change]:
             _git_apply(copy, patch, "--reverse")
         for patch in patches()[present:wanted]:
             _git_apply(copy, patch)
-        changes: list[Change] = []
-        for path, reason in touched.items():
-            before, after = (file.read_bytes() if (file := root / path).is_file() else None for root in (checkout, copy))
-            if before != after:
-                changes.append(Change(path, after, reason))
-        return changes
+        return [Change(path, after, reason) for path, reason in touched.items()
+                if (after := _content(copy / path)) != _content(checkout / path)]
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _copy_touched(checkout: Path, folder: Path) -> dict[Path, str]:
@@ -193,37 +179,30 @@ def clone_folder() -> Path:
 
 
 def known_checkout() -> Path:
-    """The checkout named by the environment variable ``ARCFACE_TORCH``, or else the one that ``fetch_checkout`` cloned.
-
-    Raises:
-        CheckoutError: there is neither.
-    """
+    """The checkout in the environment variable ``ARCFACE_TORCH``, or that of ``fetch_checkout``, or raise CheckoutError."""
     return find_checkout(os.environ.get("ARCFACE_TORCH") or clone_folder())
 
 
 def fetch_checkout(source: str = ARCFACE_TORCH_URL) -> Path:
     """Clone the tested revision of arcface_torch, without the rest of insightface, into the cache. Returns its folder.
 
-    Raises:
-        CheckoutError: the source cannot be cloned or lacks the revision.
+    Raises CheckoutError if the source cannot be cloned or lacks the revision.
     """
     clone = clone_folder()
-    if clone.is_dir():
-        return find_checkout(clone)
-    clone.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=clone.parent) as folder:
-        work = Path(folder) / "clone"
-        _git("clone", "--quiet", "--no-checkout", "--filter=blob:none", source, str(work))
-        _git("-C", str(work), "sparse-checkout", "set", "--no-cone", f"/{ARCFACE_TORCH_FOLDER}/")
-        _git("-C", str(work), "checkout", "--quiet", ARCFACE_TORCH_REVISION)
-        find_checkout(work)
-        os.replace(work, clone)
+    if not clone.is_dir():
+        clone.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=clone.parent) as folder:
+            work = Path(folder) / "clone"
+            _git("clone", "--quiet", "--no-checkout", "--filter=blob:none", source, str(work))
+            _git("-C", str(work), "sparse-checkout", "set", "--no-cone", f"/{ARCFACE_TORCH_FOLDER}/")
+            _git("-C", str(work), "checkout", "--quiet", ARCFACE_TORCH_REVISION)
+            find_checkout(work)
+            os.replace(work, clone)
     return find_checkout(clone)
 
 
 def _git(*arguments: str) -> None:
-    done = _run_git(*arguments)
-    if done.returncode:
+    if (done := _run_git(*arguments)).returncode:
         raise CheckoutError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
 
 
