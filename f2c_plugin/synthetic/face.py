@@ -38,7 +38,7 @@ def _palette(hex_codes: str) -> list[Array]:
 _WHITE, _DARK, _MOUTH_INSIDE, _BLUSH = _palette("f2ede8 140d0d 4d1214 e0615c")
 _SKIN_SHADOW = _colour(0.75, 1.0, 1.1)  # light scattered under the skin keeps shadows red
 
-# The traits of an identity: their values at 0 and at 1, or the colours that they pass between 0 and 1.
+# The traits of an identity: their values at 0 and at 1, or their colours from 0 to 1.
 _TRAITS = {
     "skin": _palette("f5d1bd e6b894 b88561 734f3b"),
     "face_width": (33.0, 41.0), "face_length": (41.0, 51.0),  # half width at the eye line; y of the chin
@@ -242,7 +242,7 @@ def _head_outline(head: _Frame, person: Person) -> Array:
 
 
 def _paint_skin(head: _Frame, outline: Array, person: Person) -> None:
-    """Ears, face, blush, freckles, beard, mole, and the folds beside the mouth."""
+    """Ears, face, blush, freckles, beard, mole and the folds beside the mouth."""
     rgb, x, y = head.patch(0.0, 1.0, person.face_width + 8.0, 13.0)
     x = abs(x) - (person.face_width + 1.5) + 0.15 * y
     half_w, half_h = 4.6 * person.ear_size, 9.5 * person.ear_size
@@ -280,8 +280,7 @@ def _paint_skin(head: _Frame, outline: Array, person: Person) -> None:
 
 
 def _paint_nose(head: _Frame, person: Person) -> None:
-    """The nose stands out from the face, so its tip moves further than the rest when the head turns."""
-    tip_x, tip_y = 10.0 * head.yaw, 10.0 * head.pitch
+    tip_x, tip_y = 10.0 * head.yaw, 10.0 * head.pitch  # the tip stands out, so a head turn moves it further
     half_w, length = person.nose_width, person.nose_length
     rgb, x, y = head.patch(tip_x, _EYE_LINE + length + tip_y, half_w + 5.0, length + 4.0)
     up = (y * (-1.0 / length)).clip(0.0, 1.0)
