@@ -1,5 +1,6 @@
 """The images and labels of a pack, one by one or in batches."""
 
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -15,28 +16,20 @@ from f2c_plugin.data.recordio import Buffer, Int64s, RecordFile, image_of_record
 from f2c_plugin.errors import RecordError
 
 Pixels = NDArray[np.uint8]
-
 IMAGE_SIZE = 112
 
 
 def decode_face(encoded: Buffer, out: Pixels | None = None) -> Pixels:
-    """Decode an image into the pixels that ``mxnet.image.imdecode`` gives.
+    """Decode an image into the pixels that ``mxnet.image.imdecode`` gives, contiguous uint8 (112, 112, 3) RGB.
 
-    Args:
-        encoded: an RGB or grayscale JPEG; with Pillow also a CMYK JPEG or a PNG.
-        out: contiguous uint8 (112, 112, 3) to decode into; None allocates it.
-    Returns:
-        uint8 (112, 112, 3) RGB.
-    Raises:
-        ValueError: the bytes are not a whole image of 112 × 112 pixels.
+    ``encoded`` is an RGB or grayscale JPEG; with Pillow also a CMYK JPEG or a PNG. Decodes into
+    ``out`` if given. Raises ValueError if the bytes are not a whole image of 112 × 112 pixels.
     """
     if out is None:
         out = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    try:
+    with suppress(ValueError):
         if simplejpeg.decode_jpeg(encoded, "RGB", buffer=out).shape == out.shape:
             return out
-    except ValueError:
-        pass
     # Only images that are not whole JPEGs of the right size and colour space get here. They are rare.
     if not simplejpeg.is_jpeg(encoded):  # pyright: ignore[reportUnknownMemberType]
         return _decode_by_pillow(encoded, out)
@@ -53,7 +46,6 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _decode_by_pillow(encoded: Buffer, out: Pixels) -> Pixels:
-    """Decode a rare format into ``out``."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
@@ -70,13 +62,9 @@ def _decode_by_pillow(encoded: Buffer, out: Pixels) -> Pixels:
 
 
 def normalize_faces(faces: Tensor, flip: Tensor | None = None) -> Tensor:
-    """Normalise a batch on its device, as arcface_torch's transform does for one image.
+    """Normalise uint8 (B, 112, 112, 3) RGB on its device, as arcface_torch does, to float32 (B, 3, 112, 112) in [-1, 1].
 
-    Args:
-        faces: uint8 (B, 112, 112, 3) RGB.
-        flip: bool (B,), which images to mirror left to right; None mirrors none.
-    Returns:
-        float32 (B, 3, 112, 112) in [-1, 1].
+    ``flip``, bool (B,), says which images to mirror left to right; None mirrors none.
     """
     if flip is not None:
         faces = torch.where(flip.view(-1, 1, 1, 1), faces.flip(2), faces)  # as bytes, a quarter of the traffic
@@ -84,28 +72,19 @@ def normalize_faces(faces: Tensor, flip: Tensor | None = None) -> Tensor:
 
 
 class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
-    """A pack, ``train.rec`` and ``train.idx``, as a dataset.
+    """The pack in ``root_dir``, ``train.rec`` and ``train.idx``, as a dataset.
 
     Items are those of arcface_torch's ``MXFaceDataset``: ``(image, label)``, image float32
     (3, 112, 112) in [-1, 1], mirrored at random, label int64 ().
 
-    Args:
-        root_dir: folder of the pack.
-        skip_damaged: whether to tolerate damage. ``faces`` then replaces an image that cannot be
-            decoded by another image of its identity and adds the error to ``damaged``. Records that
-            are too damaged to show their identity are left out.
-    Attributes:
-        index: the IdentityIndex.
-        damaged: the errors of the images that this process has replaced.
-    Raises:
-        RecordError: the pack is missing or cannot be read, or it has a record of unknown identity
-            and ``skip_damaged`` is False.
+    Raises RecordError if the pack is missing or cannot be read, or if it has records too damaged to
+    show their identity. With ``skip_damaged``, such records are left out, and ``faces`` replaces an
+    image that cannot be decoded by another one of its identity and adds the error to ``damaged``.
     """
 
     def __init__(self, root_dir: str | Path, skip_damaged: bool = False):
-        self.skip_damaged = skip_damaged
+        self.root_dir, self.skip_damaged = Path(root_dir), skip_damaged
         self.damaged: list[RecordError] = []
-        self.root_dir = Path(root_dir)
         self.records = RecordFile(self.root_dir / "train.rec")
         self.index = open_index(root_dir)
         if len(self.index.unreadable) and not skip_damaged:
@@ -125,11 +104,7 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
         return normalize_faces(faces, torch.rand(1) < 0.5)[0], torch.tensor(int(self.index.identity[i]))
 
     def face(self, i: int, out: Pixels | None = None) -> Pixels:
-        """Image ``i``, uint8 (112, 112, 3) RGB; decoded into ``out`` if given.
-
-        Raises:
-            RecordError: its record or JPEG is damaged. Names the pack, record and identity.
-        """
+        """Image ``i``, as from ``decode_face``. Raises RecordError if its record or JPEG is damaged."""
         try:
             return decode_face(image_of_record(self.records.read(int(self.index.offsets[i]))), out)
         except ValueError as error:
@@ -139,8 +114,7 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
     def faces(self, positions: Int64s) -> tuple[Tensor, Tensor]:
         """Images uint8 (B, 112, 112, 3) RGB and identities int64 (B,) at ``positions`` (B,).
 
-        Raises:
-            RecordError: an image is damaged and, with ``skip_damaged``, so is every other one of its identity.
+        Raises RecordError if an image is damaged and, with ``skip_damaged``, so is every other one of its identity.
         """
         batch = np.empty((len(positions), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         decode = self._face_or_another if self.skip_damaged else self.face
@@ -154,8 +128,6 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
         except RecordError as error:
             self.damaged.append(error)
             for other in self.index.images_of(self.index.identity[i]).tolist():
-                try:
+                with suppress(RecordError):
                     return self.face(other, out)
-                except RecordError:
-                    continue
             raise RecordError(f"{error}; nor can any other image of the identity") from error

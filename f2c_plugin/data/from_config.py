@@ -16,14 +16,9 @@ log = logging.getLogger(__name__)
 
 
 def record_loader(cfg: Config, local_rank: int, identity_rate: float) -> DualLoader:
-    """Loader over the pack in ``cfg.rec``.
+    """Loader over the pack in ``cfg.rec``. ``identity_rate``, 0 to 1, is the share of each batch that holds pairs.
 
-    Args:
-        cfg: the config.
-        local_rank: the GPU of this process.
-        identity_rate: share of each batch that holds pairs of one identity, 0 to 1.
-    Raises:
-        ConfigError, RecordError: as ``open_pack`` and ``steps_per_epoch``.
+    Raises ConfigError and RecordError as ``open_pack`` and ``steps_per_epoch`` do.
     """
     rank, world_size = this_rank()
     dataset = open_pack(cfg)
@@ -33,17 +28,25 @@ def record_loader(cfg: Config, local_rank: int, identity_rate: float) -> DualLoa
 
 
 def open_pack(cfg: Config) -> RecordDataset:
-    """The pack in ``cfg.rec``.
-
-    Raises:
-        ConfigError: the pack is missing or does not fit the config.
-        RecordError: the pack cannot be read.
-    """
+    """The pack in ``cfg.rec``. Raises ConfigError if it is missing or does not fit, RecordError if it cannot be read."""
     if not (Path(cfg["rec"]) / "train.rec").is_file():
         raise ConfigError(f"rec={cfg['rec']!r}: there is no train.rec in {Path(cfg['rec']).absolute()}; give the folder of "
                           "a pack, or draw one with `f2c-plugin synth`")
     dataset = RecordDataset(cfg["rec"], skip_damaged=bool(cfg.get("f2c_skip_damaged")))
-    _check_pack(cfg, dataset)
+    problems: list[str] = []
+    left_out = len(dataset.index.unreadable)
+    num_classes, num_image = int(dataset.index.numbers[-1]) + 1, len(dataset) + left_out
+    if cfg["num_classes"] != num_classes:
+        problems.append(f"num_classes={cfg['num_classes']}, but the last identity with an image in {dataset.records.path} is "
+                        f"{num_classes - 1}: set num_classes={num_classes}")
+    if cfg["num_image"] != num_image:
+        problems.append(f"num_image={cfg['num_image']}, but {dataset.records.path} holds {num_image} images: "
+                        f"set num_image={num_image}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if left_out:
+        log.warning("%s: %d records cannot be read and are left out: f2c-plugin index --verify lists them",
+                    dataset.records.path, left_out)
     return dataset
 
 
@@ -53,30 +56,9 @@ def training_device(local_rank: int) -> torch.device:
 
 
 def steps_per_epoch(cfg: Config, world_size: int) -> int:
-    """Steps per epoch, counted as in arcface_torch's schedule.
-
-    Raises:
-        ConfigError: an epoch has no steps.
-    """
+    """Steps per epoch, counted as in arcface_torch's schedule. Raises ConfigError if there are none."""
     steps = cfg["num_image"] // (cfg["batch_size"] * world_size)
     if steps == 0:
         raise ConfigError(f"num_image={cfg['num_image']} is less than one global batch, batch_size={cfg['batch_size']} "
                           f"× {world_size} ranks: an epoch would have no steps; lower batch_size")
     return steps
-
-
-def _check_pack(cfg: Config, dataset: RecordDataset) -> None:
-    largest = int(dataset.index.numbers[-1])
-    problems: list[str] = []
-    if largest + 1 != cfg["num_classes"]:
-        problems.append(f"num_classes={cfg['num_classes']}, but the last identity with an image in {dataset.records.path} is "
-                        f"{largest}: set num_classes={largest + 1}")
-    left_out = len(dataset.index.unreadable)
-    if cfg["num_image"] != len(dataset) + left_out:
-        problems.append(f"num_image={cfg['num_image']}, but {dataset.records.path} holds {len(dataset) + left_out} images: "
-                        f"set num_image={len(dataset) + left_out}")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    if left_out:
-        log.warning("%s: %d records cannot be read and are left out: f2c-plugin index --verify lists them",
-                    dataset.records.path, left_out)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,36 +14,22 @@ from f2c_plugin.errors import InputError, RecordError
 Ints = NDArray[np.int32 | np.int64]
 Labels = Sequence[int] | NDArray[Any] | Tensor
 
-# float32 holds every whole number up to here; above, neighbours collapse into one value.
-FLOAT32_EXACT = 1 << 24
+FLOAT32_EXACT = 1 << 24  # float32 holds every whole number up to here; above, neighbours collapse into one value
 UNREADABLE = -1
 
 
 @dataclass(frozen=True)
 class IdentityIndex:
-    """The images of a pack and their identities.
+    """The images of a pack and their identities. Packs may skip identities, or have some without images."""
 
-    Attributes:
-        keys: int64 (images,) record number of each image in the pack.
-        offsets: int64 (images,) byte offset of its record.
-        lengths: int64 (images,) bytes from there to the next record: header, image and padding.
-        identity: int32 (images,) its identity; int64 if an identity does not fit int32.
-        numbers: (identities,) the identities that have images, ascending, in the dtype of ``identity``.
-            Packs may skip numbers, or have identities without images.
-        starts: int64 (identities + 1,) images ``grouped[starts[i]:starts[i + 1]]`` show ``numbers[i]``.
-        grouped: int32 (images,) positions of the images, identity by identity; int64 from 2**31 images on.
-        unreadable: int64 (n, 2) key and byte offset of each record that is too damaged to show its
-            identity. These records are not among the images.
-    """
-
-    keys: Int64s
-    offsets: Int64s
-    lengths: Int64s
-    identity: Ints
-    numbers: Ints
-    starts: Int64s
-    grouped: Ints
-    unreadable: Int64s
+    keys: Int64s  # (images,) record number of each image in the pack
+    offsets: Int64s  # (images,) byte offset of its record
+    lengths: Int64s  # (images,) bytes from there to the next record: header, image and padding
+    identity: Ints  # (images,) its identity, int32; int64 if an identity does not fit int32
+    numbers: Ints  # (identities,) the identities that have images, ascending, in the dtype of ``identity``
+    starts: Int64s  # (identities + 1,) images ``grouped[starts[i]:starts[i + 1]]`` show ``numbers[i]``
+    grouped: Ints  # (images,) positions of the images, identity by identity, int32; int64 from 2**31 images on
+    unreadable: Int64s  # (n, 2) key and offset of each record too damaged to show its identity; not among the images
 
     @classmethod
     def of(cls, keys: Int64s, offsets: Int64s, lengths: Int64s, identity: Ints) -> "IdentityIndex":
@@ -67,10 +52,7 @@ class IdentityIndex:
     def from_labels(cls, labels: Labels) -> "IdentityIndex":
         """The index of n images that are not in a pack: image i shows identity ``labels[i]``.
 
-        Args:
-            labels: n whole numbers from 0 to 2**63 − 1, as a list, array or tensor.
-        Raises:
-            InputError: the labels are not such numbers.
+        Raises InputError unless the labels are n whole numbers from 0 to 2**63 − 1.
         """
         identity = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
         found = f"labels are {identity.dtype} of shape {identity.shape}"
@@ -79,19 +61,16 @@ class IdentityIndex:
         smallest, largest = int(identity.min()), int(identity.max())
         if smallest < 0 or largest >= 1 << 63:
             raise InputError(f"{found}, from {smallest} to {largest}: must be from 0 to 2**63 − 1")
-        position = np.arange(len(identity))
         none = np.zeros(len(identity), np.int64)
-        return cls.of(position, none, none, identity.astype(np.int64, copy=False))
+        return cls.of(np.arange(len(identity)), none, none, identity.astype(np.int64, copy=False))
 
     def __len__(self) -> int:
         return len(self.identity)
 
     def images_of(self, identity: int) -> Ints:
         """Positions of the images of an identity, (n,) as ``grouped``; empty if it has none."""
-        i = np.searchsorted(self.numbers, identity)
-        if i == len(self.numbers) or self.numbers[i] != identity:
-            return self.grouped[:0]
-        return self.grouped[self.starts[i]:self.starts[i + 1]]
+        first, end = (np.searchsorted(self.numbers, identity, side) for side in ("left", "right"))
+        return self.grouped[self.starts[first]:self.starts[end]]
 
 
 def _dtype_up_to(largest: int) -> type[np.int32 | np.int64]:
@@ -99,65 +78,46 @@ def _dtype_up_to(largest: int) -> type[np.int32 | np.int64]:
 
 
 def index_identities(records: RecordFile, keys: Int64s, offsets: Int64s) -> IdentityIndex:
-    """Find the images of a pack and their identities.
+    """Find the images of a pack, given by its ``.rec`` and the keys and offsets in its ``.idx``, and their identities.
 
     InsightFace packs have bookkeeping records. Record 0 is labelled [first identity record, one past
     the last], and each identity record is labelled [first image, one past the last]. Identities are
     numbered in the order of their records. In other packs every record is an image, and its label is
     the identity; records without a readable label are set aside.
 
-    Args:
-        records: the ``.rec``.
-        keys, offsets: its ``.idx``, as ``read_idx`` returns it.
-    Raises:
-        RecordError: the pack holds no images, its bookkeeping contradicts itself, or its labels are
-            too large for float32 to keep them distinct.
+    Raises RecordError if the pack holds no images, its bookkeeping contradicts itself, or its labels
+    are too large for float32 to keep them distinct.
     """
-    table = _KeyTable(keys, records.path.with_suffix(".idx"))
-    lengths = _lengths(offsets, records.size)
-    bounds = _identity_record_range(records, table, offsets)
+    table = _KeyTable(records, keys, offsets)
+    ordered = np.sort(offsets)
+    lengths = np.append(ordered[1:], records.size)[np.searchsorted(ordered, offsets)] - offsets
+    bounds = table.bookkeeping(0)
     if bounds is None:
         return IdentityIndex.of(keys, offsets, lengths, _identities_by_label(records, offsets))
 
-    first, end = bounds
+    if not np.isfinite(bounds).all():
+        raise RecordError(f"{records.path}: record 0 announces identity records {bounds[0]} to {bounds[1]}: "
+                          "the pack's bookkeeping is damaged")
+    first, end = map(int, bounds)
     if not 1 < first < end <= len(keys) + np.spacing(np.float32(end)):
         raise RecordError(f"{records.path}: record 0 announces images 1 to {first - 1} and identity records {first} to "
                           f"{end - 1}, but there are {len(keys)} records: the pack is empty, or its bookkeeping is damaged")
-    if first >= FLOAT32_EXACT:
-        # Numbers in the bookkeeping are float32 and round above 2**24: record 0 may be a few records
-        # off, and identity records may name the wrong neighbour. The labels of the images are exact,
-        # because identities are smaller numbers.
-        images = np.arange(1, _first_identity_record(records, table, offsets, first))
-        position = table.positions(images)
-        identity = _identities_by_label(records, offsets[position])
-    else:
-        images = np.arange(1, first)
-        position = table.positions(images)
-        identity_records = np.arange(first, end)
-        record_offsets = offsets[table.positions(identity_records)]
-        ranges = records.labels(record_offsets, count=2)
-        _raise_for_damage(records, identity_records, record_offsets, ranges)
-        identity = _identities_by_range(ranges, first, records.path)
+    # Numbers in the bookkeeping are float32 and round above 2**24: record 0 may be a few records off,
+    # and identity records may name the wrong neighbour. The labels of the images are exact, because
+    # identities are smaller numbers.
+    exact = first < FLOAT32_EXACT
+    images = np.arange(1, first if exact else _first_identity_record(table, first))
+    position = table.positions(images)
+    identity = _identities_by_range(table, first, end) if exact else _identities_by_label(records, offsets[position])
     return IdentityIndex.of(images, offsets[position], lengths[position], identity)
 
 
-def _raise_for_damage(records: RecordFile, keys: Int64s, offsets: Int64s, labels: Float32s) -> None:
-    """Raise for the first record whose labels are NaN because it cannot be read."""
-    for i in np.flatnonzero(np.isnan(labels[:, 0])):
-        if error := records.damage(int(offsets[i])):
-            raise RecordError(f"{error}; record {keys[i]} is an identity record: without it, the identity of its images is "
-                              "unknown")
-
-
 class _KeyTable:
-    """Positions of keys in the ``.idx``.
+    """Finds the records of a pack by key. Raises RecordError if a key occurs twice."""
 
-    Raises:
-        RecordError: a key occurs twice.
-    """
-
-    def __init__(self, keys: Int64s, path: Path):
-        self.keys, self.path = keys, path
+    def __init__(self, records: RecordFile, keys: Int64s, offsets: Int64s):
+        self.records, self.keys, self.offsets = records, keys, offsets
+        self.idx_path = records.path.with_suffix(".idx")
         self.order = None
         if np.array_equal(keys, np.arange(len(keys))):
             return  # a key is its own position, as in most packs
@@ -165,25 +125,22 @@ class _KeyTable:
         ordered = keys[self.order]
         repeated = ordered[1:][ordered[1:] == ordered[:-1]]
         if len(repeated):
-            raise RecordError(f"{path}: key {repeated[0]} occurs twice")
-
-    def __contains__(self, key: int) -> bool:
-        return bool(self._find(np.array([key]))[1].all())
-
-    def position(self, key: int) -> int:
-        """The position of one key, as ``positions``."""
-        return int(self.positions(np.array([key]))[0])
+            raise RecordError(f"{self.idx_path}: key {repeated[0]} occurs twice")
 
     def positions(self, wanted: Int64s) -> Int64s:
-        """The positions of the keys ``wanted`` (n,), int64 (n,).
-
-        Raises:
-            RecordError: a key is missing.
-        """
+        """Where the keys ``wanted`` (n,) stand in the ``.idx``, int64 (n,). Raises RecordError if one is missing."""
         position, found = self._find(wanted)
         if not found.all():
-            raise RecordError(f"{self.path}: lacks record {wanted[~found][0]}, which the pack's bookkeeping announces")
+            raise RecordError(f"{self.idx_path}: lacks record {wanted[~found][0]}, which the pack's bookkeeping announces")
         return position
+
+    def bookkeeping(self, key: int) -> Float32s | None:
+        """The labels of a bookkeeping record, (2,); None for images, even with two labels, and missing records."""
+        position, found = self._find(np.array([key]))
+        if not found[0]:
+            return None
+        record = self.records.image_record(int(self.offsets[position[0]]))
+        return record.labels if len(record.labels) == 2 and not len(record.image) else None
 
     def _find(self, wanted: Int64s) -> tuple[Int64s, NDArray[np.bool_]]:
         """Positions, and which of them are valid because the key exists."""
@@ -194,51 +151,35 @@ class _KeyTable:
         return position, self.keys[position] == wanted
 
 
-def _lengths(offsets: Int64s, size: int) -> Int64s:
-    """Bytes from each record to the next one in a file of ``size`` bytes."""
-    ordered = np.sort(offsets)
-    return np.append(ordered[1:], size)[np.searchsorted(ordered, offsets)] - offsets
-
-
-def _bookkeeping(records: RecordFile, offset: int) -> Float32s | None:
-    """The labels of a bookkeeping record, float32 (2,); None for an image, even if it has two labels."""
-    record = records.image_record(offset)
-    return record.labels if len(record.labels) == 2 and not len(record.image) else None
-
-
-def _identity_record_range(records: RecordFile, table: _KeyTable, offsets: Int64s) -> tuple[int, int] | None:
-    """(first identity record, one past the last) of an InsightFace pack, or None for other packs."""
-    bounds = _bookkeeping(records, int(offsets[table.position(0)])) if 0 in table else None
-    if bounds is None:
-        return None
-    if not np.isfinite(bounds).all():
-        raise RecordError(f"{records.path}: record 0 announces identity records {bounds[0]} to {bounds[1]}: "
-                          "the pack's bookkeeping is damaged")
-    return int(bounds[0]), int(bounds[1])
-
-
-def _first_identity_record(records: RecordFile, table: _KeyTable, offsets: Int64s, rounded: int) -> int:
+def _first_identity_record(table: _KeyTable, rounded: int) -> int:
     """The key of the first identity record, which float32 has rounded to ``rounded``."""
     error = int(np.spacing(np.float32(rounded)))
     for key in range(rounded - error, rounded + error + 1):
-        if key in table and _bookkeeping(records, int(offsets[table.position(key)])) is not None:
+        if table.bookkeeping(key) is not None:
             return key
-    raise RecordError(f"{records.path}: record 0 announces identity records from about {rounded} on, but there are none: "
+    raise RecordError(f"{table.records.path}: record 0 announces identity records from about {rounded} on, but there are none: "
                       "the pack's bookkeeping is damaged")
 
 
-def _identities_by_range(ranges: Float32s, first: int, path: Path) -> Int64s:
-    """Identities of images 1 … first − 1, from the image ranges (identities, 2) of the identity records."""
+def _identities_by_range(table: _KeyTable, first: int, end: int) -> Int64s:
+    """Identities of images 1 … first − 1, from the image ranges in the identity records first … end − 1."""
+    keys = np.arange(first, end)
+    offsets = table.offsets[table.positions(keys)]
+    ranges = table.records.labels(offsets, count=2)
+    for i in np.flatnonzero(np.isnan(ranges[:, 0])):
+        if error := table.records.damage(int(offsets[i])):
+            raise RecordError(f"{error}; record {keys[i]} is an identity record: without it, the identity of its images is "
+                              "unknown")
     invalid = ~(np.abs(ranges) < 2.0**53)  # not finite, or beyond any record number
-    bounds = np.where(invalid, -1, ranges).astype(np.int64)
-    start, end = bounds[:, 0], bounds[:, 1]
-    sizes = end - start
+    start, stop = np.where(invalid, -1, ranges).astype(np.int64).T
+    sizes = stop - start
     order = np.argsort(start, kind="stable")
     order = order[sizes[order] > 0]
     # Valid ranges follow on one another, from the first image to the last.
-    if (sizes < 0).any() or not np.array_equal(np.append(start[order], first), np.append([1], end[order])):
-        raise RecordError(f"{path}: the ranges of the {len(sizes)} identity records do not cover images 1 to {first - 1} "
-                          f"exactly once (they hold {np.maximum(sizes, 0).sum()} images): the pack's bookkeeping is damaged")
+    if (sizes < 0).any() or not np.array_equal(np.append(start[order], first), np.append([1], stop[order])):
+        raise RecordError(f"{table.records.path}: the ranges of the {len(sizes)} identity records do not cover images 1 to "
+                          f"{first - 1} exactly once (they hold {np.maximum(sizes, 0).sum()} images): the pack's "
+                          "bookkeeping is damaged")
     return np.repeat(order, sizes[order])
 
 

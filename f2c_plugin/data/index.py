@@ -11,8 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -26,8 +24,6 @@ from f2c_plugin.utils.paths import cache_folder
 
 VERSION = 2  # of the folder's format
 _META_LIMIT = 1 << 16  # bytes; a real meta.json has a few hundred
-_NAMES = [field.name for field in fields(IdentityIndex)]
-
 Stamp = dict[str, list[int]]  # file name -> [bytes, modification time in ns]
 
 
@@ -35,14 +31,8 @@ def open_index(root_dir: str | Path, progress: bool = False) -> IdentityIndex:
     """Map the index of the pack in ``root_dir`` from disk; build it first if there is none for this state of the pack.
 
     If the pack's folder is read-only, the index goes into the cache folder. If several processes need
-    to build it, one does and the others wait.
-
-    Args:
-        root_dir: folder of ``train.rec`` and ``train.idx``.
-        progress: whether to show a progress bar while building.
-    Raises:
-        RecordError: the pack cannot be read.
-        OSError: neither folder can be written.
+    to build it, one does and the others wait. Raises RecordError if the pack cannot be read, OSError if
+    neither folder can be written.
     """
     root_dir = Path(root_dir)
     stamp = _stamp(root_dir)
@@ -53,7 +43,8 @@ def open_index(root_dir: str | Path, progress: bool = False) -> IdentityIndex:
             return index
     folder = beside if _writable(root_dir) else cached
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it when this process closes the file or dies
         if (index := _load(folder, stamp)) is not None:  # another process built it while this one waited
             return index
         built = index_identities(RecordFile(root_dir / "train.rec"), *read_idx(root_dir / "train.idx", progress))
@@ -81,14 +72,6 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-@contextmanager
-def _lock(folder: Path) -> Generator[None]:
-    """Keep other processes out. The system releases the lock if this process dies."""
-    with open(folder.with_name(folder.name + ".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _load(folder: Path, stamp: Stamp) -> IdentityIndex | None:
     """The index in ``folder``; None if it is missing, torn or of another state of the pack."""
     try:
@@ -98,16 +81,15 @@ def _load(folder: Path, stamp: Stamp) -> IdentityIndex | None:
         if meta["version"] != VERSION or meta["stamp"] != stamp:
             return None
         # Plain arrays over the maps: np.memmap takes microseconds for each element that it returns.
-        arrays = {name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _NAMES}
-        index = IdentityIndex(**arrays)
+        maps = (np.load(folder / f"{field.name}.npy", mmap_mode="r") for field in fields(IdentityIndex))
+        index = IdentityIndex(*map(np.asarray, maps))
         return index if _layout(index) == meta["arrays"] and _is_consistent(index) else None
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
 
 def _layout(index: IdentityIndex) -> dict[str, list[int | str]]:
-    """Shape and dtype of each array."""
-    return {name: [*array.shape, array.dtype.str] for name in _NAMES for array in [getattr(index, name)]}
+    return {name: [*array.shape, array.dtype.str] for name, array in vars(index).items()}
 
 
 def _is_consistent(index: IdentityIndex) -> bool:
@@ -115,7 +97,7 @@ def _is_consistent(index: IdentityIndex) -> bool:
     lengths = {len(array) for array in (index.keys, index.offsets, index.lengths, index.identity, index.grouped)}
     return (lengths == {len(index)} and len(index.starts) == len(index.numbers) + 1 and index.unreadable.ndim == 2
             and index.starts[0] == 0 and index.starts[-1] == len(index)
-            and all(getattr(index, name).dtype.kind == "i" for name in _NAMES))
+            and all(array.dtype.kind == "i" for array in vars(index).values()))
 
 
 def _save(index: IdentityIndex, folder: Path, stamp: Stamp) -> None:
@@ -124,9 +106,9 @@ def _save(index: IdentityIndex, folder: Path, stamp: Stamp) -> None:
     partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".partial", dir=folder.parent))
     try:
         partial.chmod(0o755)  # mkdtemp gives access to this user only
-        for name in _NAMES:
+        for name, array in vars(index).items():
             with open(partial / f"{name}.npy", "wb") as file:
-                np.save(file, getattr(index, name))
+                np.save(file, array)
                 to_disk(file)
         with open(partial / "meta.json", "w") as file:
             json.dump(meta, file)

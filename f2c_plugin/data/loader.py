@@ -35,14 +35,8 @@ class DualLoader(DataLoader[Decoded]):
 
     images float32 (B, 3, 112, 112) in [-1, 1], RGB, mirrored at random; labels int64 (B,).
     Each batch is copied and normalised one step ahead; on CUDA, this runs in a separate stream.
-
-    Args:
-        dataset: the pack.
-        sampler: chooses the images of each batch.
-        device: where to put the batches.
-        num_workers: processes that decode; with 0, this process decodes.
-    Attributes:
-        num_damaged: how many images were replaced, if the dataset skips damaged ones.
+    ``num_workers`` processes decode; with 0, this process decodes. ``num_damaged`` counts the images
+    that were replaced, if the dataset skips damaged ones.
     """
 
     def __init__(self, dataset: RecordDataset, sampler: DualSampler, device: torch.device, num_workers: int = 0):
@@ -50,8 +44,7 @@ class DualLoader(DataLoader[Decoded]):
             _Batches(dataset), sampler=sampler, batch_size=None, num_workers=num_workers, pin_memory=device.type == "cuda",
             persistent_workers=num_workers > 0,
             generator=torch.Generator())  # DataLoader draws from it each epoch, which leaves the global generator alone
-        self.dual_sampler = sampler
-        self.device = device
+        self.dual_sampler, self.device = sampler, device
         self.num_damaged = 0
 
     # DataLoader declares its private iterator class as the return type.

@@ -15,6 +15,7 @@ Source: dmlc-core ``include/dmlc/recordio.h``; MXNet ``python/mxnet/recordio.py`
 import mmap
 import struct
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,32 +33,21 @@ MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 PART_HEADER = struct.Struct("<II")
 IMAGE_HEADER = struct.Struct("<IfQQ")
-_FLAG = struct.Struct("<I")
 LENGTH_MASK = (1 << 29) - 1
 WHOLE, FIRST, MIDDLE, LAST = range(4)  # cflag
 NO_IDX = "no such file. The .rec cannot be read without its .idx; mxnet's tools/rec2idx.py makes one from the .rec"
 
 
 class ImageRecord(NamedTuple):
-    """An unpacked image record.
+    """An unpacked image record."""
 
-    Attributes:
-        labels: float32 (max(flag, 1),); the first is the identity.
-        id: the number in the header, uint64.
-        image: encoded image; empty in the bookkeeping records of InsightFace packs.
-    """
-
-    labels: Float32s
-    id: int
-    image: Buffer
+    labels: Float32s  # (max(flag, 1),); the first is the identity
+    id: int  # the number in the header, uint64
+    image: Buffer  # encoded; empty in the bookkeeping records of InsightFace packs
 
 
 def unpack_image_record(payload: Buffer) -> ImageRecord:
-    """Split the payload of a record into labels, id and encoded image.
-
-    Raises:
-        RecordError: the payload is shorter than its header announces.
-    """
+    """Unpack the payload of a record. Raises RecordError if it is shorter than its header announces."""
     if len(payload) < IMAGE_HEADER.size:
         raise RecordError(f"an image record needs {IMAGE_HEADER.size} bytes of header, found {len(payload)}")
     flag, label, number, _ = IMAGE_HEADER.unpack_from(payload)
@@ -69,44 +59,28 @@ def unpack_image_record(payload: Buffer) -> ImageRecord:
 
 
 def image_of_record(payload: Buffer) -> Buffer:
-    """The encoded image in the payload of a record: ``unpack_image_record(payload).image``, but faster.
-
-    Raises:
-        RecordError: the payload is shorter than a header.
-    """
+    """``unpack_image_record(payload).image``, but faster. Raises RecordError if the payload is shorter than a header."""
     if len(payload) < IMAGE_HEADER.size:
         return unpack_image_record(payload).image  # raises
-    flag, = _FLAG.unpack_from(payload)
+    flag = IMAGE_HEADER.unpack_from(payload)[0]
     return payload[IMAGE_HEADER.size + 4 * flag:]
 
 
 class RecordFile:
-    """Random access to the records of a ``.rec`` file.
-
-    Attributes:
-        path: the file.
-        bytes: its content, mapped into memory and shared by all processes.
-        size: its length in bytes.
-    Raises:
-        RecordError: the file is missing or empty.
-    """
+    """Random access to the records of a ``.rec`` file. Raises RecordError if the file is missing or empty."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
             raise RecordError(f"{self.path}: no such file")
-        self.size = self.path.stat().st_size
+        self.size = self.path.stat().st_size  # bytes
         if self.size == 0:
             raise RecordError(f"{self.path}: the file is empty: the pack holds no records")
-        with open(self.path, "rb") as file:
+        with open(self.path, "rb") as file:  # mapped into memory, which all processes share
             self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def read(self, offset: int) -> Buffer:
-        """Payload of the record that starts at byte ``offset``.
-
-        Raises:
-            RecordError: no record starts there, or it runs past the end of the file.
-        """
+        """Payload of the record at byte ``offset``. Raises RecordError if no whole record starts there."""
         cflag, payload, end = self._part(offset)
         if cflag == WHOLE:
             return payload
@@ -139,11 +113,7 @@ class RecordFile:
         return word >> 29, self.bytes[start:end], (end + 3) & ~3
 
     def image_record(self, offset: int) -> ImageRecord:
-        """The image record that starts at byte ``offset``.
-
-        Raises:
-            RecordError: it cannot be read or unpacked.
-        """
+        """The image record at byte ``offset``. Raises RecordError if it cannot be read or unpacked."""
         payload = self.read(offset)
         try:
             return unpack_image_record(payload)
@@ -159,17 +129,13 @@ class RecordFile:
         return None
 
     def labels(self, offsets: Int64s, count: int = 1) -> Float32s:
-        """The first ``count`` labels of many image records, read without touching the images.
+        """The first ``count`` labels of the image records at ``offsets`` (n,), read without touching the images.
 
-        Args:
-            offsets: int64 (n,) byte offsets of records.
-        Returns:
-            float32 (n, count); NaN where a record cannot be read or has fewer labels.
+        float32 (n, count); NaN where a record cannot be read or has fewer labels.
         """
         words = np.frombuffer(self.bytes, np.dtype("<u4"), self.size // 4)
         floats = np.frombuffer(self.bytes, np.dtype("<f4"), self.size // 4)
-        column = np.arange(count)
-        labels = np.empty((len(offsets), count), np.float32)
+        labels = np.full((len(offsets), count), np.nan, np.float32)
         for start in range(0, len(offsets), 1 << 20):  # in chunks, to bound the temporaries
             chunk = offsets[start:start + (1 << 20)]
             inside = np.flatnonzero((chunk >= 0) & (chunk % 4 == 0) & (chunk // 4 + 8 <= len(words)))
@@ -179,36 +145,25 @@ class RecordFile:
             plain = (words[first] == MAGIC) & (words[first + 1] >> 29 == WHOLE)
             plain &= (words[first + 1] & LENGTH_MASK) >= IMAGE_HEADER.size + 4 * flag
             plain &= (np.maximum(flag, 1) >= count) & (label_at + count <= len(words))
-            labels[start + inside[plain]] = floats[label_at[plain][:, None] + column]
-            others = np.ones(len(chunk), bool)
-            others[inside[plain]] = False
-            for i in start + np.flatnonzero(others):  # records in parts (a few in millions) and damaged ones
-                labels[i] = self._labels_of_one(int(offsets[i]), count)
+            labels[start + inside[plain]] = floats[label_at[plain][:, None] + np.arange(count)]
+            # The others are records in parts (a few in millions) and damaged ones.
+            for i in start + np.delete(np.arange(len(chunk)), inside[plain]):
+                with suppress(RecordError):
+                    found = self.image_record(int(offsets[i])).labels
+                    if len(found) >= count:
+                        labels[i] = found[:count]
         return labels
-
-    def _labels_of_one(self, offset: int, count: int) -> Float32s | float:
-        try:
-            labels = self.image_record(offset).labels
-        except RecordError:
-            return np.nan
-        return labels[:count] if len(labels) >= count else np.nan
 
 
 def read_idx(path: str | Path, progress: bool = False) -> tuple[Int64s, Int64s]:
-    """Read a ``.idx`` file.
+    """Keys and byte offsets in a ``.idx`` file, int64 (n,) each, in the order of the file.
 
-    Args:
-        path: the file.
-        progress: whether to show a progress bar.
-    Returns:
-        keys and byte offsets, int64 (n,) each, in the order of the file.
-    Raises:
-        RecordError: the file is missing or empty, or a line is not two integers.
+    Raises RecordError if the file is missing or empty, or a line is not two integers.
     """
     path = Path(path)
     if not path.is_file():
         raise RecordError(f"{path}: {NO_IDX}")
-    tables: list[Int64s] = [np.empty((0, 2), np.int64)]
+    tables: list[Int64s] = []
     bar = tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=None if progress else True)
     try:
         with open(path, "rb") as file, bar, warnings.catch_warnings():
@@ -221,7 +176,7 @@ def read_idx(path: str | Path, progress: bool = False) -> tuple[Int64s, Int64s]:
                 bar.update(len(text))
     except (ValueError, DeprecationWarning):
         raise RecordError(f"{path}: not an index: every line must be a key and an offset, two integers") from None
-    table = np.concatenate(tables)
-    if not len(table):
+    if not tables:
         raise RecordError(f"{path}: the index is empty: the pack holds no records")
+    table = np.concatenate(tables)
     return np.copy(table[:, 0]), np.copy(table[:, 1])

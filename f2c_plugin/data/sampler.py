@@ -16,22 +16,16 @@ from f2c_plugin.utils.distributed import this_rank
 class ShuffledPasses:
     """An endless stream of the numbers 0 … size − 1: pass after pass, each in another random order.
 
-    Every number comes once in a pass. Any part of the stream can be read directly. It depends on the
-    seed alone and takes no memory beyond the result, because the order of a pass is not stored but
-    computed: a Feistel network, keyed by seed and pass, permutes the bits of the position. Results
-    outside the range go through the network again until they are inside (cycle walking), which keeps
-    the mapping one-to-one.
-
-    Args:
-        size: how many numbers.
-        seed: integers.
+    Every number comes once in a pass. Any part of the stream can be read directly and depends on the
+    seed alone. The order of a pass is not stored but computed: a Feistel network, keyed by seed and pass,
+    permutes the bits of the position. Results outside the range go through the network again until they
+    are inside (cycle walking), which keeps the mapping one-to-one.
     """
 
     ROUNDS = 8
 
     def __init__(self, size: int, seed: Sequence[int]):
-        self.size = size
-        self.seed = seed
+        self.size, self.seed = size, seed
         self.half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
         self.half_mask = np.uint64((1 << int(self.half_bits)) - 1)
 
@@ -63,25 +57,18 @@ class ShuffledPasses:
 
 
 class Position(NamedTuple):
-    """How far a training has advanced in its data, summed over all ranks.
+    """How far a training has advanced in its data, summed over all ranks."""
 
-    Attributes:
-        step: steps since the start of training.
-        identities: identities that the identity-based loader has taken.
-        images: images that the instance-based loader has taken.
-    """
-
-    step: int
-    identities: int
-    images: int
+    step: int  # since the start of training
+    identities: int  # that the identity-based loader has taken
+    images: int  # that the instance-based loader has taken
 
 
 class DualSampler(Sampler[list[int]]):
     """Yields the batches of one rank, each a list of dataset positions.
 
     Use it as the ``batch_sampler`` of a DataLoader over any map-style dataset, or in a DualLoader.
-    Each iteration is an epoch; the next one continues with the next epoch. ``set_epoch`` chooses
-    another.
+    Each iteration is an epoch; the next one is the next epoch unless ``set_epoch`` chooses another.
 
     A batch is x ∪ y, one half each: x = I ∪ III and y = II ∪ IV. I and II hold the same identities in
     the same order, from the identity-based loader; III and IV are images from the instance-based
@@ -91,24 +78,20 @@ class DualSampler(Sampler[list[int]]):
       loader every image once; passes continue across epochs;
     - no identity appears twice among the pairs of a step, on one rank or several;
     - the two images of a pair differ if their identity has two;
-    - batches depend only on (seed, step, rank, world_size) and ``origin``.
+    - batches depend only on (seed, step, rank, world_size) and ``origin``, the Position from which both
+      passes continue. It is not the start if a training resumes with another global batch size.
 
     To satisfy the first two together, a pass of the identity-based loader is spread evenly over a
     whole number of steps, and images of the instance-based loader fill the batches.
 
     Args:
-        index: the IdentityIndex of the dataset.
         batch_size: images per rank and step; even, unless ``identity_rate`` is 0.
         num_steps: steps per epoch; None takes images // (batch_size · world_size), as arcface_torch does.
         identity_rate: largest share of the batch that the identity-based loader fills, 0 to 1.
         seed: the same on all ranks.
         rank, world_size: None takes the value of the process group, or 0 and 1 without one.
-    Attributes:
-        origin: the Position from which both passes continue. It is not the start if a training
-            resumes with another global batch size.
-    Raises:
-        InputError: the batch cannot be split into pairs, an epoch has no steps, or an argument is
-            outside its range.
+
+    Raises InputError if the batch cannot be split into pairs, an epoch has no steps, or an argument is out of range.
     """
 
     def __init__(self, index: IdentityIndex, batch_size: int, num_steps: int | None = None, identity_rate: float = 2 / 3,
@@ -127,9 +110,7 @@ class DualSampler(Sampler[list[int]]):
             raise InputError(f"identity_rate={identity_rate}: must be from 0 to 1")
         if identity_rate and batch_size % 2:
             raise InputError(f"batch_size={batch_size}: F²C splits a batch into two halves, gallery and probe: make it even")
-        self.index = index
-        self.batch_size = batch_size
-        self.num_steps = num_steps
+        self.index, self.batch_size, self.num_steps = index, batch_size, num_steps
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch, self.first_step = 0, 0
         self.origin = Position(0, 0, 0)
@@ -141,22 +122,14 @@ class DualSampler(Sampler[list[int]]):
     @classmethod
     def from_labels(cls, labels: Labels, batch_size: int, identity_rate: float = 2 / 3, seed: int = 0,
                     num_steps: int | None = None, rank: int | None = None, world_size: int | None = None) -> "DualSampler":
-        """A sampler over any dataset whose item i shows identity ``labels[i]``.
+        """A sampler over any dataset whose item i shows identity ``labels[i]``, a whole number from 0.
 
-        Args:
-            labels: n whole numbers from 0, as a list, array or tensor.
-            Others: as for the class.
-        Raises:
-            InputError: the labels are not such numbers, or as for the class.
+        Raises InputError if the labels are not such numbers, or as the class does.
         """
         return cls(IdentityIndex.from_labels(labels), batch_size, num_steps, identity_rate, seed, rank, world_size)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch of the next iteration, and the step in it to begin with.
-
-        Beginning with step s yields what an iteration from the start yields after s batches, so these
-        two numbers are enough to resume in the middle of an epoch.
-        """
+        """Choose the epoch of the next iteration. It skips the batches before ``first_step``, to resume inside an epoch."""
         self.epoch, self.first_step = epoch, first_step
 
     def position(self, step: int) -> Position:
@@ -195,7 +168,6 @@ class DualSampler(Sampler[list[int]]):
         per_rank = [self.batch_size - 2 * len(range(first + rank, end, self.world_size)) for rank in range(self.world_size)]
         start += sum(per_rank[:self.rank])
         instances = np.reshape(self.images.take(start, start + per_rank[self.rank]), (2, -1))
-
         return np.concatenate([pairs, instances], axis=1).ravel()  # I III | II IV
 
     def _identities_before(self, step: int) -> int:

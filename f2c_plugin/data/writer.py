@@ -16,10 +16,7 @@ from f2c_plugin.errors import OverwriteError, RecordError
 def pack_image_record(label: ArrayLike, image: bytes, number: int) -> bytes:
     """Payload of an image record, byte for byte what ``mxnet.recordio.pack`` makes.
 
-    Args:
-        label: a number, or a sequence of numbers (then ``flag`` is their count).
-        image: the encoded image; empty in a bookkeeping record.
-        number: the id in the header.
+    ``image`` is an encoded image, or empty in a bookkeeping record; ``number`` is the id in the header.
     """
     if np.ndim(label) == 0:
         return IMAGE_HEADER.pack(0, label, number, 0) + image
@@ -30,8 +27,7 @@ def pack_image_record(label: ArrayLike, image: bytes, number: int) -> bytes:
 class RecordWriter:
     """Writes a ``.rec``/``.idx`` pair, byte for byte as ``mxnet.recordio.MXIndexedRecordIO`` does.
 
-    Both files appear under their names when the ``with`` block ends without an exception. If it
-    raises, neither appears.
+    Both files appear when the ``with`` block ends without an exception. If it raises, neither appears.
 
     Example:
         >>> with RecordWriter("train.rec") as pack:
@@ -58,13 +54,13 @@ class RecordWriter:
                 partial.unlink()
 
     def write(self, key: int, payload: bytes) -> None:
-        """Append a record under ``key``.
-
-        Raises:
-            RecordError: a part of the record is longer than RecordIO allows.
-        """
+        """Append a record. Raises RecordError if a part of it is longer than RecordIO allows."""
         self._idx.write(b"%d\t%d\n" % (key, self._rec.tell()))
-        cuts = _aligned_magic(payload)
+        cuts: list[int] = []
+        position = -1
+        while (position := payload.find(MAGIC_BYTES, position + 1)) >= 0:
+            if position % 4 == 0:
+                cuts.append(position)
         starts = [0, *(cut + len(MAGIC_BYTES) for cut in cuts)]
         ends = [*cuts, len(payload)]
         cflags = [FIRST, *repeat(MIDDLE, len(cuts) - 1), LAST] if cuts else [WHOLE]
@@ -72,21 +68,7 @@ class RecordWriter:
             length = end - start
             if length > LENGTH_MASK:
                 raise RecordError(f"record {key} has a part of {length} bytes, but RecordIO holds at most {LENGTH_MASK}")
-            self._rec.write(PART_HEADER.pack(MAGIC, cflag << 29 | length))
-            self._rec.write(payload[start:end])
-            self._rec.write(bytes(-length % 4))
-
-
-def _aligned_magic(payload: bytes) -> list[int]:
-    """Positions of the magic number in ``payload`` that are multiples of 4."""
-    cuts: list[int] = []
-    position = payload.find(MAGIC_BYTES)
-    while position >= 0:
-        aligned = position % 4 == 0
-        if aligned:
-            cuts.append(position)
-        position = payload.find(MAGIC_BYTES, position + (4 if aligned else 1))
-    return cuts
+            self._rec.write(PART_HEADER.pack(MAGIC, cflag << 29 | length) + payload[start:end] + bytes(-length % 4))
 
 
 def refuse_to_overwrite(folder: Path) -> None:
@@ -96,16 +78,11 @@ def refuse_to_overwrite(folder: Path) -> None:
 
 
 def write_insightface_pack(path: str | Path, images: Iterable[bytes], sizes: Sequence[int]) -> None:
-    """Write ``path`` and its ``.idx`` in InsightFace's layout.
+    """Write the ``.rec`` file ``path`` and its ``.idx`` in InsightFace's layout.
 
-    Record 0 is bookkeeping. Images follow from record 1, then a record for each identity.
-
-    Args:
-        path: the ``.rec`` file.
-        images: encoded images, identity by identity; may be an iterator.
-        sizes: number of images of each identity.
-    Raises:
-        ValueError: ``images`` and ``sizes`` disagree about the number of images.
+    Record 0 is bookkeeping. Images follow from record 1, then a record for each identity. ``images`` are
+    encoded and come identity by identity; ``sizes`` are the numbers of images of the identities. Raises
+    ValueError if the two disagree about the number of images.
     """
     firsts = list(accumulate(sizes, initial=1))  # first image of each identity, and the end of all images
     identities = chain.from_iterable(repeat(identity, size) for identity, size in enumerate(sizes))
