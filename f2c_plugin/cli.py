@@ -11,7 +11,14 @@ from typing import Any
 
 import f2c_plugin
 from f2c_plugin.arcface_torch import patching
+from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.data.index import open_index
 from f2c_plugin.errors import ExportError, F2CError
+from f2c_plugin.synthetic.dataset import draw_contact_sheet, write_dataset
+from f2c_plugin.tools import checkpoints, packs
+from f2c_plugin.tools.doctor import examine
+from f2c_plugin.tools.plan import Plan, draw as draw_plan
+from f2c_plugin.tools.report import report as write_report
 
 Run = Callable[[Namespace], None]
 AddTo = Callable[[ArgumentParser], object]
@@ -61,8 +68,6 @@ def fetch_host(args: Namespace) -> None:
          argument("--dataset", help="folder of a pack to examine"))
 def doctor(args: Namespace) -> None:
     """Show the installed packages and the state of a checkout and a dataset."""
-    from f2c_plugin.tools.doctor import examine
-
     if not examine(args.checkout, args.dataset):
         sys.exit(1)
 
@@ -72,10 +77,6 @@ def doctor(args: Namespace) -> None:
          argument("--verify", action="store_true", help="decode every image and list the unusable records"))
 def index(args: Namespace) -> None:
     """Index a pack, so that training starts at once, and summarize it."""
-    from f2c_plugin.data.dataset import RecordDataset
-    from f2c_plugin.data.index import open_index
-    from f2c_plugin.tools import packs
-
     damaged: dict[int, str] = {}
     if args.verify:
         number, damaged = packs.verify(args.folder)
@@ -97,10 +98,7 @@ def index(args: Namespace) -> None:
          argument("--out", default="sheet.png", metavar="PNG", help="file to write; default: %(default)s"))
 def inspect(args: Namespace) -> None:
     """Draw a contact sheet of a pack: one identity, one image, or random identities."""
-    from f2c_plugin.data.dataset import RecordDataset
-    from f2c_plugin.tools.packs import draw_sheet
-
-    draw_sheet(RecordDataset(args.folder, skip_damaged=True), args.out, args.identity, args.image)
+    packs.draw_sheet(RecordDataset(args.folder, skip_damaged=True), args.out, args.identity, args.image)
     print(args.out)
 
 
@@ -108,9 +106,7 @@ def inspect(args: Namespace) -> None:
          argument("out", help="folder to write train.rec, train.idx and property into"))
 def pack(args: Namespace) -> None:
     """Write a pack from a folder of images, one folder per identity."""
-    from f2c_plugin.tools.packs import pack_folder
-
-    identities, images = pack_folder(args.source, args.out)
+    identities, images = packs.pack_folder(args.source, args.out)
     print(f"{args.out}: {images} images of {identities} identities")
 
 
@@ -119,7 +115,7 @@ def pack(args: Namespace) -> None:
          argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net"))
 def export(args: Namespace) -> None:
     """Write a trained net as ONNX for the insightface package."""
-    from f2c_plugin.evaluation.onnx_export import export_checked, load_net
+    from f2c_plugin.evaluation.onnx_export import export_checked, load_net  # doctor must run without onnx
 
     if Path(args.model).resolve() == Path(args.out).resolve():
         raise ExportError(f"{args.out} is the trained model itself and is not overwritten: name another file")
@@ -142,8 +138,6 @@ def checkpoint_actions(parser: ArgumentParser) -> None:
 @command(checkpoint_actions)
 def checkpoint(args: Namespace) -> None:
     """Summarize checkpoints, or convert arcface_torch's to another number of ranks."""
-    from f2c_plugin.tools import checkpoints
-
     if args.action == "merge":
         print(*checkpoints.merge(args.folder, args.out, args.ranks), sep="\n")
     else:
@@ -152,46 +146,35 @@ def checkpoint(args: Namespace) -> None:
 
 
 @command(argument("--identities", type=int, required=True, metavar="N"),
-         argument("--gpus", type=int, default=8, metavar="W"),
-         argument("--network", default="r100"),
+         argument("--gpus", type=int, default=8, metavar="W"), argument("--network", default="r100"),
          argument("--batch-size", type=int, default=128, help="images per GPU"),
          argument("--pool-rate", type=float, default=0.1, help="also the sample rate of Partial FC"),
-         argument("--pool-dtype", default="float32"),
-         argument("--shard-pool", action="store_true"),
+         argument("--pool-dtype", default="float32"), argument("--shard-pool", action="store_true"),
          argument("--plot", metavar="PNG", help="draw memory against the number of identities"))
 def plan(args: Namespace) -> None:
     """Estimate the GPU memory of F²C, Partial FC and the full FC layer."""
-    from f2c_plugin.tools import plan as planning
-
-    planned = planning.Plan(args.identities, args.gpus, args.network, args.batch_size, args.pool_rate,
-                            args.pool_dtype, args.shard_pool)
+    planned = Plan(args.identities, args.gpus, args.network, args.batch_size, args.pool_rate, args.pool_dtype, args.shard_pool)
     print(f"{planned.identities:,} identities on {planned.gpus} GPUs, batch {planned.batch_size}: the head on each GPU")
     for name, size in planned.table():
         print(f"  {name:<34} {size / 2**20:>11,.0f} MB")
     print(planned.verdict())
     if args.plot:
-        planning.draw(planned, args.plot)
+        draw_plan(planned, args.plot)
 
 
 @command(argument("folders", nargs="+", metavar="folder", help="output folder of arcface_torch or f2c_plugin.train"),
          argument("--out", metavar="DIR", help="folder to write report.html and PNGs into; default: the first folder"))
 def report(args: Namespace) -> None:
     """Plot training runs and write a page that compares them."""
-    from f2c_plugin.tools.report import report
-
-    print(report(args.folders, args.out))
+    print(write_report(args.folders, args.out))
 
 
 @command(argument("folder", help="folder to write train.rec, train.idx, property, synth.bin and contact_sheet.png into"),
-         argument("--identities", type=int, required=True),
-         argument("--images-per-identity", type=int, default=20),
+         argument("--identities", type=int, required=True), argument("--images-per-identity", type=int, default=20),
          argument("--pairs", type=int, default=6000, help="verification pairs; default: %(default)s, as in LFW"),
-         argument("--seed", type=int, default=0),
-         argument("--processes", type=int, help="default: one per CPU"))
+         argument("--seed", type=int, default=0), argument("--processes", type=int, help="default: one per CPU"))
 def synth(args: Namespace) -> None:
     """Draw a pack of synthetic faces and a verification set."""
-    from f2c_plugin.synthetic.dataset import draw_contact_sheet, write_dataset
-
     folder = Path(args.folder)
     write_dataset(folder, args.identities, args.images_per_identity, args.pairs, args.seed, args.processes)
     try:

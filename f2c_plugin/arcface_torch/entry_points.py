@@ -22,8 +22,7 @@ log = logging.getLogger(__name__)
 def f2c_dcp(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcFaceTorchHead:
     """Head factory, group ``arcface_torch.heads``. ``backbone`` is the probe net, on its device and in DDP.
 
-    Raises:
-        ConfigError: lists everything that is wrong with the config.
+    Raises ConfigError, which lists everything that is wrong with the config.
     """
     _, world_size = this_rank()
     settings = F2CConfig.read(cfg, world_size)
@@ -46,9 +45,6 @@ f2c_dcp.sampler = "f2c_dual"  # type: ignore[attr-defined]  # the loader that th
 def f2c_dual(cfg: Any, local_rank: int) -> DualLoader:
     """Loader factory, group ``arcface_torch.samplers``. Without GPUs the batches stay on the CPU.
 
-    Raises:
-        ConfigError: the config is wrong in itself or does not fit the pack.
-        RecordError: the pack cannot be read.
+    Raises ConfigError if the config is wrong or does not fit the pack, RecordError if the pack cannot be read.
     """
-    _, world_size = this_rank()
-    return record_loader(cfg, local_rank, F2CConfig.read(cfg, world_size).identity_rate)
+    return record_loader(cfg, local_rank, F2CConfig.read(cfg, this_rank()[1]).identity_rate)

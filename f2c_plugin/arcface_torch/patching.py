@@ -108,8 +108,7 @@ def apply(checkout: Path, changes: list[Change]) -> None:
 def applied_patches(checkout: Path) -> int:
     """The number of patches that are applied. Patches stack, so these are the first ones.
 
-    Raises:
-        CheckoutError: the checkout matches neither the patched nor the original files; names file and line.
+    Raises CheckoutError, with file and line, if the checkout matches neither the patched nor the original files.
     """
     misfits: list[tuple[Path, list[str]]] = []
     for count in range(len(patches()), -1, -1):

@@ -21,12 +21,9 @@ COSINE_FALL = 0.1  # a drop of the positive cosine below its best that is worth 
 class Monitor:
     """Averages the statistics of steps. Every ``frequent`` steps it logs them, writes them to TensorBoard and checks them.
 
-    The CPU waits for the GPU only then; nothing is read in between.
-
-    Args:
-        folder: for TensorBoard; None writes no scalars.
-        max_bad_steps: training ends after more than this many steps in a row with a loss that is not finite
-            (``config.f2c_max_bad_steps``). The built-in trainer checks gradients and ends earlier.
+    The CPU waits for the GPU only then; nothing is read in between. Without a folder, TensorBoard gets nothing. Training
+    ends after more than ``max_bad_steps`` steps in a row with a loss that is not finite (``config.f2c_max_bad_steps``);
+    the built-in trainer checks gradients and ends earlier.
     """
 
     def __init__(self, frequent: int, total_steps: int, folder: Path | None = None, max_bad_steps: int = 50):
@@ -39,14 +36,9 @@ class Monitor:
         self._warned: set[str] = set()
 
     def update(self, step: int, statistics: StepStatistics, pool: DynamicClassPool, num_writes: int) -> None:
-        """Record a step.
+        """Record a step, counted from 1, and the pool after it. Raises TrainingDiverged after too many bad steps in a row.
 
-        Args:
-            step: counted from 1.
-            pool: its state after this step.
-            num_writes: gallery features that this step wrote, over all ranks.
-        Raises:
-            TrainingDiverged: too many bad steps in a row.
+        ``num_writes`` are the gallery features that this step wrote, over all ranks.
         """
         self._steps.append(statistics)
         if step % self.frequent:

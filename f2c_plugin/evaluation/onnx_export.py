@@ -22,13 +22,10 @@ SAME_EMBEDDING = 0.9999  # smallest cosine between embeddings of PyTorch and ONN
 
 
 def load_net(path: str | Path, which: str = "probe") -> Net:
-    """Load a trained net, in eval mode on the CPU.
+    """Load a net, in eval mode on the CPU, from a ``model.pt`` or a checkpoint of arcface_torch or the built-in trainer.
 
-    Args:
-        path: a ``model.pt``, or a checkpoint of arcface_torch (``checkpoint_gpu_*.pt``) or the built-in trainer.
-        which: "probe" or "gallery"; only checkpoints hold the gallery net.
-    Raises:
-        ExportError: the file does not hold that net, or its architecture is not in ``NETWORKS``.
+    ``which`` is "probe" or "gallery"; only checkpoints hold the gallery net. Raises ExportError if the file does not
+    hold that net, or its architecture is not in ``NETWORKS``.
     """
     path = Path(path)
     try:

@@ -98,12 +98,7 @@ def tar_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float:
 
 
 def fold_accuracies(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
-    """Accuracy of each of 10 consecutive folds, at the best threshold of the other nine. Fewer folds if there are fewer pairs.
-
-    Args:
-        scores: cosines (n,).
-        same: bool (n,).
-    """
+    """Accuracy of each of 10 consecutive folds at the best threshold of the other nine, from cosines (n,) and labels (n,)."""
     correct = ((2 - 2 * scores)[:, None] < THRESHOLDS) == same[:, None]  # (n, thresholds)
     total = correct.sum(0)
     accuracies: list[float] = []
@@ -114,11 +109,7 @@ def fold_accuracies(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
 
 
 def load_bin(path: str | Path, image_size: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE)) -> tuple[list[Tensor], list[bool]]:
-    """Replaces ``eval.verification.load_bin`` of arcface_torch.
-
-    Returns:
-        [images, mirrored images], float32 (2n, 3, 112, 112) in [0, 255] each; and the labels.
-    """
+    """Replaces arcface_torch's: [images, mirrored images], each float32 (2n, 3, 112, 112) in [0, 255], and the labels."""
     if tuple(image_size) != (IMAGE_SIZE, IMAGE_SIZE):
         raise VerificationSetError(f"image_size={image_size}: must be {(IMAGE_SIZE, IMAGE_SIZE)}")
     verification_set = VerificationSet(path)

@@ -22,7 +22,6 @@ def _iresnet(*blocks: int) -> Factory:
 
 
 def _plain(*layers: tuple[int, int], before: Callable[[], nn.Module] = nn.Identity) -> Factory:
-    """A PlainNet whose ``layers``, (channels, stride) of each convolution, lead from 112 pixels to 7."""
     return lambda num_features, fp16: PlainNet(layers, before, num_features, fp16)
 
 

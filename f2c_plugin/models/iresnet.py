@@ -41,8 +41,7 @@ def _stage(inputs: int, outputs: int, count: int) -> nn.Sequential:
 class IResNet(nn.Module):
     """The residual net of ArcFace (arXiv 1801.07698, section 3.2.2). Ends in BN-dropout-FC-BN on 7×7 features.
 
-    ``blocks`` are the numbers of blocks at 56, 28, 14 and 7 pixels. With fp16, all but the last two layers run
-    under autocast.
+    ``blocks`` are the numbers of blocks at 56, 28, 14 and 7 pixels.
     """
 
     def __init__(self, blocks: Sequence[int], num_features: int = 512, dropout: float = 0.0, fp16: bool = False):

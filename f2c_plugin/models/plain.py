@@ -11,9 +11,7 @@ from f2c_plugin.models.iresnet import conv
 class PlainNet(nn.Module):
     """A chain of convolutions. Processes hundreds of faces per second on one core; an IResNet processes ten.
 
-    Args:
-        layers: (channels, stride) of each convolution, which lead from 112 pixels to 7.
-        before: makes the first module.
+    ``layers`` are the (channels, stride) of each; they lead from 112 pixels to 7. ``before`` makes the first module.
     """
 
     def __init__(self, layers: Iterable[tuple[int, int]], before: Callable[[], nn.Module] = nn.Identity,

@@ -27,13 +27,8 @@ def write_dataset(folder: str | Path, num_identities: int, images_per_identity: 
                   processes: int | None = None) -> None:
     """Draw ``train.rec``, ``train.idx``, ``property`` and ``synth.bin`` into ``folder``.
 
-    The same arguments give the same bytes, with any number of processes. None means one process per CPU.
-
-    Args:
-        num_pairs: size of the verification set; half of the pairs are the same identity.
-    Raises:
-        InputError: a count is too small.
-        OverwriteError: the folder already holds a pack.
+    The same arguments give the same bytes with any number of processes; None means one per CPU. Half of the pairs
+    are the same identity. Raises InputError if a count is too small, OverwriteError if the folder holds a pack.
     """
     folder = Path(folder)
     for name, value, smallest in (("identities", num_identities, 1), ("images-per-identity", images_per_identity, 1),

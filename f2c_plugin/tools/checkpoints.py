@@ -58,14 +58,12 @@ def _not_finite(state: Mapping[str, Any]) -> str:
 
 
 def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
-    """Convert arcface_torch's ``checkpoint_gpu_*.pt`` files to another number of ranks.
+    """Convert arcface_torch's ``checkpoint_gpu_*.pt`` files to another number of ranks. Returns the files written.
 
     F²C's pool is the same on all ranks and is copied. Partial FC's weights and their optimizer state are
     joined and split again. The batch size per GPU is assumed to stay the same, so with more ranks an epoch
     has fewer steps; steps are rescaled.
 
-    Returns:
-        The files written.
     Raises:
         CheckpointError: a file is missing, damaged or from another step than the others, the pools
             differ, or the head is unknown.

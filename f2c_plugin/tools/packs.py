@@ -72,12 +72,8 @@ def draw_histogram(dataset: RecordDataset, path: str | Path) -> None:
 def verify(root_dir: str | Path, processes: int | None = None) -> tuple[int, dict[int, str]]:
     """Read every record of a pack and decode its image. Needs no index, so it also works on packs that cannot be indexed.
 
-    Args:
-        processes: how many decode; None means one per CPU.
-    Returns:
-        The number of records, and {record number: what is wrong with it} for every unusable record.
-    Raises:
-        RecordError: the ``.rec`` or the ``.idx`` is missing or empty, or the ``.idx`` is not an index.
+    Returns the number of records, and {record number: what is wrong with it} for every unusable record. Raises
+    RecordError if the ``.rec`` or the ``.idx`` is missing or empty, or the ``.idx`` is not an index.
     """
     records = RecordFile(Path(root_dir) / "train.rec")
     keys, offsets = read_idx(records.path.with_suffix(".idx"), progress=True)
@@ -113,10 +109,7 @@ def draw_sheet(dataset: RecordDataset, path: str | Path, identity: int | None = 
                columns: int = 10, rows: int = 8) -> None:
     """Draw a contact sheet: the images of one identity, the image of one record, or random identities, one per row.
 
-    Images that cannot be decoded stay gray. Needs Pillow.
-
-    Raises:
-        RecordError: there is no such identity or record.
+    Images that cannot be decoded stay gray. Needs Pillow. Raises RecordError if there is no such identity or record.
     """
     pillow = require("PIL.Image", extra="plot")
     index = dataset.index
@@ -147,12 +140,9 @@ def draw_sheet(dataset: RecordDataset, path: str | Path, identity: int | None = 
 def pack_folder(source: str | Path, out: str | Path) -> tuple[int, int]:
     """Write a pack in InsightFace's layout from a folder that has one folder of images per identity.
 
-    Identities are numbered in the order of their folder names. Images are stored unchanged. Returns the number
-    of identities and the number of images.
-
-    Raises:
-        RecordError: there is nothing to pack, or a link leads out of ``source``.
-        OverwriteError: ``out`` already holds a pack.
+    Identities are numbered in the order of their folder names. Images are stored unchanged. Returns the numbers of
+    identities and images. Raises RecordError if there is nothing to pack or a link leads out of ``source``, and
+    OverwriteError if ``out`` already holds a pack.
     """
     source, out = Path(source), Path(out)
     if not source.is_dir():

@@ -44,11 +44,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: str | Path, name: str | None = None) -> "Run":
-        """Read the output folder of a training. The run is named as the folder if ``name`` is None.
-
-        Raises:
-            ReportError: the folder holds no results, or damaged ones.
-        """
+        """Read the output folder of a training, which names the run by default. Raises ReportError without intact results."""
         folder = Path(folder)
         log = folder / "training.log"
         if not log.is_file():
@@ -77,7 +73,6 @@ class Run:
 
     @property
     def accuracies(self) -> list[str]:
-        """The names of the scalars that are accuracies."""
         return sorted({name for entry in self.history for name in entry if name.endswith("accuracy")})
 
     def _summarize(self, folder: Path) -> dict[str, str]:
@@ -135,10 +130,9 @@ def _current_names(entry: Entry) -> Entry:
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Print the summaries of runs, plot the runs, and write ``report.html``, which holds everything.
+    """Print the summaries of runs, plot them, and write ``report.html`` and its PNGs into ``out``, or the first folder.
 
-    The page and its PNGs go into ``out``, or into the first of ``folders`` if None. The page needs no network.
-    Needs matplotlib.
+    The page holds everything and needs no network. Needs matplotlib.
     """
     runs = [Run.read(folder, name) for folder, name in zip(folders, _distinct_names(folders), strict=True)]
     for run in runs:
@@ -182,13 +176,14 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
     panels = {title: lines for title, lines in panels.items() if any(run.series(name) for run in runs for name in lines)}
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
+    several = len(runs) > 1
     figure, axes = pyplot().subplots(rows, columns, figsize=(4.4 * columns, 3.4 * rows), squeeze=False, layout="constrained")
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):  # the last axes may stay empty
         for number, run in enumerate(runs):
             for style, (name, line) in zip(cycle(STYLES), lines.items(), strict=False):
                 if points := run.series(name):
-                    look: dict[str, Any] = {"color": f"C{number}", "linestyle": style} if len(runs) > 1 else {}
-                    label = ", ".join(part for part in (run.name if len(runs) > 1 else "", line) if part)
+                    look: dict[str, Any] = {"color": f"C{number}", "linestyle": style} if several else {}
+                    label = ", ".join(part for part in (run.name if several else "", line) if part)
                     axis.plot(*zip(*points, strict=True), label=label or None, marker="o" if len(points) < 20 else None,
                               markersize=4, **look)
         axis.set(title=title, xlabel="images seen", ylim=(0, 1.05) if title == "pool" else None)
@@ -198,7 +193,7 @@ def draw_curves(runs: Sequence[Run], path: Path) -> Path:
             axis.legend(fontsize=8)
     for axis in axes.flat[len(panels):]:
         axis.axis("off")
-    if len(runs) == 1 and (scales := runs[0].series("f2c/scale")):  # with the ramp, the loss grows with its scale
+    if not several and (scales := runs[0].series("f2c/scale")):  # with the ramp, the loss grows with its scale
         axis = axes[0, 0].twinx()
         axis.plot(*zip(*scales, strict=True), "k:", alpha=0.5)
         axis.set(ylabel="scale s (dotted)", ylim=(0, None))
