@@ -13,7 +13,8 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 import f2c_plugin
-from f2c_plugin import ConfigError, F2CHead, InputError, Margin, build_head
+from f2c_plugin import F2CHead, Margin, build_head
+from f2c_plugin.errors import ConfigError, InputError
 
 NUM_IDENTITIES, BATCH, EMBEDDING_SIZE = 30, 12, 6
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
