@@ -27,9 +27,11 @@ def decode_face(encoded: Buffer, out: Pixels | None = None) -> Pixels:
     """
     if out is None:
         out = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    with suppress(ValueError):
+    try:
         if simplejpeg.decode_jpeg(encoded, "RGB", buffer=out).shape == out.shape:
             return out
+    except ValueError:
+        pass
     # Only images that are not whole JPEGs of the right size and colour space get here. They are rare.
     if not simplejpeg.is_jpeg(encoded):  # pyright: ignore[reportUnknownMemberType]
         return _decode_by_pillow(encoded, out)
