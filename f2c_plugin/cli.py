@@ -1,7 +1,4 @@
-"""The command ``f2c-plugin``.
-
-A command is a function; ``@command(argument(...), ...)`` above it adds it to ``COMMANDS``.
-"""
+"""The command ``f2c-plugin``: ``@command`` adds a function and its arguments to ``COMMANDS``."""
 
 import sys
 from argparse import ArgumentParser, Namespace
@@ -22,7 +19,6 @@ from f2c_plugin.tools.report import report as write_report
 
 Run = Callable[[Namespace], None]
 AddTo = Callable[[ArgumentParser], object]
-
 COMMANDS: dict[str, tuple[Run, Sequence[AddTo]]] = {}
 
 

@@ -18,10 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class ArcFaceTorchHead(F2CHead):
-    """An F²C head that also verifies its gallery net and says which net becomes ``model.pt``, on rank 0 alone.
-
-    The script that patch 0001 makes of ``train_v2.py`` asks a head for ``verify`` and ``select_net``.
-    """
+    """An F²C head with ``verify`` and ``select_net``, which ``train_v2.py`` with patch 0001 calls on rank 0."""
 
     def configure(self, cfg: Config, settings: F2CConfig, total_steps: int) -> None:
         """Take what the head does beside the loss from the config. Raises ConfigError if "best" has nothing to choose by."""

@@ -1,7 +1,4 @@
-"""The factories behind the entry points ``f2c_dcp`` (head) and ``f2c_dual`` (loader).
-
-arcface_torch knows a group name, a name and a signature; these know arcface_torch's config.
-"""
+"""The factories behind the entry points ``f2c_dcp`` (head) and ``f2c_dual`` (loader). They read arcface_torch's config."""
 
 import logging
 from typing import Any
@@ -20,10 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def f2c_dcp(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcFaceTorchHead:
-    """Head factory, group ``arcface_torch.heads``. ``backbone`` is the probe net, on its device and in DDP.
-
-    Raises ConfigError, which lists everything that is wrong with the config.
-    """
+    """Head factory, group ``arcface_torch.heads``, for a backbone on its device and in DDP. Raises ConfigError."""
     _, world_size = this_rank()
     settings = F2CConfig.read(cfg, world_size)
     total_steps = steps_per_epoch(cfg, world_size) * cfg["num_epoch"]
@@ -43,8 +37,5 @@ f2c_dcp.sampler = "f2c_dual"  # type: ignore[attr-defined]  # the loader that th
 
 
 def f2c_dual(cfg: Any, local_rank: int) -> DualLoader:
-    """Loader factory, group ``arcface_torch.samplers``. Without GPUs the batches stay on the CPU.
-
-    Raises ConfigError if the config is wrong or does not fit the pack, RecordError if the pack cannot be read.
-    """
+    """Loader factory, group ``arcface_torch.samplers``. The batches are on the GPU, if any. Raises ConfigError, RecordError."""
     return record_loader(cfg, local_rank, F2CConfig.read(cfg, this_rank()[1]).identity_rate)

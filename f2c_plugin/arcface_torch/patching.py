@@ -48,10 +48,7 @@ def find_checkout(folder: str | Path) -> Path:
 
 
 def plan_install(checkout: Path) -> list[Change]:
-    """The patches and configs that are still to be installed. Empty if everything is installed.
-
-    Existing configs of the same name are kept, because users edit them. Raises CheckoutError if a patch does not fit.
-    """
+    """The patches and configs that are still to be installed. Configs that exist are kept, because users edit them."""
     return _patched(checkout, len(patches())) + [Change(path, config.read_bytes(), "config") for path, config in _configs()
                                                  if not (checkout / path).exists()]
 
@@ -73,10 +70,7 @@ def _configs() -> list[tuple[Path, Path]]:
 
 
 def apply(checkout: Path, changes: list[Change]) -> None:
-    """Make all changes or none. Raises CheckoutError if a link leads out of the checkout.
-
-    New content is first written next to its target. If anything fails, the old content is restored.
-    """
+    """Make all changes, or restore the old content if one fails. Raises CheckoutError if a link leads out of the checkout."""
     targets = [(change, (checkout / change.path).resolve()) for change in changes]
     for change, target in targets:
         if not target.is_relative_to(checkout.resolve()):
@@ -106,10 +100,7 @@ def apply(checkout: Path, changes: list[Change]) -> None:
 
 
 def applied_patches(checkout: Path) -> int:
-    """The number of patches that are applied. Patches stack, so these are the first ones.
-
-    Raises CheckoutError, with file and line, if the checkout matches neither the patched nor the original files.
-    """
+    """How many patches are applied. They stack, so these are the first ones. Raises CheckoutError if a patch does not fit."""
     misfits: list[tuple[Path, list[str]]] = []
     for count in range(len(patches()), -1, -1):
         with tempfile.TemporaryDirectory() as folder:
@@ -183,10 +174,7 @@ def known_checkout() -> Path:
 
 
 def fetch_checkout(source: str = ARCFACE_TORCH_URL) -> Path:
-    """Clone the tested revision of arcface_torch, without the rest of insightface, into the cache. Returns its folder.
-
-    Raises CheckoutError if the source cannot be cloned or lacks the revision.
-    """
+    """Clone the tested revision of arcface_torch, without the rest of insightface, into the cache, or raise CheckoutError."""
     clone = clone_folder()
     if not clone.is_dir():
         clone.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,7 @@ from torch import nn
 from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet
 
 log = logging.getLogger(__name__)
-
 PREFIX = {"probe": "", "gallery": "gallery_"}  # for the names of a net's scores and scalars
-
 Results = dict[str, dict[str, VerificationResult]]  # {net: {verification set: result}}
 
 

@@ -12,7 +12,6 @@ from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool
 from f2c_plugin.utils.tensorboard import tensorboard_writer
 
 log = logging.getLogger(__name__)
-
 SHORT_STAY = 3  # identities should stay in the pool for at least this many steps
 STALE_SHARE, STALE_STEPS = 0.1, 100  # features older than both this share of the run and this many steps are stale
 COSINE_FALL = 0.1  # a drop of the positive cosine below its best that is worth a warning
@@ -36,10 +35,7 @@ class Monitor:
         self._warned: set[str] = set()
 
     def update(self, step: int, statistics: StepStatistics, pool: DynamicClassPool, num_writes: int) -> None:
-        """Record a step, counted from 1, and the pool after it. Raises TrainingDiverged after too many bad steps in a row.
-
-        ``num_writes`` are the gallery features that this step wrote, over all ranks.
-        """
+        """Record a step, counted from 1, that wrote ``num_writes`` features over all ranks. Raises TrainingDiverged."""
         self._steps.append(statistics)
         if step % self.frequent:
             return

@@ -17,7 +17,6 @@ from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.safe_load import load_states
 
 log = logging.getLogger(__name__)
-
 SAME_EMBEDDING = 0.9999  # smallest cosine between embeddings of PyTorch and ONNX Runtime that counts as equal
 
 
@@ -32,13 +31,11 @@ def load_net(path: str | Path, which: str = "probe") -> Net:
         saved = load_states(path)
     except CheckpointError as error:
         raise ExportError(f"{path}: holds no net ({error})") from error
-    net_keys, head_keys = ("backbone", "state_dict_backbone"), ("head", "state_dict_softmax_fc")
-    if not all(isinstance(saved.get(key, {}), dict) for key in net_keys + head_keys):
+    state = saved.get("backbone", saved.get("state_dict_backbone", saved))
+    head = saved.get("head", saved.get("state_dict_softmax_fc", {}))
+    if not isinstance(state, dict) or not isinstance(head, dict):
         raise ExportError(f"{path}: holds no net")
-    if which == "probe":
-        state = next((saved[key] for key in net_keys if key in saved), saved)
-    else:
-        head = next((saved[key] for key in head_keys if key in saved), {})
+    if which != "probe":
         state = {name.removeprefix("gallery.net."): value for name, value in head.items() if name.startswith("gallery.net.")}
         if not state:
             raise ExportError(f"{path}: holds no gallery net: give a checkpoint of a training with head='f2c_dcp' and "
@@ -58,11 +55,8 @@ def load_net(path: str | Path, which: str = "probe") -> Net:
 
 
 def export_onnx(net: nn.Module, path: str | Path) -> None:
-    """Write a net as ONNX, and leave it on the CPU, in eval mode.
-
-    Input ``data``: float32 (N, 3, 112, 112) RGB in [-1, 1], any N. Output ``embedding``: (N, D).
-    """
-    net = net.cpu().eval()
+    """Write a net as ONNX, from ``data``, float32 (N, 3, 112, 112) RGB in [-1, 1], to ``embedding``, float32 (N, D)."""
+    net = net.cpu().eval()  # and leave it there, in that mode
     with warnings.catch_warnings():
         # The newer exporter gives the same graph but needs another dependency, onnxscript.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -97,10 +91,7 @@ def require_same_embedding(cosine: float | None, path: str | Path) -> None:
 
 
 def export_checked(net: nn.Module, path: str | Path) -> float | None:
-    """Export a net under a temporary name, compare it with the original on random images, then move it to ``path``.
-
-    Returns the result of ``onnx_cosine``. Raises ExportError if the exported net gives different embeddings.
-    """
+    """Export a net to a temporary file, and move it to ``path`` if it gives the same embeddings. Returns ``onnx_cosine``."""
     partial = Path(f"{path}.partial")
     try:
         export_onnx(net, partial)

@@ -39,10 +39,7 @@ class VerificationResult:
 
 
 class VerificationSet:
-    """Pairs of faces, labeled same or different, from a ``.bin`` file: a pickle of (2n encoded images, n labels).
-
-    The file is read without running code from it. Raises VerificationSetError if it is not such a set.
-    """
+    """Labeled pairs of faces from a ``.bin`` file, whose pickle cannot run code here. Raises VerificationSetError."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -101,11 +98,8 @@ def fold_accuracies(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
     """Accuracy of each of 10 consecutive folds at the best threshold of the other nine, from cosines (n,) and labels (n,)."""
     correct = ((2 - 2 * scores)[:, None] < THRESHOLDS) == same[:, None]  # (n, thresholds)
     total = correct.sum(0)
-    accuracies: list[float] = []
-    for fold in np.array_split(np.arange(len(same)), min(FOLDS, len(same))):
-        inside = correct[fold].sum(0)
-        accuracies.append(inside[np.argmax(total - inside)] / len(fold))
-    return np.array(accuracies)
+    folds = [(fold.sum(0), len(fold)) for fold in np.array_split(correct, min(FOLDS, len(same)))]
+    return np.array([inside[np.argmax(total - inside)] / size for inside, size in folds])
 
 
 def load_bin(path: str | Path, image_size: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE)) -> tuple[list[Tensor], list[bool]]:

@@ -34,9 +34,9 @@ NETWORKS: dict[str, Factory] = {
 
 
 def get_model(name: str, num_features: int = 512, fp16: bool = False) -> Net:
-    """A new net of NETWORKS. It maps images (B, 3, 112, 112) in [-1, 1] to embeddings, float32 (B, num_features).
+    """A new net, from images (B, 3, 112, 112) in [-1, 1] to embeddings, float32 (B, num_features).
 
-    With fp16, all but the last two layers run under autocast. Raises ConfigError if the name is unknown.
+    With fp16, all but the last two layers run under autocast. Raises ConfigError if the name is not in NETWORKS.
     """
     if name not in NETWORKS:
         raise ConfigError(f"network={name!r}: must be one of {', '.join(NETWORKS)}")

@@ -39,10 +39,7 @@ def _stage(inputs: int, outputs: int, count: int) -> nn.Sequential:
 
 
 class IResNet(nn.Module):
-    """The residual net of ArcFace (arXiv 1801.07698, section 3.2.2). Ends in BN-dropout-FC-BN on 7×7 features.
-
-    ``blocks`` are the numbers of blocks at 56, 28, 14 and 7 pixels.
-    """
+    """The residual net of ArcFace (arXiv 1801.07698, section 3.2.2). Ends in BN-dropout-FC-BN on 7×7 features."""
 
     def __init__(self, blocks: Sequence[int], num_features: int = 512, dropout: float = 0.0, fp16: bool = False):
         super().__init__()
@@ -50,10 +47,11 @@ class IResNet(nn.Module):
         self.conv1 = conv(3, 64, 3)
         self.bn1 = nn.BatchNorm2d(64)
         self.prelu = nn.PReLU(64)
-        self.layer1 = _stage(64, 64, blocks[0])
-        self.layer2 = _stage(64, 128, blocks[1])
-        self.layer3 = _stage(128, 256, blocks[2])
-        self.layer4 = _stage(256, 512, blocks[3])
+        at_56, at_28, at_14, at_7 = blocks  # pixels
+        self.layer1 = _stage(64, 64, at_56)
+        self.layer2 = _stage(64, 128, at_28)
+        self.layer3 = _stage(128, 256, at_14)
+        self.layer4 = _stage(256, 512, at_7)
         self.bn2 = nn.BatchNorm2d(512)
         self.dropout = nn.Dropout(dropout, inplace=True)
         self.fc = nn.Linear(512 * 7 * 7, num_features)

@@ -9,10 +9,7 @@ from f2c_plugin.models.iresnet import conv
 
 
 class PlainNet(nn.Module):
-    """A chain of convolutions. Processes hundreds of faces per second on one core; an IResNet processes ten.
-
-    ``layers`` are the (channels, stride) of each; they lead from 112 pixels to 7. ``before`` makes the first module.
-    """
+    """Convolutions of (channels, stride), from 112 pixels to 7. One core does hundreds of faces a second; IResNets, ten."""
 
     def __init__(self, layers: Iterable[tuple[int, int]], before: Callable[[], nn.Module] = nn.Identity,
                  num_features: int = 128, fp16: bool = False):

@@ -37,7 +37,6 @@ def write_dataset(folder: str | Path, num_identities: int, images_per_identity: 
             raise InputError(f"--{name} {value}: must be at least {smallest}")
     refuse_to_overwrite(folder)
     folder.mkdir(parents=True, exist_ok=True)
-
     num_unseen = max(2, -(-num_pairs // _IMAGES_PER_UNSEEN_IDENTITY))
     with multiprocessing.Pool(processes) as pool:
         seen = pool.imap(partial(_draw_jpegs, seed, _TRAINING, images_per_identity), range(num_identities), 4)

@@ -15,7 +15,6 @@ from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.safe_load import load_states
 
 States = dict[str, Any]
-
 # What arcface_torch writes.
 _KEYS = {"epoch", "global_step", "state_dict_backbone", "state_dict_softmax_fc", "state_optimizer", "state_lr_scheduler"}
 _COUNTERS = {"last_epoch", "total_iters", "warmup_iters", "_step_count"}  # in "state_lr_scheduler", in steps
@@ -64,10 +63,8 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
     joined and split again. The batch size per GPU is assumed to stay the same, so with more ranks an epoch
     has fewer steps; steps are rescaled.
 
-    Raises:
-        CheckpointError: a file is missing, damaged or from another step than the others, the pools
-            differ, or the head is unknown.
-        OverwriteError: ``out`` already holds a checkpoint.
+    Raises CheckpointError if a file is missing, damaged or from another step than the others, the pools differ, or
+    the head is unknown; OverwriteError if ``out`` already holds a checkpoint.
     """
     folder, out = Path(folder), Path(out)
     if num_ranks < 1:

@@ -32,8 +32,7 @@ def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
     sizes = Counter(map(_size, encoded)) + Counter({"no readable record": len(sample) - len(encoded)})
     mean_bytes = np.mean([len(image) for image in encoded]) if encoded else np.nan
     return [
-        ("pack", str(dataset.records.path)),
-        ("images", f"{len(index):,}"),
+        ("pack", str(dataset.records.path)), ("images", f"{len(index):,}"),
         ("identities", f"{len(per_identity):,}, numbered up to {index.numbers[-1]}"),
         ("images per identity", f"{per_identity.min()} to {per_identity.max()}, median {np.median(per_identity):g}, "
                                 f"{(per_identity == 1).mean():.1%} with one image"),

@@ -121,8 +121,7 @@ class Plan:
         return [
             (f"F²C, {self.slots:,} slots", self.f2c() + self.gallery_net()),
             ("  pool, two rows a slot" + (", sharded" if self.shard_pool else ""), self.pool()),
-            ("  slot table", self.slot_table()),
-            ("  working memory", self.working_memory()),
+            ("  slot table", self.slot_table()), ("  working memory", self.working_memory()),
             (f"  gallery net ({self.network})", self.gallery_net()),
             (f"Partial FC, sample rate {self.pool_rate:g}", self.partial_fc(self.pool_rate)),
             ("full FC, split over the GPUs", self.partial_fc(1.0)),

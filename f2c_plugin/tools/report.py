@@ -130,10 +130,7 @@ def _current_names(entry: Entry) -> Entry:
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Print the summaries of runs, plot them, and write ``report.html`` and its PNGs into ``out``, or the first folder.
-
-    The page holds everything and needs no network. Needs matplotlib.
-    """
+    """Print the summaries of runs, plot them, and write all into ``report.html`` in ``out``, or in the first folder."""
     runs = [Run.read(folder, name) for folder, name in zip(folders, _distinct_names(folders), strict=True)]
     for run in runs:
         print(run.name)
