@@ -39,9 +39,20 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
         seed: of the random vectors in slots not yet taken; the same on all ranks.
         head_class: what to make; a subclass of F2CHead.
     Raises:
-        ConfigError: an unknown recipe, a pool without slots or with more than there are identities, or a
-            backbone that F2CHead cannot use.
+        ConfigError: an argument out of range, an unknown recipe, a pool without slots or with more than
+            there are identities, or a backbone that F2CHead cannot use.
     """
+    for name, value, valid, expected in (
+            ("pool_dtype", pool_dtype, pool_dtype.is_floating_point, "a floating point type"),
+            ("momentum", momentum, 0 <= momentum < 1, "from 0 to below 1"),
+            ("embedding_size", embedding_size, embedding_size > 0, "a whole number above 0"),
+            ("gradient_acc", gradient_acc, gradient_acc > 0, "a whole number above 0"),
+            ("num_hard_negatives", num_hard_negatives, num_hard_negatives is None or num_hard_negatives > 0,
+             "a whole number above 0, or None")):
+        if not valid:
+            raise ConfigError(f"{name}={value}: must be {expected}")
+    if next(backbone.parameters(), None) is None:
+        raise ConfigError("the backbone has no parameters: there is nothing to train")
     schedule = Schedule.named(recipe, margin, total_steps, momentum)
     slots = slots_for(pool_rate, num_identities) if num_slots is None else num_slots
     if not 0 < slots <= num_identities:

@@ -12,8 +12,8 @@ from f2c_plugin.method.loss import HalfStep, PoolLoss, default_hard_negatives, p
 from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool, PoolView
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.utils.distributed import gather
-from f2c_plugin.utils.inputs import ImageHook, check_batch, check_room, embeddings_in, unwrapped
-from f2c_plugin.utils.tensors import at_least_float32
+from f2c_plugin.utils.inputs import ImageHook, check_batch, check_room, embeddings_in, identities_in, unwrapped
+from f2c_plugin.utils.tensors import at_least_float32, without_autocast
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class F2CHead(nn.Module):
             ConfigError: a pool with fewer slots than the gathered batch may hold identities.
         """
         num_images, gallery = self._gallery_features(images)
-        labels = local_labels.reshape(-1).long()
+        labels = identities_in(local_labels)
         probes = at_least_float32(embeddings_in(local_embeddings))
         if not self.symmetric and len(probes) == num_images:
             probes = probes.chunk(2)[1]
@@ -122,8 +122,9 @@ class F2CHead(nn.Module):
         check_room(num_images, self.pool.num_identities, self.pool.num_slots)
         half_steps = self._half_steps(probes, labels, gallery)
         margin = self.schedule.margin_at(self.steps)
-        result = pool_loss(half_steps, self.pool, margin, self.num_hard_negatives, self.autocast,
-                           self.schedule.outside_weight, self.schedule.second_row)
+        with without_autocast(probes.device.type):  # ``self.autocast`` alone decides
+            result = pool_loss(half_steps, self.pool, margin, self.num_hard_negatives, self.autocast,
+                               self.schedule.outside_weight, self.schedule.second_row)
         self.pool.commit(half_steps[-1].view)
         self.steps += 1
         self._report(result, [each.view for each in half_steps], margin.scale)

@@ -123,7 +123,7 @@ def _score_untouched(probes: Tensor, touched: Tensor, pool: DynamicClassPool, ma
     # Once more in full precision, and with gradient. Each rank looks up its own probes' slots.
     rows = pool.rows_at(pool.shard.gather(found.hardest).flatten(), 1)[0]  # (W·H·P·h, D)
     rows = rows.view(-1, *found.hardest.shape, rows.size(1))[pool.shard.rank]
-    hardest = torch.einsum("bd,bhd->bh", flat, rows)
+    hardest = torch.einsum("bd,bhd->bh", flat, rows.to(flat.dtype))
     hardest = torch.where(found.hardest_cosine < -2, -torch.inf, hardest)
     if margin.filter_threshold > 0:  # decided in the pass: half precision may see another side of the threshold
         hardest = torch.where(found.hardest_cosine == 0, 0.0, hardest)

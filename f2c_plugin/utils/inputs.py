@@ -17,8 +17,8 @@ def unwrapped(backbone: nn.Module) -> nn.Module:
     """
     net = cast(nn.Module, backbone.module) if isinstance(backbone, nn.parallel.DistributedDataParallel) else backbone
     if "forward" in vars(net):
-        raise ConfigError("the backbone's forward method has been replaced (accelerate's prepare does that), so its copy, the "
-                          "gallery net, would run the original: build the head before the backbone is prepared")
+        raise ConfigError("the backbone's forward method has been replaced (by accelerate's prepare, or by compile), so its "
+                          "copy, the gallery net, would run the original: build the head before")
     return net
 
 
@@ -38,6 +38,18 @@ def embeddings_in(output: object) -> Tensor:
                      "the backbone in a module that returns them")
 
 
+def identities_in(labels: Tensor) -> Tensor:
+    """Labels (B,) or (B, 1) as int64 (B,).
+
+    Raises:
+        InputError: they are no tensor of whole numbers.
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point():  # pyright: ignore[reportUnnecessaryIsInstance]
+        found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"labels of {found}: they must be a tensor of whole numbers from 0")
+    return labels.reshape(-1).long()
+
+
 def check_batch(num_images: int, probes: Tensor, labels: Tensor, symmetric: bool, embedding_size: int,
                 num_identities: int) -> None:
     """Check that embeddings (B, D), or (B/2, D) if not symmetric, and labels (B,) belong to ``num_images`` images.
@@ -45,7 +57,7 @@ def check_batch(num_images: int, probes: Tensor, labels: Tensor, symmetric: bool
     Raises:
         InputError: they do not.
     """
-    if num_images % 2 or len(labels) != num_images:
+    if num_images < 2 or num_images % 2 or len(labels) != num_images:
         raise InputError(f"a batch of {num_images} images and {len(labels)} labels: "
                          "F²C needs an even batch with a label for each image")
     if len(probes) != num_images // (1 if symmetric else 2):
@@ -55,7 +67,7 @@ def check_batch(num_images: int, probes: Tensor, labels: Tensor, symmetric: bool
         raise InputError(f"embeddings of {probes.size(1)} numbers for a pool of {embedding_size}: set embedding_size to what "
                          "the backbone returns")
     if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < num_identities:
-        raise InputError(f"labels from {labels.min()} to {labels.max()}, but num_classes={num_identities}: "
+        raise InputError(f"labels from {labels.min()} to {labels.max()}, but num_identities (num_classes) is {num_identities}: "
                          "identities are numbered from 0")
 
 
@@ -85,17 +97,24 @@ class ImageHook:
 
     def __init__(self, backbone: nn.Module, take: Callable[[Tensor], Tensor]):
         hooks = cast(dict[int, Any], backbone._forward_pre_hooks)  # type: ignore[reportPrivateUsage]
-        if any(isinstance(getattr(hook, "__self__", None), ImageHook) for hook in hooks.values()):
+        others = [each for hook in hooks.values() if isinstance(each := getattr(hook, "__self__", None), ImageHook)]
+        if any(each._take for each in others):
             raise ConfigError("this backbone already has an F²C head with a hook, which would embed every batch, too: call its "
                               "remove_hook() first, or build both with hook=False")
-        self._take = take
+        self._take: Callable[[Tensor], Tensor] | None = take
         self._handle = backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
-    def remove(self):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ImageHook":
+        """A hook that does nothing: a copy of the backbone must not bring a copy of the head along."""
+        copy = object.__new__(ImageHook)
+        copy._take = None
+        return copy
+
+    def remove(self) -> None:
         self._handle.remove()
 
     def _before_forward(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        if not backbone.training:
+        if not backbone.training or self._take is None:
             return None
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim() >= 2]
         if len(tensors) != 1:

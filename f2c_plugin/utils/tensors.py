@@ -1,5 +1,6 @@
 """Operations on tensors; of fixed shapes and without a wait for the device unless said."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -78,3 +79,8 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx: Any, value_gradient: Tensor) -> tuple[Tensor, None, None]:
         gradient, = ctx.saved_tensors
         return gradient * value_gradient[:, None], None, None
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Turns autocast off, on devices that have it."""
+    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
