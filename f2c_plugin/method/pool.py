@@ -130,10 +130,6 @@ class DynamicClassPool(ShardedRows):
         self.register_load_state_dict_post_hook(DynamicClassPool._after_loading)  # pyright: ignore[reportUnknownMemberType]
 
     @property
-    def num_slots(self) -> int:
-        return self.num_places
-
-    @property
     def num_identities(self) -> int:
         return len(self.slot_of) - 1
 

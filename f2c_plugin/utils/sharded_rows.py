@@ -1,4 +1,4 @@
-"""A table of vectors whose places are split over the ranks, or held as a whole by each of them."""
+"""A table of vectors whose slots are split over the ranks, or held as a whole by each of them."""
 
 from typing import Any
 
@@ -10,19 +10,19 @@ from torch.nn.functional import normalize
 from f2c_plugin.utils.distributed import WHOLE, Shard
 from f2c_plugin.utils.tensors import at_least_float32
 
-_BLOCK = 1 << 10  # places whose first random rows come from one generator
+_BLOCK = 1 << 10  # slots whose first random rows come from one generator
 
 
 class ShardedRows(nn.Module):
-    """R rows of D numbers for each of K places; a rank holds those of its share of the places.
+    """R rows of D numbers for each of K slots; a rank holds those of its share of the slots.
 
     A ``state_dict`` holds the rows of all ranks, so it loads on any number of ranks.
 
     Args:
-        num_rows, num_places, size: R, K, D.
+        num_rows, num_slots, size: R, K, D.
         seed: of the random unit vectors to begin with. They do not depend on the number of ranks.
         dtype: of the rows.
-        shard: the places that this rank holds.
+        shard: the slots that this rank holds.
 
     Attributes:
         rows: (R, K', D); K' is K unless sharded.
@@ -30,12 +30,12 @@ class ShardedRows(nn.Module):
 
     rows: Tensor
 
-    def __init__(self, num_rows: int, num_places: int, size: int, seed: int = 0, dtype: torch.dtype = torch.float32,
+    def __init__(self, num_rows: int, num_slots: int, size: int, seed: int = 0, dtype: torch.dtype = torch.float32,
                  shard: Shard = WHOLE):
         super().__init__()
         self.shard = shard
-        self.num_places = num_places
-        self.first, self.end = shard.range_of(num_places)
+        self.num_slots = num_slots
+        self.first, self.end = shard.range_of(num_slots)
         self.register_buffer("rows", self._random_rows(num_rows, size, seed, dtype))
 
     def _random_rows(self, num_rows: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -50,34 +50,34 @@ class ShardedRows(nn.Module):
             rows[:, start - self.first:end - self.first] = drawn[:, start - block * _BLOCK:end - block * _BLOCK]
         return rows
 
-    def rows_at(self, places: Tensor, count: int | None = None) -> Tensor:
-        """A copy of the first ``count`` rows of places (A,), (count, A, D), at least float32.
+    def rows_at(self, slots: Tensor, count: int | None = None) -> Tensor:
+        """A copy of the first ``count`` rows of slots (A,), (count, A, D), at least float32.
 
-        Negative places give rows that mean nothing. If the table is sharded, all ranks call this
-        together with the same places.
+        Negative slots give rows that mean nothing. If the table is sharded, all ranks call this
+        together with the same slots.
         """
-        index, own = self._local(places)
+        index, own = self._local(slots)
         rows = at_least_float32(self.rows[:count, index])
         if self.shard.world_size > 1:
             rows = self.shard.sum(torch.where(own[:, None], rows, 0))
         return rows
 
-    def own_entries(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For writes of B entries to places (B,): which entries this rank writes, without a shape that depends on it.
+    def own_entries(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For writes of B entries to slots (B,): which entries this rank writes, without a shape that depends on it.
 
         Returns:
-            entry: int64 (B,) those of places that this rank holds; in place of others, its first again.
+            entry: int64 (B,) those of slots that this rank holds; the others repeat its first.
             index: int64 (B,) into the second dimension of ``rows``, where each goes.
             any_own: bool () whether there is one at all. If not, what is at ``index`` must stay.
         """
-        index, own = self._local(places)
+        index, own = self._local(slots)
         entry = torch.where(own, torch.arange(len(own), device=own.device), own.to(torch.uint8).argmax())
         return entry, index[entry], own.any()
 
-    def _local(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Index into ``rows`` of places (A,), and whether this rank holds them; the index of others means nothing."""
-        own = (places >= self.first) & (places < self.end)
-        return (places - self.first).clamp(0, self.end - self.first - 1), own
+    def _local(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Index into ``rows`` of slots (A,), and whether this rank holds them; the index of others means nothing."""
+        own = (slots >= self.first) & (slots < self.end)
+        return (slots - self.first).clamp(0, self.end - self.first - 1), own
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -87,9 +87,9 @@ class ShardedRows(nn.Module):
     def _rows_of_all_ranks(self) -> Tensor:
         """(R, K, D) in main memory."""
         num_rows, _, size = self.rows.shape
-        whole = torch.empty(num_rows, self.num_places, size, dtype=self.rows.dtype)
+        whole = torch.empty(num_rows, self.num_slots, size, dtype=self.rows.dtype)
         for rank in range(self.shard.world_size):
-            start, end = Shard(rank, self.shard.world_size).range_of(self.num_places)
+            start, end = Shard(rank, self.shard.world_size).range_of(self.num_slots)
             part = self.rows.clone() if rank == self.shard.rank else self.rows.new_empty(num_rows, end - start, size)
             distributed.broadcast(part, rank)
             whole[:, start:end] = part.cpu()
@@ -99,8 +99,8 @@ class ShardedRows(nn.Module):
         error_messages: list[str] = rest[-1]
         rows = state_dict.get(prefix + "rows")
         if rows is not None:
-            if rows.dim() != 3 or rows.size(1) != self.num_places:
-                error_messages.append(f"{prefix}rows: size mismatch, {tuple(rows.shape)} for a pool of {self.num_places} slots")
+            if rows.dim() != 3 or rows.size(1) != self.num_slots:
+                error_messages.append(f"{prefix}rows: size mismatch, {tuple(rows.shape)} for a pool of {self.num_slots} slots")
                 return  # and leave what is there as it is
             if not rows.isfinite().all():  # looks at all rows, so that all ranks refuse what one has to
                 error_messages.append(f"{prefix}rows: the pool is damaged; it does not hold that rows are finite")
