@@ -44,6 +44,8 @@ def open_pack(cfg: Config) -> RecordDataset:
                         f"set num_image={num_image}")
     if problems:
         raise ConfigError("\n".join(problems))
+    if conflict := dataset.index.describe_conflict():
+        log.warning("%s: %s", dataset.records.path, conflict)
     if left_out:
         log.warning("%s: %d records cannot be read and are left out: f2c-plugin index --verify lists them",
                     dataset.records.path, left_out)

@@ -16,6 +16,7 @@ Labels = Sequence[int] | NDArray[Any] | Tensor
 
 FLOAT32_EXACT = 1 << 24  # float32 holds every whole number up to here; above, neighbours collapse into one value
 UNREADABLE = -1
+NO_CONFLICT = np.zeros(2, np.int64)
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class IdentityIndex:
     starts: Int64s  # (identities + 1,) images ``grouped[starts[i]:starts[i + 1]]`` show ``numbers[i]``
     grouped: Ints  # (images,) positions of the images, identity by identity, int32; int64 from 2**31 images on
     unreadable: Int64s  # (n, 2) key and offset of each record too damaged to show its identity; not among the images
+    conflict: Int64s  # (2,) identity records with images, and images whose label is not the number of theirs; 0, 0 if none
 
     @classmethod
-    def of(cls, keys: Int64s, offsets: Int64s, lengths: Int64s, identity: Ints) -> "IdentityIndex":
+    def of(cls, keys: Int64s, offsets: Int64s, lengths: Int64s, identity: Ints,
+           conflict: Int64s = NO_CONFLICT) -> "IdentityIndex":
         """Group images, given by key, offset, length and identity, or UNREADABLE instead of the identity."""
         lost = identity == UNREADABLE
         unreadable = np.stack([keys[lost], offsets[lost]], axis=1)
@@ -46,7 +49,8 @@ class IdentityIndex:
             grouped = np.argsort(identity, kind="stable").astype(position)
         ordered = identity[grouped]
         first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-        return cls(keys, offsets, lengths, identity, ordered[first], np.append(first, len(identity)), grouped, unreadable)
+        return cls(keys, offsets, lengths, identity, ordered[first], np.append(first, len(identity)), grouped, unreadable,
+                   conflict)
 
     @classmethod
     def from_labels(cls, labels: Labels) -> "IdentityIndex":
@@ -67,6 +71,12 @@ class IdentityIndex:
     def __len__(self) -> int:
         return len(self.identity)
 
+    def describe_conflict(self) -> str | None:
+        """How labels and identity records disagree; None if they do not."""
+        records, images = self.conflict.tolist()
+        return (f"{records} identity records, but the labels of the images are of {len(self.numbers)} identities ({images} "
+                "images differ): the labels count, as in arcface_torch") if images else None
+
     def images_of(self, identity: int) -> Ints:
         """Positions of the images of an identity, (n,) as ``grouped``; empty if it has none."""
         first, end = (np.searchsorted(self.numbers, identity, side) for side in ("left", "right"))
@@ -80,10 +90,14 @@ def _dtype_up_to(largest: int) -> type[np.int32 | np.int64]:
 def index_identities(records: RecordFile, keys: Int64s, offsets: Int64s) -> IdentityIndex:
     """Find the images of a pack, given by its ``.rec`` and the keys and offsets in its ``.idx``, and their identities.
 
-    InsightFace packs have bookkeeping records. Record 0 is labelled [first identity record, one past
-    the last], and each identity record is labelled [first image, one past the last]. Identities are
-    numbered in the order of their records. In other packs every record is an image, and its label is
-    the identity; records without a readable label are set aside.
+    Images are found as arcface_torch finds them: where record 0 is bookkeeping, labelled [one past the
+    last image, …], they are records 1 to there; else every record is an image. An image's own label is
+    its identity; images without a readable label are set aside.
+
+    InsightFace packs have identity records, too: record 0 is labelled [first identity record, one past the
+    last], and each of them [first image, one past the last]. face2rec2 opens one at every change of label, so
+    an identity can have several. They are checked against the labels, and decide only where these
+    cannot: for damaged images, and where float32 cannot keep the labels distinct.
 
     Raises RecordError if the pack holds no images, its bookkeeping contradicts itself, or its labels
     are too large for float32 to keep them distinct.
@@ -91,25 +105,54 @@ def index_identities(records: RecordFile, keys: Int64s, offsets: Int64s) -> Iden
     table = _KeyTable(records, keys, offsets)
     ordered = np.sort(offsets)
     lengths = np.append(ordered[1:], records.size)[np.searchsorted(ordered, offsets)] - offsets
-    bounds = table.bookkeeping(0)
-    if bounds is None:
+    header = table.header()
+    if header is None:
         return IdentityIndex.of(keys, offsets, lengths, _identities_by_label(records, offsets))
 
-    if not np.isfinite(bounds).all():
-        raise RecordError(f"{records.path}: record 0 announces identity records {bounds[0]} to {bounds[1]}: "
+    if not np.isfinite(header).all():
+        raise RecordError(f"{records.path}: record 0 announces identity records {header[0]} to {header[1]}: "
                           "the pack's bookkeeping is damaged")
-    first, end = map(int, bounds)
-    if not 1 < first < end <= len(keys) + np.spacing(np.float32(end)):
+    first, end = int(header[0]), int(header[1])
+    has_identity_records = end >= first  # else the second number is that of the identities
+    rounding = np.spacing(np.float32(max(first, end)))
+    if has_identity_records and not 1 < first < end <= len(keys) + rounding:
         raise RecordError(f"{records.path}: record 0 announces images 1 to {first - 1} and identity records {first} to "
                           f"{end - 1}, but there are {len(keys)} records: the pack is empty, or its bookkeeping is damaged")
+    if not 1 < first <= len(keys) + rounding:
+        raise RecordError(f"{records.path}: record 0 announces images 1 to {first - 1}, but there are {len(keys)} records: the "
+                          "pack is empty, or its bookkeeping is damaged")
     # Numbers in the bookkeeping are float32 and round above 2**24: record 0 may be a few records off,
     # and identity records may name the wrong neighbour. The labels of the images are exact, because
     # identities are smaller numbers.
     exact = first < FLOAT32_EXACT
-    images = np.arange(1, first if exact else _first_identity_record(table, first))
+    if not exact:
+        first = _first_identity_record(table, first) if has_identity_records else len(keys)
+    images = np.arange(1, first)
     position = table.positions(images)
-    identity = _identities_by_range(table, first, end) if exact else _identities_by_label(records, offsets[position])
-    return IdentityIndex.of(images, offsets[position], lengths[position], identity)
+    of_records = _identities_by_range(table, first, end) if has_identity_records and exact else None
+    identity, conflict = _identities(records, offsets[position], of_records)
+    return IdentityIndex.of(images, offsets[position], lengths[position], identity, conflict)
+
+
+def _identities(records: RecordFile, offsets: Int64s, of_records: Int64s | None) -> tuple[Int64s, Int64s]:
+    """Identity of each image, and the conflict of labels and identity records (see IdentityIndex).
+
+    ``of_records`` (images,) is the number of each image's identity record, if there are any.
+    """
+    if of_records is None:
+        return _identities_by_label(records, offsets), NO_CONFLICT
+    try:
+        labels = _identities_by_label(records, offsets)
+    except RecordError:  # the labels are no identities
+        return of_records, NO_CONFLICT
+    readable = labels != UNREADABLE
+    differ = np.count_nonzero(labels[readable] != of_records[readable])
+    if not differ:
+        return of_records, NO_CONFLICT
+    # A damaged image has the label of the first readable one of its identity record.
+    label_of_record = np.full(of_records.max() + 1, UNREADABLE)
+    label_of_record[of_records[readable][::-1]] = labels[readable][::-1]
+    return np.where(readable, labels, label_of_record[of_records]), np.array([len(np.unique(of_records)), differ])
 
 
 class _KeyTable:
@@ -134,13 +177,24 @@ class _KeyTable:
             raise RecordError(f"{self.idx_path}: lacks record {wanted[~found][0]}, which the pack's bookkeeping announces")
         return position
 
-    def bookkeeping(self, key: int) -> Float32s | None:
-        """The labels of a bookkeeping record, (2,); None for images, even with two labels, and missing records."""
-        position, found = self._find(np.array([key]))
+    def header(self) -> Float32s | None:
+        """The first two labels of record 0 if it is bookkeeping; None if it is an image or missing.
+
+        Bookkeeping has two labels or more and, as a rule, no image. With one, its numbers must fit the pack.
+        """
+        position, found = self._find(np.array([0]))
         if not found[0]:
             return None
-        record = self.records.image_record(int(self.offsets[position[0]]))
-        return record.labels if len(record.labels) == 2 and not len(record.image) else None
+        labels, _, image = self.records.image_record(int(self.offsets[position[0]]))
+        if len(labels) < 2 or (len(image) and len(self.keys) not in (labels[0], labels[1])):
+            return None
+        return labels[:2]
+
+    def is_identity_record(self, key: int) -> bool:
+        """Whether a record has two labels and no image."""
+        position, found = self._find(np.array([key]))
+        record = self.records.image_record(int(self.offsets[position[0]])) if found[0] else None
+        return record is not None and len(record.labels) == 2 and not len(record.image)
 
     def _find(self, wanted: Int64s) -> tuple[Int64s, NDArray[np.bool_]]:
         """Positions, and which of them are valid because the key exists."""
@@ -155,7 +209,7 @@ def _first_identity_record(table: _KeyTable, rounded: int) -> int:
     """The key of the first identity record, which float32 has rounded to ``rounded``."""
     error = int(np.spacing(np.float32(rounded)))
     for key in range(rounded - error, rounded + error + 1):
-        if table.bookkeeping(key) is not None:
+        if table.is_identity_record(key):
             return key
     raise RecordError(f"{table.records.path}: record 0 announces identity records from about {rounded} on, but there are none: "
                       "the pack's bookkeeping is damaged")

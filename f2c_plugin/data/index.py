@@ -22,7 +22,7 @@ from f2c_plugin.errors import RecordError
 from f2c_plugin.utils.atomic import to_disk
 from f2c_plugin.utils.paths import cache_folder
 
-VERSION = 2  # of the folder's format
+VERSION = 3  # of the folder's format
 _META_LIMIT = 1 << 16  # bytes; a real meta.json has a few hundred
 Stamp = dict[str, list[int]]  # file name -> [bytes, modification time in ns]
 
@@ -96,7 +96,7 @@ def _is_consistent(index: IdentityIndex) -> bool:
     """Whether the arrays have the dtypes and lengths of an index. Their content may be gigabytes and is not read."""
     lengths = {len(array) for array in (index.keys, index.offsets, index.lengths, index.identity, index.grouped)}
     return (lengths == {len(index)} and len(index.starts) == len(index.numbers) + 1 and index.unreadable.ndim == 2
-            and index.starts[0] == 0 and index.starts[-1] == len(index)
+            and index.conflict.shape == (2,) and index.starts[0] == 0 and index.starts[-1] == len(index)
             and all(array.dtype.kind == "i" for array in vars(index).values()))
 
 

@@ -15,6 +15,7 @@ Source: dmlc-core ``include/dmlc/recordio.h``; MXNet ``python/mxnet/recordio.py`
 import mmap
 import struct
 import warnings
+from codecs import BOM_UTF8
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -158,25 +159,50 @@ class RecordFile:
 def read_idx(path: str | Path, progress: bool = False) -> tuple[Int64s, Int64s]:
     """Keys and byte offsets in a ``.idx`` file, int64 (n,) each, in the order of the file.
 
-    Raises RecordError if the file is missing or empty, or a line is not two integers.
+    A byte-order mark, blank lines and whole numbers written as floats are taken. Raises RecordError if the
+    file is missing or empty, or a line is not two whole numbers.
     """
     path = Path(path)
     if not path.is_file():
         raise RecordError(f"{path}: {NO_IDX}")
     tables: list[Int64s] = []
     bar = tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=None if progress else True)
-    try:
-        with open(path, "rb") as file, bar, warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)  # NumPy warns where the text is not a number
-            while text := file.read(1 << 25) + file.readline():  # in chunks, to bound the temporaries
+    lines = 0
+    with open(path, "rb") as file, bar, warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)  # NumPy warns where the text is not a number
+        while text := file.read(1 << 25) + file.readline():  # in chunks, to bound the temporaries
+            count = text.count(b"\n") + (not text.endswith(b"\n"))
+            try:
                 table = np.reshape(np.fromstring(text.decode("ascii"), np.int64, sep=" "), (-1, 2))
-                if len(table) != text.count(b"\n") + (not text.endswith(b"\n")):
+                if len(table) != count:
                     raise ValueError
-                tables.append(table)
-                bar.update(len(text))
-    except (ValueError, DeprecationWarning):
-        raise RecordError(f"{path}: not an index: every line must be a key and an offset, two integers") from None
-    if not tables:
+            except (ValueError, DeprecationWarning):  # something is unusual
+                table = _read_lines(text, path, lines)
+            tables.append(table)
+            lines += count
+            bar.update(len(text))
+    table = np.concatenate(tables) if tables else np.empty((0, 2), np.int64)
+    if not len(table):
         raise RecordError(f"{path}: the index is empty: the pack holds no records")
-    table = np.concatenate(tables)
     return np.copy(table[:, 0]), np.copy(table[:, 1])
+
+
+def _read_lines(text: bytes, path: Path, lines_before: int) -> Int64s:
+    """Keys and offsets (n, 2), line by line."""
+    table: list[tuple[np.int64, np.int64]] = []
+    for number, line in enumerate(text.splitlines(), lines_before + 1):
+        words = (line.removeprefix(BOM_UTF8) if number == 1 else line).split()
+        try:
+            if words:
+                key, offset = (np.int64(int(word) if word.isdigit() else _whole(float(word))) for word in words)
+                table.append((key, offset))
+        except (ValueError, OverflowError):
+            raise RecordError(f"{path}: not an index: line {number} is {line[:40]!r}, but every line must be a key and an "
+                              "offset, two whole numbers") from None
+    return np.array(table, np.int64).reshape(-1, 2)
+
+
+def _whole(number: float) -> int:
+    if not number.is_integer():
+        raise ValueError
+    return int(number)

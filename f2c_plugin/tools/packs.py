@@ -31,9 +31,11 @@ def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
                if not dataset.records.damage(offset)]
     sizes = Counter(map(_size, encoded)) + Counter({"no readable record": len(sample) - len(encoded)})
     mean_bytes = np.mean([len(image) for image in encoded]) if encoded else np.nan
+    conflict = index.describe_conflict()
     return [
         ("pack", str(dataset.records.path)), ("images", f"{len(index):,}"),
         ("identities", f"{len(per_identity):,}, numbered up to {index.numbers[-1]}"),
+        *([("labels disagree", conflict)] if conflict else []),
         ("images per identity", f"{per_identity.min()} to {per_identity.max()}, median {np.median(per_identity):g}, "
                                 f"{(per_identity == 1).mean():.1%} with one image"),
         ("bytes per image", f"{mean_bytes:,.0f} on average (of {len(encoded)} images)"),
@@ -97,7 +99,7 @@ def _damaged(start: int) -> dict[int, str]:
     for key, offset in zip(_keys[chunk].tolist(), _offsets[chunk].tolist(), strict=True):
         try:
             record = unpack_image_record(_records.read(offset))
-            if len(record.image) or len(record.labels) != 2:  # not a bookkeeping record
+            if len(record.image) or len(record.labels) < 2:  # not a bookkeeping record
                 decode_face(record.image)
         except ValueError as error:
             found[key] = f"record {key}: {error}"

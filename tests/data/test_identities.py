@@ -1,0 +1,153 @@
+"""Whose face an image shows: the image's own label, read as arcface_torch reads it, whoever wrote the pack."""
+
+import logging
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given, settings, strategies as st
+
+from f2c_plugin.cli import main as cli
+from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.data.from_config import open_pack
+from f2c_plugin.data.recordio import RecordFile, read_idx, unpack_image_record
+from f2c_plugin.data.writer import RecordWriter, pack_image_record
+from f2c_plugin.errors import ConfigError, RecordError
+
+JPEG = simplejpeg.encode_jpeg(np.zeros((112, 112, 3), np.uint8))
+
+
+def read_as_arcface_torch(folder):
+    """{record number: label} of all images, by the lines of MXFaceDataset."""
+    records = RecordFile(folder / "train.rec")
+    keys, offsets = read_idx(folder / "train.idx")
+    at = dict(zip(keys.tolist(), offsets.tolist(), strict=True))
+    header = unpack_image_record(records.read(at[0])).labels if 0 in at else np.zeros(1)
+    announced = len(header) > 1  # mxnet's flag > 0
+    return {key: int(unpack_image_record(records.read(at[key])).labels[0])
+            for key in (range(1, int(header[0])) if announced else keys.tolist())}
+
+
+def write(folder, labels, records_of=None, header=None, header_image=b"", header_last=False, image=JPEG):
+    """A pack of images 1, 2, … with ``labels``.
+
+    records_of: the runs of images that get an identity record each, [(first, one past the last), …].
+    header: the labels of record 0; by default InsightFace's.
+    """
+    end = len(labels) + 1
+    runs = records_of or []
+    header = header or [end, end + len(runs)]
+    with RecordWriter(folder / "train.rec") as writer:
+        if not header_last:
+            writer.write(0, pack_image_record(header, header_image, 0))
+        for key, label in enumerate(labels, 1):
+            writer.write(key, pack_image_record(label, image, key))
+        for key, run in enumerate(runs, end):
+            writer.write(key, pack_image_record(run, b"", key))
+        if header_last:
+            writer.write(0, pack_image_record(header, header_image, 0))
+
+
+def runs_of(labels):
+    """An identity record at every change of label, as face2rec2 writes them."""
+    cuts = [0, *(i for i in range(1, len(labels)) if labels[i] != labels[i - 1]), len(labels)]
+    return [(start + 1, stop + 1) for start, stop in pairwise(cuts)]
+
+
+def test_an_unsorted_list_of_face2rec2_gives_an_identity_for_each_label_not_for_each_record(tmp_path, caplog, capsys):
+    labels = [2, 0, 2, 1, 1, 0]
+    write(tmp_path, labels, runs_of(labels))
+    index = RecordDataset(tmp_path).index
+    assert index.identity.tolist() == labels and index.numbers.tolist() == [0, 1, 2]
+    assert index.conflict.tolist() == [5, 5]
+    message = "5 identity records, but the labels of the images are of 3 identities (5 images differ): the labels count"
+    with caplog.at_level(logging.WARNING):
+        open_pack({"rec": str(tmp_path), "num_classes": 3, "num_image": 6})
+    assert message in caplog.text
+    with pytest.raises(ConfigError, match="set num_classes=3"):
+        open_pack({"rec": str(tmp_path), "num_classes": 5, "num_image": 6})
+    cli(["index", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert message in printed and "config.num_classes = 3" in printed
+
+
+def test_labels_and_identity_records_that_agree_are_not_reported(tmp_path, caplog):
+    labels = [0, 0, 1, 2, 2]
+    write(tmp_path, labels, runs_of(labels))
+    with caplog.at_level(logging.WARNING):
+        dataset = open_pack({"rec": str(tmp_path), "num_classes": 3, "num_image": 5})
+    assert dataset.index.identity.tolist() == labels and not dataset.index.conflict.any() and not caplog.text
+
+
+@pytest.mark.parametrize("header_last", [False, True])
+@pytest.mark.parametrize("header_image", [b"", JPEG], ids=["no picture", "picture"])
+@pytest.mark.parametrize("more", [[], [0.0]], ids=["two labels", "three labels"])
+def test_record_0_may_announce_images_without_identity_records(tmp_path, header_last, header_image, more):
+    labels = [3, 3, 0, 1, 1, 1, 2]
+    write(tmp_path, labels, header=[8, 4, *more], header_image=header_image, header_last=header_last)
+    index = RecordDataset(tmp_path).index
+    assert index.identity.tolist() == labels and index.keys.tolist() == list(range(1, 8))
+    assert open_pack({"rec": str(tmp_path), "num_classes": 4, "num_image": 7})
+    with pytest.raises(SystemExit):
+        cli(["index", str(tmp_path / "nowhere"), "--verify"])
+    cli(["index", str(tmp_path), "--verify"])  # record 0 is not damaged
+
+
+def test_record_0_that_announces_more_images_than_there_are_is_refused(tmp_path):
+    write(tmp_path, [0, 1], header=[9, 2])
+    with pytest.raises(RecordError, match="record 0 announces images 1 to 8, but there are 3 records"):
+        RecordDataset(tmp_path)
+
+
+def test_a_damaged_image_takes_the_label_of_its_identity_record(tmp_path):
+    labels = [7, 7, 7, 4, 4]
+    write(tmp_path, labels, runs_of(labels))
+    _, offsets = read_idx(tmp_path / "train.idx")
+    content = bytearray((tmp_path / "train.rec").read_bytes())
+    for key in 1, 3:
+        content[offsets[key]:offsets[key] + 4] = b"oops"
+    (tmp_path / "train.rec").write_bytes(content)
+    assert RecordDataset(tmp_path).index.identity.tolist() == labels
+
+
+def test_where_labels_are_no_identities_the_identity_records_decide(tmp_path):
+    write(tmp_path, [0.5, 0.25, -1.0], records_of=[(1, 3), (3, 4)])
+    assert RecordDataset(tmp_path).index.identity.tolist() == [0, 0, 1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=12), kind=st.sampled_from(["runs", "none", "counts"]),
+       last=st.booleans(), picture=st.booleans())
+def test_images_and_labels_are_those_that_arcface_torch_reads(tmp_path_factory, labels, kind, last, picture):
+    folder = tmp_path_factory.mktemp("pack")
+    if kind == "none":  # im2rec: every record is an image
+        with RecordWriter(folder / "train.rec") as writer:
+            for key, label in enumerate(labels):
+                writer.write(key, pack_image_record(label, JPEG, key))
+    else:
+        write(folder, labels, runs_of(labels) if kind == "runs" else None,
+              header=None if kind == "runs" else [len(labels) + 1, len(set(labels))],
+              header_image=JPEG if picture else b"", header_last=last)
+    index = RecordDataset(folder).index
+    assert dict(zip(index.keys.tolist(), index.identity.tolist(), strict=True)) == read_as_arcface_torch(folder)
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: b"\xef\xbb\xbf" + text, lambda text: text.replace(b"\n", b"\r\n"), lambda text: b"\n" + text + b"\n\n",
+    lambda text: text.replace(b"\t", b".0\t"), lambda text: text.replace(b"\t", b"   ")],
+    ids=["byte-order mark", "CRLF", "blank lines", "float keys", "spaces"])
+def test_an_idx_in_an_unusual_form_is_read(tmp_path, change):
+    write(tmp_path, [0, 1, 1], runs_of([0, 1, 1]))
+    path = tmp_path / "train.idx"
+    usual = read_idx(path)
+    path.write_bytes(change(path.read_bytes()))
+    assert all(map(np.array_equal, read_idx(path), usual))
+
+
+@pytest.mark.parametrize("line", [b"1\t2\t3", b"7", b"1\tx", b"1.5\t8", b"1\tinf", b"1\t1e400", b"1\t" + 30 * b"9",
+                                  "1\té".encode()])
+def test_an_idx_with_a_bad_line_is_refused_with_its_number(tmp_path, line):
+    (tmp_path / "train.idx").write_bytes(b"\xef\xbb\xbf0\t0\n\n" + line + b"\n")
+    with pytest.raises(RecordError, match=r"train.idx: not an index: line 3 is b'"):
+        read_idx(tmp_path / "train.idx")
