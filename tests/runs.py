@@ -36,11 +36,12 @@ def refusal(path):
     return str(exit.value.code)
 
 
-def start(path, ranks=1, launcher=("--standalone",)):
+def start(path, ranks=1, launcher=("--standalone",), start_new_session=False):
     """A training as a process; its output goes to pipes."""
     launched = ["-m", "torch.distributed.run", *launcher, f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return subprocess.Popen([sys.executable, *launched, "-m", "f2c_plugin.train", path], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stderr=subprocess.STDOUT, text=True, start_new_session=start_new_session,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def launch(path, ranks=1):

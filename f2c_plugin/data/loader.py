@@ -1,6 +1,7 @@
 """The dual loader: batches of the dual sampler, decoded by workers, on the training device."""
 
 import logging
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,6 +31,12 @@ class _Batches(Dataset[Decoded]):
         return faces, labels, damaged
 
 
+def _ignore_signals(_: int) -> None:
+    """Signals to a whole process group are for the ranks, which save and then end their workers."""
+    for number in signal.SIGTERM, signal.SIGINT:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class DualLoader(DataLoader[Decoded]):
     """Yields ``(images, labels)`` on ``device``, as arcface_torch's own loader does.
 
@@ -42,7 +49,7 @@ class DualLoader(DataLoader[Decoded]):
     def __init__(self, dataset: RecordDataset, sampler: DualSampler, device: torch.device, num_workers: int = 0):
         super().__init__(  # pyright: ignore[reportUnknownMemberType]
             _Batches(dataset), sampler=sampler, batch_size=None, num_workers=num_workers, pin_memory=device.type == "cuda",
-            persistent_workers=num_workers > 0,
+            persistent_workers=num_workers > 0, worker_init_fn=_ignore_signals,
             generator=torch.Generator())  # DataLoader draws from it each epoch, which leaves the global generator alone
         self.dual_sampler, self.device = sampler, device
         self.num_damaged = 0

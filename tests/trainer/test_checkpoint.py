@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,29 @@ def test_a_signal_to_one_of_two_ranks_stops_both_at_the_same_step(config):
     printed, _ = process.communicate(timeout=60)
     assert process.returncode and printed.count("stopped by a signal after step") == 2
     assert load_states(checkpoints()[-1])["step"] == max(losses()) // 12
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_process_group_leaves_the_loader_workers_at_work(config, ranks, number):
+    """torchrun, Slurm, systemd and Ctrl-C signal every process of a group; workers that died first took the ranks with them."""
+    process = start(config(batch_size=12 // ranks, num_epoch=400, frequent=1, val_targets=[], num_workers=2), ranks,
+                    start_new_session=True)
+    try:
+        while not Path("out/history.jsonl").is_file() or len(losses()) < 3:
+            assert process.poll() is None, process.communicate()
+        os.killpg(process.pid, number)
+        printed, _ = process.communicate(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode and "DataLoader worker" not in printed, printed
+    if number == signal.SIGTERM:
+        assert printed.count("stopped by a signal after step") == ranks, printed
+        assert load_states(checkpoints()[-1])["step"] == max(losses()) // 12
+    else:
+        assert "f2c_plugin.train: interrupted" in printed, printed
+        assert ranks > 1 or "Traceback" not in printed, printed  # torchrun prints one of its own
 
 
 class Sized:
