@@ -129,6 +129,29 @@ def test_one_image_that_is_not_finite_costs_one_step_not_the_pool():
         head.pool.validate()
         assert loss.isfinite() == (i != 1)
         assert (head.statistics.not_finite > 0) == (i == 1)
+        assert head.statistics.finite == (i != 1)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_gallery_features_that_are_not_finite_are_counted_in_either_half(half):
+    net = make_plain_net()
+    head = make_head(net)
+    images, labels = next(batches())
+    images[BATCH // 2 * half + 1, 0, 0, 0] = torch.nan
+    head(net(images), labels)
+    assert head.statistics.not_finite == 1
+
+
+def test_the_gallery_net_follows_once_for_a_step_however_often_the_backbone_runs():
+    net = make_plain_net()
+    head = make_head(net)
+    (images, labels), (others, _) = list(batches(2))
+    head(net(images), labels)
+    move(net)
+    net(others)
+    followed = [parameter.clone() for parameter in head.gallery.parameters()]
+    net(others)
+    assert all(map(torch.equal, followed, head.gallery.parameters()))
 
 
 def test_the_statistics_count_evictions_and_pool_hits():
