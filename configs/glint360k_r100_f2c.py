@@ -4,7 +4,7 @@ from easydict import EasyDict as edict
 
 config = edict()
 config.head = "f2c_dcp"
-config.f2c_pool_rate = 0.1  # 36,023 slots, two rows of 512 floats each: 148 MB on each GPU
+config.f2c_pool_rate = 0.1  # 36,023 slots, two rows of 512 floats each: 141 MB on each GPU
 config.f2c_momentum = 0.99
 config.margin_list = (1.0, 0.0, 0.4)  # CosFace, as in arcface_torch's Glint360K configs
 config.network = "r100"

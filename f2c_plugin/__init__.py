@@ -13,7 +13,7 @@ In a training loop of your own, with any backbone and any map-style dataset with
             optimizer.step()
             optimizer.zero_grad()
 
-The head has no parameters to train; ``head.state_dict()`` belongs into checkpoints beside the backbone's.
+The head has no parameters to train; ``head.state_dict()`` belongs in checkpoints beside the backbone's.
 Every error is an ``F2CError``; ``f2c_plugin.errors`` lists them. In arcface_torch, ``config.head = "f2c_dcp"`` is all.
 """
 

@@ -141,11 +141,13 @@ def checkpoint(args: Namespace) -> None:
             _print_table(checkpoints.describe(path))
 
 
-@command(argument("--identities", type=int, required=True, metavar="N"),
-         argument("--gpus", type=int, default=8, metavar="W"), argument("--network", default="r100"),
-         argument("--batch-size", type=int, default=128, help="images per GPU"),
-         argument("--pool-rate", type=float, default=0.1, help="also the sample rate of Partial FC"),
-         argument("--pool-dtype", default="float32"), argument("--shard-pool", action="store_true"),
+@command(argument("--identities", type=int, required=True, metavar="N", help="number of identities"),
+         argument("--gpus", type=int, default=8, metavar="W", help="number of GPUs; default: %(default)s"),
+         argument("--network", default="r100", help="a network of the built-in trainer; default: %(default)s"),
+         argument("--batch-size", type=int, default=128, help="images per GPU; default: %(default)s"),
+         argument("--pool-rate", type=float, default=0.1, help="also the sample rate of Partial FC; default: %(default)s"),
+         argument("--pool-dtype", default="float32", help="float32, bfloat16 or float16; default: %(default)s"),
+         argument("--shard-pool", action="store_true", help="split the pool over the GPUs"),
          argument("--plot", metavar="PNG", help="draw memory against the number of identities"))
 def plan(args: Namespace) -> None:
     """Estimate the GPU memory of F²C, Partial FC and the full FC layer."""
@@ -166,9 +168,11 @@ def report(args: Namespace) -> None:
 
 
 @command(argument("folder", help="folder to write train.rec, train.idx, property, synth.bin and contact_sheet.png into"),
-         argument("--identities", type=int, required=True), argument("--images-per-identity", type=int, default=20),
+         argument("--identities", type=int, required=True, help="number of identities"),
+         argument("--images-per-identity", type=int, default=20, help="default: %(default)s"),
          argument("--pairs", type=int, default=6000, help="verification pairs; default: %(default)s, as in LFW"),
-         argument("--seed", type=int, default=0), argument("--processes", type=int, help="default: one per CPU"))
+         argument("--seed", type=int, default=0, help="default: %(default)s"),
+         argument("--processes", type=int, help="default: one per CPU"))
 def synth(args: Namespace) -> None:
     """Draw a pack of synthetic faces and a verification set."""
     folder = Path(args.folder)
@@ -186,7 +190,7 @@ def _print_table(rows: list[tuple[str, str]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. Errors that users can fix end the process with one line."""
-    parser = ArgumentParser("f2c-plugin", description="F²C for arcface_torch.")
+    parser = ArgumentParser("f2c-plugin", description="Faster Face Classification: train face recognition on millions of identities.")
     parser.add_argument("--version", action="version", version=f"f2c-plugin {f2c_plugin.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (run, arguments) in COMMANDS.items():

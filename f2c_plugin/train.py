@@ -1,4 +1,4 @@
-"""The built-in trainer's command: trains by arcface_torch's config files, with its heads and loaders, on CPU or GPU.
+"""Train from an arcface_torch config file, on CPU or GPU: the built-in trainer's command.
 
     python -m f2c_plugin.train CONFIG
     torchrun --nproc_per_node=N -m f2c_plugin.train CONFIG

@@ -103,7 +103,7 @@ class F2CHead(nn.Module):
         """Loss of a batch.
 
         Args:
-            local_embeddings: (B, D) of this rank's batch; if not symmetric, (B/2, D) of its second half.
+            local_embeddings: (B, D) of this rank's batch; if not symmetric, its second half is used, or (B/2, D) taken.
             local_labels: int64 (B,) identities.
             images: (B, 3, H, W) the batch; None with the hook.
         Returns:
