@@ -190,7 +190,7 @@ def _print_table(rows: list[tuple[str, str]]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command. Errors that users can fix end the process with one line."""
-    parser = ArgumentParser("f2c-plugin", description="Faster Face Classification: train face recognition on millions of identities.")
+    parser = ArgumentParser("f2c-plugin", description="Faster Face Classification (F²C): train on millions of identities.")
     parser.add_argument("--version", action="version", version=f"f2c-plugin {f2c_plugin.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (run, arguments) in COMMANDS.items():
