@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,12 +37,17 @@ def refusal(path):
     return str(exit.value.code)
 
 
+def hear_interrupts():
+    """A job in the background of a shell ignores SIGINT, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(path, ranks=1, launcher=("--standalone",), start_new_session=False):
     """A training as a process; its output goes to pipes."""
     launched = ["-m", "torch.distributed.run", *launcher, f"--nproc_per_node={ranks}"] if ranks > 1 else []
     return subprocess.Popen([sys.executable, *launched, "-m", "f2c_plugin.train", path], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, start_new_session=start_new_session,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            preexec_fn=hear_interrupts, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def launch(path, ranks=1):
