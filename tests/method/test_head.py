@@ -70,12 +70,18 @@ def test_twenty_steps_equal_the_slow_reference(symmetric, gradient_acc, recipe):
 
 def test_verification_between_steps_leaves_no_trace():
     net = make_net()
+    net[4].p = 0.0
     head = make_head(net)
     (images, labels), (others, _) = list(batches(2))
     embeddings = net(images)
     net.eval()(others)
     net.train()
-    assert torch.isfinite(head(embeddings, labels))
+    loss = head(embeddings, labels)
+    assert torch.isfinite(loss)
+    undisturbed = make_net()
+    undisturbed[4].p = 0.0
+    other_head = make_head(undisturbed)
+    assert torch.equal(loss, other_head(undisturbed(images), labels))
     with pytest.raises(InputError, match="has seen no images"):
         head(embeddings, labels)
 
