@@ -96,7 +96,7 @@ class Checkpoints:
         return self._load(found)
 
     def _find(self, restarted: bool) -> Path | None:
-        for partial in self.folder.glob("*" + PARTIAL):
+        for partial in self.folder.glob(_ANY_NAME + ".*" + PARTIAL):
             partial.unlink()  # of a process that was killed while it wrote
         files = checkpoints_in(self.folder)
         if not self.cfg.resume and not restarted:

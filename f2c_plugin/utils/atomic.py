@@ -1,6 +1,7 @@
-"""Files that are whole or absent, even if the power fails."""
+"""Files that are whole or absent, even if the power fails, and that are never written through a link."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,23 +10,46 @@ from typing import IO, BinaryIO
 PARTIAL = ".partial"  # the suffix of a file that is being written
 
 
+def create_beside(path: Path) -> tuple[Path, BinaryIO]:
+    """Create a file next to ``path`` to write its new content into. Follows no link and opens nothing that exists."""
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    return partial, open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
+
+
+def partials_of(path: Path) -> Iterator[Path]:
+    """What processes that were killed while they wrote ``path`` have left."""
+    return path.parent.glob(f"{path.name}.{8 * '[0-9a-f]'}{PARTIAL}")
+
+
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file beside ``path`` and move it there once all of it is on disk.
 
-    On an error, what was at ``path`` stays, and the half-written file is removed. A process that is
-    killed leaves it, with ``PARTIAL`` at the end of its name.
+    On an error, what was at ``path`` stays, and the half-written file is removed. A process that is killed
+    leaves it: see ``partials_of``. Raises OSError with the name ``path`` if it cannot be written.
     """
     path = Path(path)
-    partial = path.with_name(path.name + PARTIAL)
+    with naming(path):
+        partial, file = create_beside(path)
+        try:
+            with file:
+                yield file
+                to_disk(file)
+            os.replace(partial, path)
+            _folder_to_disk(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the name ``path`` to an OSError without one: a full disk does not say which file it has no room for."""
     try:
-        with open(partial, "wb") as file:
-            yield file
-            to_disk(file)
-        os.replace(partial, path)
-        _folder_to_disk(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
         raise
 
 

@@ -1,0 +1,95 @@
+"""Files are written whole and never through a link; locks end with their holder."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from f2c_plugin.utils.atomic import naming, partials_of, written_whole
+from f2c_plugin.utils.locks import locked
+
+HOLD = """
+import sys
+from pathlib import Path
+from f2c_plugin.utils.locks import locked
+with locked(Path(sys.argv[1]), 0):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with pytest.raises(ZeroDivisionError), written_whole(path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"before" and os.listdir(tmp_path) == ["file"]
+    with written_whole(path) as file:
+        file.write(b"after")
+        assert len(list(partials_of(path))) == 1
+    assert path.read_bytes() == b"after" and os.listdir(tmp_path) == ["file"]
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path):
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    folder = tmp_path / "from elsewhere"
+    folder.mkdir()
+    (folder / "file").symlink_to(precious)
+    (folder / "file.partial").symlink_to(precious)
+    with written_whole(folder / "file") as file:
+        file.write(b"new")
+    assert precious.read_bytes() == b"precious"
+    assert (folder / "file").read_bytes() == b"new" and not (folder / "file").is_symlink()
+
+
+def test_other_users_can_read_what_is_written(tmp_path: Path):
+    before = os.umask(0o022)
+    try:
+        with written_whole(tmp_path / "file"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+def test_an_error_without_a_file_gets_its_name(tmp_path: Path):
+    with pytest.raises(OSError, match="No space left on device: '/there/file'"), naming(Path("/there/file")):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(OSError, match="/there/file"), naming(Path("/here")):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/there/file")
+
+
+def test_a_lock_keeps_others_out_until_its_holder_dies(tmp_path: Path):
+    path = tmp_path / "lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout and holder.stdout.readline() == b"held\n"
+    with pytest.raises(TimeoutError, match="lock is locked by another process"), locked(path, 0.1):
+        pass
+    holder.kill()
+    holder.wait()
+    with locked(path, 0):
+        pass
+
+
+@pytest.mark.parametrize("what", ["link", "pipe", "folder", "missing folder"])
+def test_where_no_lock_can_be_had_it_goes_on_and_changes_nothing(tmp_path: Path, what: str):
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    path = tmp_path / "lock"
+    match what:
+        case "link":
+            path.symlink_to(precious)
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case _:
+            path = tmp_path / "missing" / "lock"
+    with locked(path, 0):
+        pass
+    assert precious.read_bytes() == b"precious"
