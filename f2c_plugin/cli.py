@@ -1,5 +1,6 @@
 """The command ``f2c-plugin``: ``@command`` adds a function and its arguments to ``COMMANDS``."""
 
+import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from f2c_plugin.tools import checkpoints, packs
 from f2c_plugin.tools.doctor import examine
 from f2c_plugin.tools.plan import Plan, draw as draw_plan
 from f2c_plugin.tools.report import report as write_report
+from f2c_plugin.utils.terminal import printed, tolerate_any_terminal
 
 Run = Callable[[Namespace], None]
 AddTo = Callable[[ArgumentParser], object]
@@ -189,7 +191,8 @@ def _print_table(rows: list[tuple[str, str]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command. Errors that users can fix end the process with one line."""
+    """Run a command. Errors that users can fix end the process with one line, and so does Ctrl-C, with exit code 130."""
+    tolerate_any_terminal()
     parser = ArgumentParser("f2c-plugin", description="Faster Face Classification (F²C): train on millions of identities.")
     parser.add_argument("--version", action="version", version=f"f2c-plugin {f2c_plugin.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -197,12 +200,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         subparser = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         for add_to in arguments:
             add_to(subparser)
-    args = parser.parse_args(argv)
-    run, _ = COMMANDS[args.command]
+    called = "f2c-plugin"
     try:
-        run(args)
+        with printed():
+            args = parser.parse_args(argv)
+            called += f" {args.command}"
+            run, _ = COMMANDS[args.command]
+            run(args)
     except (F2CError, OSError) as error:
-        sys.exit(f"f2c-plugin {args.command}: {error}")
+        sys.exit(f"{called}: {error}")
+    except KeyboardInterrupt:
+        print(f"{called}: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

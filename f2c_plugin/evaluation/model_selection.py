@@ -8,6 +8,7 @@ import numpy as np
 from torch import nn
 
 from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet
+from f2c_plugin.utils.atomic import written_whole
 
 log = logging.getLogger(__name__)
 PREFIX = {"probe": "", "gallery": "gallery_"}  # for the names of a net's scores and scalars
@@ -20,7 +21,8 @@ def verify(nets: Mapping[str, nn.Module], sets: Mapping[str, VerificationSet], s
     for which, net in nets.items():
         for name, verification_set in sets.items():
             results[which][name] = result = verification_set.evaluate(net)
-            np.savez(folder / f"{PREFIX[which]}{name}_scores.npz", scores=result.scores, same=result.same)
+            with written_whole(folder / f"{PREFIX[which]}{name}_scores.npz") as file:
+                np.savez(file, scores=result.scores, same=result.same)
             log.info("[%s%s][%d]Accuracy-Flip: %.5f+-%.5f  TAR at FAR 1e-3: %.4f  XNorm: %.3f", PREFIX[which], name, step,
                      result.accuracy, result.accuracy_std, result.tar_at_far(1e-3), result.embedding_norm)
     return results

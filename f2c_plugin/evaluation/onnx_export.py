@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from f2c_plugin.data.dataset import IMAGE_SIZE, normalize_faces
 from f2c_plugin.errors import CheckpointError, ExportError, F2CError
 from f2c_plugin.models import NETWORKS, Net, get_model
+from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.safe_load import load_states
 
@@ -56,27 +58,40 @@ def load_net(path: str | Path, which: str = "probe") -> Net:
 
 def export_onnx(net: nn.Module, path: str | Path) -> None:
     """Write a net as ONNX, from ``data``, float32 (N, 3, 112, 112) RGB in [-1, 1], to ``embedding``, float32 (N, D)."""
+    _write(_as_onnx(net), path)
+
+
+def _as_onnx(net: nn.Module) -> bytes:
     net = net.cpu().eval()  # and leave it there, in that mode
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        file = Path(folder) / "model.onnx"
         # The newer exporter gives the same graph but needs another dependency, onnxscript.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        torch.onnx.export(net, (torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE),), str(path), input_names=["data"],
+        torch.onnx.export(net, (torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE),), str(file), input_names=["data"],
                           output_names=["embedding"], dynamic_axes={"data": {0: "N"}, "embedding": {0: "N"}},
                           opset_version=17, dynamo=False)
-    onnx.checker.check_model(onnx.load(path))
+        model = file.read_bytes()
+    onnx.checker.check_model(model)
+    return model
 
 
-def onnx_cosine(net: nn.Module, path: str | Path, images: torch.Tensor) -> float | None:
+def _write(model: bytes, path: str | Path) -> None:
+    with written_whole(path) as file:
+        file.write(model)
+
+
+def onnx_cosine(net: nn.Module, model: str | Path | bytes, images: torch.Tensor) -> float | None:
     """The smallest cosine between the embeddings of a net, in eval mode, and of its export, NaN if any is NaN.
 
-    None, with a warning, without onnxruntime. ``images``: float32 (N, 3, 112, 112) in [-1, 1].
+    None, with a warning, without onnxruntime. ``model`` is a file or its content; ``images``: float32
+    (N, 3, 112, 112) in [-1, 1].
     """
     try:
         onnxruntime = require("onnxruntime", extra="onnxruntime")
     except F2CError as error:
         log.warning("the ONNX model is not compared with PyTorch: %s", error)
         return None
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(os.fspath(model), providers=["CPUExecutionProvider"])
     exported = session.run(None, {"data": images.numpy()})[0]
     with torch.no_grad():
         original = net(images).numpy()
@@ -91,14 +106,10 @@ def require_same_embedding(cosine: float | None, path: str | Path) -> None:
 
 
 def export_checked(net: nn.Module, path: str | Path) -> float | None:
-    """Export a net to a temporary file, and move it to ``path`` if it gives the same embeddings. Returns ``onnx_cosine``."""
-    partial = Path(f"{path}.partial")
-    try:
-        export_onnx(net, partial)
-        faces = torch.randint(0, 256, (8, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)
-        cosine = onnx_cosine(net, partial, normalize_faces(faces))
-        require_same_embedding(cosine, path)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """As ``export_onnx``, if the export gives the same embeddings. Returns ``onnx_cosine``; raises ExportError."""
+    model = _as_onnx(net)
+    faces = torch.randint(0, 256, (8, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)
+    cosine = onnx_cosine(net, model, normalize_faces(faces))
+    require_same_embedding(cosine, path)
+    _write(model, path)
     return cosine

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from f2c_plugin.data.dataset import IMAGE_SIZE, decode_face, normalize_faces
 from f2c_plugin.errors import VerificationSetError
 from f2c_plugin.evaluation.safe_pickle import load_pickle
+from f2c_plugin.utils.atomic import written_whole
 
 FOLDS = 10
 THRESHOLDS = np.arange(0, 4, 0.01)  # on squared distances of unit vectors, as in arcface_torch
@@ -113,4 +114,5 @@ def load_bin(path: str | Path, image_size: Sequence[int] = (IMAGE_SIZE, IMAGE_SI
 
 def save_bin(path: str | Path, images: Sequence[bytes], same: Sequence[bool]) -> None:
     """Write a verification set: 2n encoded images and n labels."""
-    Path(path).write_bytes(pickle.dumps((list(images), [bool(label) for label in same]), protocol=4))
+    with written_whole(path) as file:
+        pickle.dump((list(images), [bool(label) for label in same]), file, protocol=4)

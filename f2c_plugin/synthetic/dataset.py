@@ -1,6 +1,5 @@
 """Writes a pack of synthetic faces, and a verification set of identities that are not in the pack."""
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -14,7 +13,9 @@ from f2c_plugin.data.writer import refuse_to_overwrite, write_insightface_pack
 from f2c_plugin.errors import InputError
 from f2c_plugin.evaluation.verification import save_bin
 from f2c_plugin.synthetic.face import draw_face, draw_identity
+from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.extras import require
+from f2c_plugin.utils.workers import worker_pool
 
 JPEG_QUALITY = 90
 VERIFICATION_NAME = "synth"
@@ -38,21 +39,23 @@ def write_dataset(folder: str | Path, num_identities: int, images_per_identity: 
     refuse_to_overwrite(folder)
     folder.mkdir(parents=True, exist_ok=True)
     num_unseen = max(2, -(-num_pairs // _IMAGES_PER_UNSEEN_IDENTITY))
-    with multiprocessing.Pool(processes) as pool:
-        seen = pool.imap(partial(_draw_jpegs, seed, _TRAINING, images_per_identity), range(num_identities), 4)
-        seen = tqdm(seen, "drawing train.rec", num_identities, unit=" identities", disable=None)
-        write_insightface_pack(folder / "train.rec", chain.from_iterable(seen), [images_per_identity] * num_identities)
+    with worker_pool(processes) as pool:  # train.rec comes last, so that no folder with a pack lacks the rest
         unseen = pool.imap(partial(_draw_jpegs, seed, _VERIFICATION, _IMAGES_PER_UNSEEN_IDENTITY), range(num_unseen), 4)
         unseen = tqdm(unseen, f"drawing {VERIFICATION_NAME}.bin", num_unseen, unit=" identities", disable=None)
         save_bin(folder / f"{VERIFICATION_NAME}.bin", *_pairs(list(unseen), num_pairs, seed))
-    (folder / "property").write_text(f"{num_identities},112,112\n")
+        with written_whole(folder / "property") as file:
+            file.write(f"{num_identities},112,112\n".encode())
+        seen = pool.imap(partial(_draw_jpegs, seed, _TRAINING, images_per_identity), range(num_identities), 4)
+        seen = tqdm(seen, "drawing train.rec", num_identities, unit=" identities", disable=None)
+        write_insightface_pack(folder / "train.rec", chain.from_iterable(seen), [images_per_identity] * num_identities)
 
 
 def draw_contact_sheet(path: str | Path, num_identities: int = 8, images_per_identity: int = 10, seed: int = 0) -> None:
     """Draw faces of the training set of ``seed`` into a PNG, one identity per row. Needs Pillow."""
     pillow = require("PIL.Image", extra="plot")
     rows = [np.hstack(list(_faces(seed, _TRAINING, images_per_identity, i))) for i in range(num_identities)]
-    pillow.fromarray(np.vstack(rows)).save(path)
+    with written_whole(path) as file:
+        pillow.fromarray(np.vstack(rows)).save(file, "PNG")
 
 
 def _faces(seed: int, stream: int, count: int, identity: int) -> Iterator[np.ndarray]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from f2c_plugin.errors import InputError
+from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.extras import require
 
 
@@ -16,7 +17,8 @@ def pyplot() -> Any:
 def save_figure(figure: Any, path: str | Path) -> Path:
     """Write a figure and close it."""
     try:
-        figure.savefig(path, dpi=120)
+        with written_whole(path) as file:
+            figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or "png")
     except ValueError as error:  # an unknown suffix
         raise InputError(f"{path}: {error}") from error
     finally:

@@ -1,5 +1,6 @@
 """Files that are whole or absent, even if the power fails, and that are never written through a link."""
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ PARTIAL = ".partial"  # the suffix of a file that is being written
 def create_beside(path: Path) -> tuple[Path, BinaryIO]:
     """Create a file next to ``path`` to write its new content into. Follows no link and opens nothing that exists."""
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
-    return partial, open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb")
+    return partial, open(partial, "xb")
 
 
 def partials_of(path: Path) -> Iterator[Path]:
@@ -26,9 +27,12 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     """Open a binary file beside ``path`` and move it there once all of it is on disk.
 
     On an error, what was at ``path`` stays, and the half-written file is removed. A process that is killed
-    leaves it: see ``partials_of``. Raises OSError with the name ``path`` if it cannot be written.
+    leaves it: see ``partials_of``. Raises OSError with the name ``path`` if it cannot be written, or is a
+    folder, a pipe or a device.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # or the superuser would replace /dev/null
+        raise FileExistsError(errno.EEXIST, "Not a file, and not replaced by one", str(path))
     with naming(path):
         partial, file = create_beside(path)
         try:
