@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from f2c_plugin.data.exif import exif_orientation, turned_upright
 from f2c_plugin.data.index import open_index
 from f2c_plugin.data.recordio import Buffer, Int64s, RecordFile, image_of_record
 from f2c_plugin.errors import RecordError
+from f2c_plugin.utils.extras import require
+from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
 
 Pixels = NDArray[np.uint8]
 IMAGE_SIZE = 112
@@ -22,24 +25,35 @@ IMAGE_SIZE = 112
 def decode_face(encoded: Buffer, out: Pixels | None = None) -> Pixels:
     """Decode an image into the pixels that ``mxnet.image.imdecode`` gives, contiguous uint8 (112, 112, 3) RGB.
 
-    ``encoded`` is an RGB or grayscale JPEG; with Pillow also a CMYK JPEG or a PNG. Decodes into
-    ``out`` if given. Raises ValueError if the bytes are not a whole image of 112 × 112 pixels.
+    ``encoded`` is an RGB or grayscale JPEG; with Pillow also a CMYK JPEG or a PNG. A JPEG is turned upright by its
+    Exif orientation. Decodes into ``out`` if given. Raises ValueError if the bytes are not a whole image of 112 × 112
+    pixels.
     """
     if out is None:
         out = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    encoded = bytes(encoded)
+    _decode(encoded, out)
+    if (orientation := exif_orientation(encoded)) != 1:
+        out[:] = turned_upright(out.copy(), orientation)
+    return out
+
+
+def _decode(encoded: bytes, out: Pixels) -> None:
     try:
         if simplejpeg.decode_jpeg(encoded, "RGB", buffer=out).shape == out.shape:
-            return out
+            return
     except ValueError:
         pass
     # Only images that are not whole JPEGs of the right size and colour space get here. They are rare.
     if not simplejpeg.is_jpeg(encoded):  # pyright: ignore[reportUnknownMemberType]
-        return _decode_by_pillow(encoded, out)
+        _decode_by_pillow(encoded, out)
+        return
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
     _check_size(int(width), int(height))
     if colorspace in ("CMYK", "YCCK"):
-        return _decode_by_pillow(encoded, out)
-    return simplejpeg.decode_jpeg(encoded, "RGB", buffer=out)  # raises what is wrong
+        _decode_by_pillow(encoded, out)
+    else:
+        simplejpeg.decode_jpeg(encoded, "RGB", buffer=out)  # raises what is wrong
 
 
 def _check_size(width: int, height: int) -> None:
@@ -47,20 +61,20 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"it has {width}×{height} pixels, but aligned faces have {IMAGE_SIZE}×{IMAGE_SIZE}")
 
 
-def _decode_by_pillow(encoded: Buffer, out: Pixels) -> Pixels:
+def _decode_by_pillow(encoded: bytes, out: Pixels) -> None:
+    if is_lfs_pointer(encoded):
+        raise ValueError(NOT_FETCHED)
+    if not encoded:
+        raise ValueError("it is empty")
+    pillow = require("PIL.Image", extra="images")
     try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise ValueError("not an RGB or grayscale JPEG; other formats need Pillow: pip install f2c-plugin[images]") from None
-    try:
-        image = Image.open(BytesIO(encoded), formats=("JPEG", "PNG"))
+        image = pillow.open(BytesIO(encoded), formats=("JPEG", "PNG"))
         _check_size(*image.size)  # before decoding: a small file can announce a huge picture
         out[:] = np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError:
-        raise ValueError(f"neither a JPEG nor a PNG: it begins with {bytes(encoded[:4])!r}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for a damaged file
+    except pillow.UnidentifiedImageError:
+        raise ValueError(f"neither a JPEG nor a PNG: it begins with {encoded[:4]!r}") from None
+    except (OSError, SyntaxError, pillow.DecompressionBombError) as error:  # what Pillow raises for a damaged file
         raise ValueError(str(error)) from error
-    return out
 
 
 def normalize_faces(faces: Tensor, flip: Tensor | None = None) -> Tensor:

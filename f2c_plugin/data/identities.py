@@ -8,13 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from f2c_plugin.data.recordio import Float32s, Int64s, RecordFile
+from f2c_plugin.data.recordio import FLOAT32_EXACT, Float32s, Int64s, RecordFile
 from f2c_plugin.errors import InputError, RecordError
 
 Ints = NDArray[np.int32 | np.int64]
 Labels = Sequence[int] | NDArray[Any] | Tensor
 
-FLOAT32_EXACT = 1 << 24  # float32 holds every whole number up to here; above, neighbours collapse into one value
 UNREADABLE = -1
 NO_CONFLICT = np.zeros(2, np.int64)
 
@@ -185,10 +184,11 @@ class _KeyTable:
         position, found = self._find(np.array([0]))
         if not found[0]:
             return None
-        labels, _, image = self.records.image_record(int(self.offsets[position[0]]))
-        if len(labels) < 2 or (len(image) and len(self.keys) not in (labels[0], labels[1])):
+        record = self.records.image_record(int(self.offsets[position[0]]))
+        labels = record.labels[:2]
+        if len(labels) < 2 or (len(record.image) and len(self.keys) not in labels):
             return None
-        return labels[:2]
+        return labels
 
     def is_identity_record(self, key: int) -> bool:
         """Whether a record has two labels and no image."""
@@ -248,8 +248,13 @@ def _identities_by_label(records: RecordFile, offsets: Int64s) -> Int64s:
     bad = labels[~unreadable & ~(np.isfinite(labels) & (labels >= 0) & (labels == np.floor(labels)))]
     if len(bad):
         raise RecordError(f"{records.path}: found the label {bad[0]}; identities must be whole numbers from 0")
-    if labels.max() >= FLOAT32_EXACT:
-        raise RecordError(f"{records.path}: labels go up to {labels.max():.0f}, but the pack stores them as float32, which "
-                          f"cannot keep identities from {FLOAT32_EXACT} on apart; the image ranges of identity records "
-                          "have the same limit. Number the identities without gaps, or split the pack")
-    return labels.astype(np.int64)
+    identities = labels.astype(np.int64)
+    rounded = np.flatnonzero(labels >= FLOAT32_EXACT)
+    if len(rounded):
+        identities[rounded] = wide = records.wide_identities(offsets[rounded])
+        lost = wide.astype(np.float32) != labels[rounded]
+        if lost.any():
+            raise RecordError(f"{records.path}: labels go up to {labels.max():.0f}, but float32 cannot keep identities from "
+                              f"{FLOAT32_EXACT} on apart, and {np.count_nonzero(lost)} images lack the identity in the "
+                              "header's id2: `f2c-plugin convert` adds it, from the list that the pack was made of")
+    return identities

@@ -6,7 +6,12 @@ A ``.rec`` file is a sequence of parts, each aligned to 4 bytes::
 
 A record is one part (cflag 0) or several (cflag 1, 2 …, 3). The writer cuts a payload at every 4-byte
 aligned magic number and drops that word; the reader puts it back. The payload of an image record is a
-header (flag, label, id, id2), ``flag`` float32 labels and the image. The ``.idx`` file has a line
+header, ``flag`` float32 labels and the image::
+
+    uint32 flag | float32 label | uint64 id | uint64 id2 | flag × float32 | image
+
+mxnet leaves ``id2`` at 0. This package keeps an identity from 2**24 on there, because float32 rounds it:
+the upper 24 bits are IDENTITY_MARK, the lower 40 the identity. The ``.idx`` file has a line
 ``key<TAB>offset`` for each record; the key is an integer.
 
 Source: dmlc-core ``include/dmlc/recordio.h``; MXNet ``python/mxnet/recordio.py``.
@@ -16,7 +21,9 @@ import mmap
 import struct
 import warnings
 from codecs import BOM_UTF8
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +32,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from f2c_plugin.errors import RecordError
+from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
 
 Buffer = bytes | memoryview
 Int64s = NDArray[np.int64]
@@ -35,8 +43,12 @@ MAGIC_BYTES = struct.pack("<I", MAGIC)
 PART_HEADER = struct.Struct("<II")
 IMAGE_HEADER = struct.Struct("<IfQQ")
 LENGTH_MASK = (1 << 29) - 1
+FLOAT32_EXACT = 1 << 24  # float32 holds every whole number up to here; above, neighbours collapse into one value
+IDENTITY_BITS = 40
+IDENTITY_MARK = 0xF2C1D0  # 24 bits
+NO_IDENTITY = -1
 WHOLE, FIRST, MIDDLE, LAST = range(4)  # cflag
-NO_IDX = "no such file. The .rec cannot be read without its .idx; mxnet's tools/rec2idx.py makes one from the .rec"
+NO_IDX = "no such file. The .rec cannot be read without its .idx: `f2c-plugin reindex` makes one from the .rec"
 
 
 class ImageRecord(NamedTuple):
@@ -45,18 +57,34 @@ class ImageRecord(NamedTuple):
     labels: Float32s  # (max(flag, 1),); the first is the identity
     id: int  # the number in the header, uint64
     image: Buffer  # encoded; empty in the bookkeeping records of InsightFace packs
+    id2: int = 0  # uint64
+
+    @property
+    def wide_identity(self) -> int:
+        """The identity in ``id2``, from 0 to below 2**40; NO_IDENTITY if there is none."""
+        mark, identity = divmod(self.id2, 1 << IDENTITY_BITS)
+        return identity if mark == IDENTITY_MARK else NO_IDENTITY
+
+
+def id2_of(identity: float) -> int:
+    """The header's id2 for an identity: 0 where a float32 label is enough. Raises RecordError from 2**40 on."""
+    if not identity >= FLOAT32_EXACT:  # also a label that is not a number
+        return 0
+    if identity >= 1 << IDENTITY_BITS:
+        raise RecordError(f"identity {identity:.0f}: must be below 2**{IDENTITY_BITS}")
+    return IDENTITY_MARK << IDENTITY_BITS | int(identity)
 
 
 def unpack_image_record(payload: Buffer) -> ImageRecord:
     """Unpack the payload of a record. Raises RecordError if it is shorter than its header announces."""
     if len(payload) < IMAGE_HEADER.size:
         raise RecordError(f"an image record needs {IMAGE_HEADER.size} bytes of header, found {len(payload)}")
-    flag, label, number, _ = IMAGE_HEADER.unpack_from(payload)
+    flag, label, number, id2 = IMAGE_HEADER.unpack_from(payload)
     start = IMAGE_HEADER.size + 4 * flag
     if len(payload) < start:
         raise RecordError(f"the header announces {flag} labels, but the record has only {len(payload)} bytes")
     labels = np.frombuffer(payload, "<f4", flag, IMAGE_HEADER.size) if flag else np.array([label], np.float32)
-    return ImageRecord(labels, number, payload[start:])
+    return ImageRecord(labels, number, payload[start:], id2)
 
 
 def image_of_record(payload: Buffer) -> Buffer:
@@ -68,7 +96,7 @@ def image_of_record(payload: Buffer) -> Buffer:
 
 
 class RecordFile:
-    """Random access to the records of a ``.rec`` file. Raises RecordError if the file is missing or empty."""
+    """Random access to the records of a ``.rec`` file. Raises RecordError if there is no such file, or nothing in it."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -79,6 +107,8 @@ class RecordFile:
             raise RecordError(f"{self.path}: the file is empty: the pack holds no records")
         with open(self.path, "rb") as file:  # mapped into memory, which all processes share
             self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if is_lfs_pointer(self.bytes):
+            raise RecordError(f"{self.path}: {NOT_FETCHED}")
 
     def read(self, offset: int) -> Buffer:
         """Payload of the record at byte ``offset``. Raises RecordError if no whole record starts there."""
@@ -92,10 +122,30 @@ class RecordFile:
             part_offset = end
             cflag, payload, end = self._part(part_offset)
             if cflag not in (MIDDLE, LAST):
-                raise RecordError(f"{self.path}: the record at offset {offset} breaks off at {part_offset} "
-                                  f"(part flag {cflag} instead of 2 or 3)")
+                raise RecordError(self._breaks_off(offset, part_offset, cflag))
             parts.append(payload)
         return MAGIC_BYTES.join(parts)
+
+    def scan(self) -> Iterator[tuple[int, int]]:
+        """(offset, offset of the next) of each record, from the start of the file to its end.
+
+        Raises RecordError where the file breaks off or is damaged, after the records before that place.
+        """
+        offset = 0
+        while offset < self.size:
+            cflag, _, end = self._part(offset)
+            if cflag not in (WHOLE, FIRST):
+                raise RecordError(f"{self.path}: a part of a record (part flag {cflag}) at offset {offset} has no beginning")
+            while cflag not in (WHOLE, LAST):
+                part_offset = end
+                cflag, _, end = self._part(part_offset)
+                if cflag not in (MIDDLE, LAST):
+                    raise RecordError(self._breaks_off(offset, part_offset, cflag))
+            yield offset, end
+            offset = end
+
+    def _breaks_off(self, offset: int, part_offset: int, cflag: int) -> str:
+        return (f"{self.path}: the record at offset {offset} breaks off at {part_offset} (part flag {cflag} instead of 2 or 3)")
 
     def _part(self, offset: int) -> tuple[int, memoryview, int]:
         """(cflag, payload, offset of the next part)."""
@@ -134,26 +184,50 @@ class RecordFile:
 
         float32 (n, count); NaN where a record cannot be read or has fewer labels.
         """
-        words = np.frombuffer(self.bytes, np.dtype("<u4"), self.size // 4)
-        floats = np.frombuffer(self.bytes, np.dtype("<f4"), self.size // 4)
+        floats = self._words.view("<f4")
         labels = np.full((len(offsets), count), np.nan, np.float32)
-        for start in range(0, len(offsets), 1 << 20):  # in chunks, to bound the temporaries
-            chunk = offsets[start:start + (1 << 20)]
-            inside = np.flatnonzero((chunk >= 0) & (chunk % 4 == 0) & (chunk // 4 + 8 <= len(words)))
-            first = chunk[inside] // 4  # words: magic, length, flag, label, id, id2, labels
-            flag = words[first + 2].astype(np.int64)
+        for plain, first, others in self._headers(offsets):
+            flag = self._words[first + 2].astype(np.int64)
             label_at = np.where(flag > 0, first + 8, first + 3)
-            plain = (words[first] == MAGIC) & (words[first + 1] >> 29 == WHOLE)
-            plain &= (words[first + 1] & LENGTH_MASK) >= IMAGE_HEADER.size + 4 * flag
-            plain &= (np.maximum(flag, 1) >= count) & (label_at + count <= len(words))
-            labels[start + inside[plain]] = floats[label_at[plain][:, None] + np.arange(count)]
-            # The others are records in parts (a few in millions) and damaged ones.
-            for i in start + np.delete(np.arange(len(chunk)), inside[plain]):
+            fits = (np.maximum(flag, 1) >= count) & (label_at + count <= len(floats))
+            labels[plain[fits]] = floats[label_at[fits][:, None] + np.arange(count)]
+            for i in others:
                 with suppress(RecordError):
                     found = self.image_record(int(offsets[i])).labels
                     if len(found) >= count:
                         labels[i] = found[:count]
         return labels
+
+    def wide_identities(self, offsets: Int64s) -> Int64s:
+        """``wide_identity`` of the image records at ``offsets`` (n,), int64 (n,); NO_IDENTITY where they cannot be read."""
+        identities = np.full(len(offsets), NO_IDENTITY)
+        for plain, first, others in self._headers(offsets):
+            low, high = (self._words[first + at].astype(np.int64) for at in (6, 7))
+            identities[plain] = np.where(high >> 8 == IDENTITY_MARK, (high & 0xFF) << 32 | low, NO_IDENTITY)
+            for i in others:
+                with suppress(RecordError):
+                    identities[i] = self.image_record(int(offsets[i])).wide_identity
+        return identities
+
+    @cached_property
+    def _words(self) -> NDArray[np.uint32]:
+        return np.frombuffer(self.bytes, np.dtype("<u4"), self.size // 4)
+
+    def _headers(self, offsets: Int64s) -> Iterator[tuple[Int64s, Int64s, Int64s]]:
+        """Of the records at ``offsets`` (n,): which have a plain header, the first word of each of these, and the others.
+
+        The words are magic, length, flag, label, id (2), id2 (2), labels. The others are records in parts (a few in
+        millions) and damaged ones. Comes in chunks, to bound the temporaries.
+        """
+        words = self._words
+        for start in range(0, len(offsets), 1 << 20):
+            chunk = offsets[start:start + (1 << 20)]
+            inside = np.flatnonzero((chunk >= 0) & (chunk % 4 == 0) & (chunk // 4 + 8 <= len(words)))
+            first = chunk[inside] // 4
+            length, flag = words[first + 1], words[first + 2].astype(np.int64)
+            plain = (words[first] == MAGIC) & (length >> 29 == WHOLE)
+            plain &= (length & LENGTH_MASK) >= IMAGE_HEADER.size + 4 * flag
+            yield start + inside[plain], first[plain], start + np.delete(np.arange(len(chunk)), inside[plain])
 
 
 def read_idx(path: str | Path, progress: bool = False) -> tuple[Int64s, Int64s]:
@@ -171,6 +245,8 @@ def read_idx(path: str | Path, progress: bool = False) -> tuple[Int64s, Int64s]:
     with open(path, "rb") as file, bar, warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)  # NumPy warns where the text is not a number
         while text := file.read(1 << 25) + file.readline():  # in chunks, to bound the temporaries
+            if is_lfs_pointer(text):
+                raise RecordError(f"{path}: {NOT_FETCHED}")
             count = text.count(b"\n") + (not text.endswith(b"\n"))
             try:
                 table = np.reshape(np.fromstring(text.decode("ascii"), np.int64, sep=" "), (-1, 2))

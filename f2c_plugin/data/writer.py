@@ -1,6 +1,5 @@
 """Writes packs: RecordIO byte for byte as mxnet does, in InsightFace's layout."""
 
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from itertools import accumulate, chain, pairwise, repeat
@@ -9,19 +8,33 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
-from f2c_plugin.data.recordio import FIRST, IMAGE_HEADER, LAST, LENGTH_MASK, MAGIC, MAGIC_BYTES, MIDDLE, PART_HEADER, WHOLE
+from f2c_plugin.data.recordio import (
+    FIRST,
+    IMAGE_HEADER,
+    LAST,
+    LENGTH_MASK,
+    MAGIC,
+    MAGIC_BYTES,
+    MIDDLE,
+    PART_HEADER,
+    WHOLE,
+    id2_of,
+)
 from f2c_plugin.errors import OverwriteError, RecordError
+from f2c_plugin.utils.atomic import to_disk, written_whole
 
 
 def pack_image_record(label: ArrayLike, image: bytes, number: int) -> bytes:
     """Payload of an image record, byte for byte what ``mxnet.recordio.pack`` makes.
 
-    ``image`` is an encoded image, or empty in a bookkeeping record; ``number`` is the id in the header.
+    ``image`` is an encoded image, or empty in a bookkeeping record; ``number`` is the id in the header. An
+    identity from 2**24 to below 2**40 also goes into the header's id2 (see ``recordio``): as a label, float32 rounds it.
     """
-    if np.ndim(label) == 0:
-        return IMAGE_HEADER.pack(0, label, number, 0) + image
-    labels = np.asarray(label, "<f4")
-    return IMAGE_HEADER.pack(labels.size, 0.0, number, 0) + labels.tobytes() + image
+    labels = np.asarray(label, np.float64)
+    id2 = id2_of(labels.flat[0]) if image and labels.size else 0
+    if labels.ndim == 0:
+        return IMAGE_HEADER.pack(0, labels, number, id2) + image
+    return IMAGE_HEADER.pack(labels.size, 0.0, number, id2) + labels.astype("<f4").tobytes() + image
 
 
 class RecordWriter:
@@ -36,22 +49,19 @@ class RecordWriter:
 
     def __init__(self, rec_path: str | Path):
         self.paths = Path(rec_path), Path(rec_path).with_suffix(".idx")
-        self._partial = [path.with_name(path.name + ".partial") for path in self.paths]
-        self._files = ExitStack()
 
     def __enter__(self) -> "RecordWriter":
-        rec, idx = self._partial
-        self._rec = self._files.enter_context(open(rec, "wb"))
-        self._idx = self._files.enter_context(open(idx, "wb"))
+        self._files = ExitStack()
+        with self._files:  # if one cannot be created, neither stays
+            self._rec, self._idx = (self._files.enter_context(written_whole(path)) for path in self.paths)
+            self._files = self._files.pop_all()
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        self._files.close()
-        for partial, path in zip(self._partial, self.paths, strict=True):
-            if error_type is None:
-                os.replace(partial, path)
-            else:
-                partial.unlink()
+    def __exit__(self, error_type: object, error: BaseException | None, traceback: object) -> None:
+        with self._files:
+            if error:
+                raise error
+            to_disk(self._rec)  # a disk may be full only now; then neither file may appear
 
     def write(self, key: int, payload: bytes) -> None:
         """Append a record. Raises RecordError if a part of it is longer than RecordIO allows."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.from_config import open_pack
-from f2c_plugin.data.recordio import RecordFile, read_idx, unpack_image_record
+from f2c_plugin.data.recordio import IMAGE_HEADER, RecordFile, id2_of, read_idx, unpack_image_record
 from f2c_plugin.data.writer import RecordWriter, pack_image_record
 from f2c_plugin.errors import ConfigError, RecordError
 
@@ -151,3 +151,38 @@ def test_an_idx_with_a_bad_line_is_refused_with_its_number(tmp_path, line):
     (tmp_path / "train.idx").write_bytes(b"\xef\xbb\xbf0\t0\n\n" + line + b"\n")
     with pytest.raises(RecordError, match=r"train.idx: not an index: line 3 is b'"):
         read_idx(tmp_path / "train.idx")
+
+
+WIDE = [5, 2**24 - 1, 2**24, 2**24 + 1, 2**24 + 2, 2**31 - 1, 2**31, 2**31 + 1, 0xCED7230A, 2**33 | 0xCED7230A, 2**40 - 1]
+
+
+@pytest.mark.parametrize("more", [[], [12.5, 7.0]], ids=["label", "array"])
+def test_identities_are_exact_up_to_2_to_the_40(tmp_path, more):
+    with RecordWriter(tmp_path / "train.rec") as writer:
+        for key, identity in enumerate(WIDE):
+            writer.write(key, pack_image_record([identity, *more] if more else identity, JPEG, key))
+    index = RecordDataset(tmp_path).index
+    assert index.identity.tolist() == WIDE and index.numbers.tolist() == sorted(WIDE)
+    records = RecordFile(tmp_path / "train.rec")  # for mxnet, the label is the identity as float32
+    assert records.labels(index.offsets)[:, 0].tolist() == np.float32(WIDE).tolist()
+
+
+def test_a_writer_refuses_identities_beyond_2_to_the_40():
+    with pytest.raises(RecordError, match=f"identity {2**40}: must be below 2.{{2}}40"):
+        pack_image_record(2**40, JPEG, 0)
+
+
+def test_labels_that_float32_has_rounded_are_refused_unless_the_header_has_the_identity(tmp_path):
+    with RecordWriter(tmp_path / "train.rec") as writer:
+        writer.write(0, pack_image_record(2**24 + 2, JPEG, 0))
+        for key, id2 in enumerate([0, 2**24 + 2, id2_of(2**30)], 1):  # none; without the mark; another identity's
+            writer.write(key, IMAGE_HEADER.pack(0, 2**24 + 2, key, id2) + JPEG)
+    with pytest.raises(RecordError, match="labels go up to 16777218, but float32 cannot keep .* 3 images lack .*convert"):
+        RecordDataset(tmp_path)
+
+
+def test_a_record_that_is_damaged_has_no_wide_identity(tmp_path):
+    with RecordWriter(tmp_path / "train.rec") as writer:
+        writer.write(0, pack_image_record(2**30, JPEG, 0))
+    records = RecordFile(tmp_path / "train.rec")
+    assert records.wide_identities(np.array([0, 4, -4, 1 << 40])).tolist() == [2**30, -1, -1, -1]
