@@ -15,6 +15,7 @@ from f2c_plugin.errors import ExportError, F2CError
 from f2c_plugin.synthetic.dataset import draw_contact_sheet, write_dataset
 from f2c_plugin.tools import checkpoints, packs
 from f2c_plugin.tools.doctor import examine
+from f2c_plugin.tools.pack_folder import pack_folder
 from f2c_plugin.tools.plan import Plan, draw as draw_plan
 from f2c_plugin.tools.report import report as write_report
 from f2c_plugin.utils.terminal import printed, tolerate_any_terminal
@@ -48,7 +49,7 @@ def install(args: Namespace) -> None:
         patching.apply(checkout, changes)
     for change in changes:
         verb = "removed" if change.content is None else "written"
-        print(f"{change.path} {'would be' if args.check else 'is'} {verb} ({change.reason})")
+        print(f"{change.path} {'would be' if args.check else 'is'} {verb} ({', '.join(change.reasons)})")
     for config in patching.edited_configs(checkout):
         print(f"{config.relative_to(checkout)} stays: it has been edited")
     if not changes:
@@ -100,12 +101,24 @@ def inspect(args: Namespace) -> None:
     print(args.out)
 
 
-@command(argument("source", help="folder with one folder of .jpg or .png files per identity"),
-         argument("out", help="folder to write train.rec, train.idx and property into"))
+@command(argument("folder", help="folder of train.rec"))
+def reindex(args: Namespace) -> None:
+    """Make the missing train.idx of a pack from its train.rec."""
+    print(f"{Path(args.folder, 'train.idx')}: {packs.reindex(args.folder)} records")
+
+
+@command(argument("source", help="folder with a folder for each identity; images may also lie in folders inside these"),
+         argument("out", help="folder to write train.rec, train.idx, property, identities.json (number to folder name) and "
+                              "left_out.tsv (what was left out and why) into"),
+         argument("--resize", action="store_true",
+                  help="also take images of other sizes: scale the shorter side to 112 pixels and crop the longer one at the "
+                       "centre. Align the faces before; this does not"),
+         argument("--quality", type=int, metavar="N",
+                  help="store what is not a JPEG as JPEG of this quality, 1 to 100; default: as PNG, which loses nothing, but "
+                       "needs Pillow in training"))
 def pack(args: Namespace) -> None:
-    """Write a pack from a folder of images, one folder per identity."""
-    identities, images = packs.pack_folder(args.source, args.out)
-    print(f"{args.out}: {images} images of {identities} identities")
+    """Write a pack from all images of 112×112 pixels in a folder that has a folder for each identity."""
+    print(pack_folder(args.source, args.out, args.resize, args.quality).report())
 
 
 @command(argument("model", help="a model.pt, or a checkpoint of arcface_torch or f2c_plugin.train"),

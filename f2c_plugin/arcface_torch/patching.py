@@ -5,10 +5,13 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from f2c_plugin.errors import CheckoutError
+from f2c_plugin.utils.atomic import partials_of, written_whole
 from f2c_plugin.utils.paths import cache_folder, data_folder
 
 ARCFACE_TORCH_URL = "https://github.com/deepinsight/insightface"
@@ -25,7 +28,7 @@ class Change:
 
     path: Path  # relative to the checkout
     content: bytes | None  # None removes the file
-    reason: str  # the patch or config that requires the change
+    reasons: list[str]  # the patches that require the change, or "config"
 
 
 def patches() -> list[Path]:
@@ -49,118 +52,156 @@ def find_checkout(folder: str | Path) -> Path:
 
 def plan_install(checkout: Path) -> list[Change]:
     """The patches and configs that are still to be installed. Configs that exist are kept, because users edit them."""
-    return _patched(checkout, len(patches())) + [Change(path, config.read_bytes(), "config") for path, config in _configs()
-                                                 if not (checkout / path).exists()]
+    return _patched(checkout, True) + [Change(path, config.read_bytes(), ["config"]) for path, config in _configs().items()
+                                       if not (checkout / path).exists()]
 
 
 def edited_configs(checkout: Path) -> list[Path]:
     """Configs in the checkout that have the name of one of this package's configs but different content."""
-    return [checkout / path for path, config in _configs() if _content(checkout / path) not in (None, config.read_bytes())]
+    return [checkout / path for path, config in _configs().items()
+            if _content(checkout / path) not in (None, config.read_bytes())]
 
 
 def plan_reverse(checkout: Path) -> list[Change]:
     """The changes that undo an installation. Edited configs are kept."""
-    return _patched(checkout, 0) + [Change(path, None, "config") for path, config in _configs()
-                                    if _content(checkout / path) == config.read_bytes()]
+    return _patched(checkout, False) + [Change(path, None, ["config"]) for path, config in _configs().items()
+                                        if _content(checkout / path) == config.read_bytes()]
 
 
-def _configs() -> list[tuple[Path, Path]]:
-    """(path in the checkout, our file) of each config."""
-    return [(Path("configs") / config.name, config) for config in arcface_torch_configs()]
+def _configs() -> dict[Path, Path]:
+    """{path in the checkout: our file} of each config."""
+    return {Path("configs") / config.name: config for config in arcface_torch_configs()}
+
+
+def _touched() -> dict[Path, list[Path]]:
+    """{path in the checkout: its patches, in order} of each file that is patched."""
+    touched: dict[Path, list[Path]] = {}
+    for patch in patches():
+        for name in re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(encoding="utf-8"), re.MULTILINE):
+            touched.setdefault(Path(name), []).append(patch)
+    return touched
 
 
 def apply(checkout: Path, changes: list[Change]) -> None:
-    """Make all changes, or restore the old content if one fails. Raises CheckoutError if a link leads out of the checkout."""
-    targets = [(change, (checkout / change.path).resolve()) for change in changes]
-    for change, target in targets:
+    """Make all changes, or restore the old content if one fails. Removes what a killed installation has left.
+
+    Raises CheckoutError if a link leads out of the checkout.
+    """
+    targets = {path: (checkout / path).resolve() for path in [*_touched(), *_configs()]}
+    for path, target in targets.items():
         if not target.is_relative_to(checkout.resolve()):
-            raise CheckoutError(f"{checkout / change.path} is, or is behind, a link to {target}, outside the checkout. Nothing "
+            raise CheckoutError(f"{checkout / path} is, or is behind, a link to {target}, outside the checkout. Nothing "
                                 "was changed: replace the link with a copy")
-    old = {target: _content(target) for _, target in targets}
-    partials = {target: target.with_name(target.name + ".f2c-partial") for _, target in targets}
+    for target in targets.values():
+        for partial in partials_of(target):
+            partial.unlink()
+    old = {targets[change.path]: _content(targets[change.path]) for change in changes}
     try:
-        for change, target in targets:
-            if change.content is not None:
-                partials[target].write_bytes(change.content)
-                if target.exists():
-                    shutil.copymode(target, partials[target])
-        for change, target in targets:
+        with ExitStack() as files:  # all are on disk before the first takes its place
+            for change in changes:
+                if change.content is not None:
+                    files.enter_context(_replaced(targets[change.path], change.content))
+        for change in changes:
             if change.content is None:
-                target.unlink()
-            else:
-                os.replace(partials[target], target)
+                targets[change.path].unlink()
     except BaseException:
         for target, content in old.items():
-            partials[target].unlink(missing_ok=True)
             if content is None:
                 target.unlink(missing_ok=True)
             elif _content(target) != content:
-                target.write_bytes(content)
+                with _replaced(target, content):
+                    pass
         raise
 
 
-def applied_patches(checkout: Path) -> int:
-    """How many patches are applied. They stack, so these are the first ones. Raises CheckoutError if a patch does not fit."""
-    misfits: list[tuple[Path, list[str]]] = []
-    for count in range(len(patches()), -1, -1):
-        with tempfile.TemporaryDirectory() as folder:
-            _copy_touched(checkout, Path(folder))
-            steps = [(patch, ["--reverse"]) for patch in reversed(patches()[:count])] + [(patch, []) for patch in patches()]
-            for patch, options in steps:
-                if positions := _git_apply(Path(folder), patch, *options):
-                    misfits.append((patch, positions))
-                    break
-            else:
-                return count
-    patch, positions = min(misfits, key=lambda misfit: len(misfit[1]))  # the closest state
-    raise CheckoutError(f"{patch.name} does not fit {checkout}: {', '.join(positions)}. Nothing was changed. The patches are "
-                        f"for revision {ARCFACE_TORCH_REVISION[:12]} of {ARCFACE_TORCH_URL}: restore the file or apply the "
-                        "patch by hand. To remove the patches of another version of this plugin, use that version's "
-                        "install --reverse")
+@contextmanager
+def _replaced(target: Path, content: bytes) -> Iterator[None]:
+    """Write new content, which takes the file's place, with its permissions, when this ends."""
+    with written_whole(target) as file:
+        if target.exists():
+            shutil.copymode(target, file.name)
+        file.write(content)
+        file.flush()
+        yield
 
 
-def _patched(checkout: Path, wanted: int) -> list[Change]:
-    """Changes that lead to the first ``wanted`` patches, computed in a copy."""
-    present = applied_patches(checkout)  # so the patches fit
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        touched = _copy_touched(checkout, copy)
-        for patch in reversed(patches()[wanted:present]):
-            _git_apply(copy, patch, "--reverse")
-        for patch in patches()[present:wanted]:
-            _git_apply(copy, patch)
-        return [Change(path, after, reason) for path, reason in touched.items()
-                if (after := _content(copy / path)) != _content(checkout / path)]
+def _patched(checkout: Path, wanted: bool) -> list[Change]:
+    """Changes that apply all patches, or none of them.
+
+    Each file is judged by itself, so an installation that was killed half-way can be completed and undone. Raises
+    CheckoutError if a patch does not fit.
+    """
+    changes: list[Change] = []
+    misfits: list[_Misfit] = []
+    num_applied = num_missing = 0
+    for path, of_file in _touched().items():
+        content = _content(checkout / path)
+        try:
+            count, without, with_all = _fit(path, content, of_file)
+        except _Misfit as misfit:
+            misfits.append(misfit)
+            continue
+        num_applied, num_missing = num_applied + count, num_missing + len(of_file) - count
+        after = with_all if wanted else without
+        if after != content:
+            changes.append(Change(path, after, [patch.stem for patch in (of_file[count:] if wanted else of_file[:count])]))
+    if misfits:
+        places = "; ".join(misfit.if_applied if num_applied > num_missing else misfit.if_missing for misfit in misfits)
+        raise CheckoutError(f"{checkout}: {places}. Nothing was changed. The patches are for revision "
+                            f"{ARCFACE_TORCH_REVISION[:12]} of {ARCFACE_TORCH_URL}: restore the file or apply the patch by "
+                            "hand. To remove the patches of another version of this plugin, use that version's "
+                            "install --reverse")
+    return changes
+
+
+class _Misfit(Exception):
+    """Where patches to a file do not fit, depending on what it is meant to be: patched, or not."""
+
+    def __init__(self, if_applied: str, if_missing: str):
+        self.if_applied, self.if_missing = if_applied, if_missing
+
+
+def _fit(path: Path, content: bytes | None, of_file: list[Path]) -> tuple[int, bytes | None, bytes | None]:
+    """How many of its patches a file has, and its content without and with all. They stack: it has the first ones.
+
+    Raises _Misfit if there is no such number.
+    """
+    problems: list[str] = []
+    for count in range(len(of_file), -1, -1):
+        try:
+            without = _git_apply(path, content, of_file[:count][::-1], "--reverse")
+            return count, without, _git_apply(path, without, of_file)
+        except _DoesNotApply as error:
+            problems.append(str(error))
+    raise _Misfit(problems[0], problems[-1])
+
+
+class _DoesNotApply(Exception):
+    """A patch does not fit a file. Names both and the line."""
 
 
 def _content(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _copy_touched(checkout: Path, folder: Path) -> dict[Path, str]:
-    """Copy the files that the patches touch. Returns {file: names of its patches}."""
-    touched: dict[Path, str] = {}
-    for patch in patches():
-        for name in re.findall(r"^\+\+\+ b/(.+)$", patch.read_text(), re.MULTILINE):
-            path = Path(name)
-            touched[path] = f"{touched[path]}, {patch.stem}" if path in touched else patch.stem
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            if (checkout / path).is_file():
-                shutil.copy(checkout / path, folder / path)
-    return touched
-
-
-def _git_apply(folder: Path, patch: Path, *options: str) -> list[str]:
-    """Apply a patch in ``folder``. Returns the positions where it does not fit; if there are any, nothing is changed."""
-    # The ceiling keeps git from finding a repository above the folder, so paths are relative to the folder.
-    # Line ends stay as they are whatever the user's settings.
-    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(folder.resolve().parent), "LC_ALL": "C"}
-    done = _run_git("-c", "core.autocrlf=false", "-c", "apply.whitespace=nowarn", "apply", *options, str(patch), cwd=folder,
-                    env=environment)
-    if done.returncode == 0:
-        return []
-    lines = [line.removeprefix("error: ") for line in done.stderr.splitlines() if line.startswith("error: ")]
-    return [line for line in lines if not line.endswith("patch does not apply")] or [done.stderr.strip()]
+def _git_apply(path: Path, content: bytes | None, of_file: Sequence[Path], *options: str) -> bytes | None:
+    """The content of a file after its part of each patch; None is no file. Raises _DoesNotApply."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if content is not None:
+            copy.write_bytes(content)
+        # The ceiling keeps git from finding a repository above the folder, so paths are relative to the folder.
+        # Line ends stay as they are whatever the user's settings, which need not be readable.
+        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.realpath(folder)), "LC_ALL": "C",
+                       "GIT_CONFIG_GLOBAL": os.devnull}
+        for patch in of_file:
+            done = _run_git("-c", "core.autocrlf=false", "-c", "apply.whitespace=nowarn", "apply", f"--include={path}",
+                            *options, str(patch), cwd=folder, env=environment)
+            if done.returncode:
+                place = re.search(r"patch failed: (.+)", done.stderr)
+                raise _DoesNotApply(f"{patch.name} does not fit {place[1] if place else done.stderr.strip()}")
+        return _content(copy)
 
 
 def clone_folder() -> Path:
@@ -193,7 +234,7 @@ def _git(*arguments: str) -> None:
         raise CheckoutError(f"git {' '.join(arguments)}: {done.stderr.strip()}")
 
 
-def _run_git(*arguments: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def _run_git(*arguments: str, cwd: str | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(["git", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
     except FileNotFoundError:

@@ -61,14 +61,12 @@ def _checkout(folder: str | Path) -> Finding:
     try:
         checkout = patching.find_checkout(folder)
         changes = patching.plan_install(checkout)
-        present = patching.applied_patches(checkout)
     except CheckoutError as error:
         return False, "checkout", error
     if not changes:
         return True, "checkout", f"{checkout} has the patches and the configs"
-    missing = [patch.stem for patch in patching.patches()[present:]] or [str(change.path) for change in changes]
-    state = f"lacks {', '.join(missing)}" if present else "is not patched"
-    return False, "checkout", f"{checkout} {state}: f2c-plugin install {folder}"
+    missing = sorted({reason for change in changes for reason in change.reasons})
+    return False, "checkout", f"{checkout} lacks {', '.join(missing)}: f2c-plugin install {folder}"
 
 
 def _dataset(folder: Path) -> Iterator[Finding]:

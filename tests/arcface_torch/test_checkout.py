@@ -20,6 +20,7 @@ from f2c_plugin.cli import main as cli
 from f2c_plugin.models import get_model
 from f2c_plugin.synthetic.dataset import write_dataset
 from f2c_plugin.tools.report import Run
+from tests.arcface_torch.killed import die_at_change, tree
 from tests.trainer.test_checkpoint import equal
 
 pytestmark = pytest.mark.host
@@ -186,11 +187,6 @@ def test_an_unknown_head_names_those_there_are(patched, packs):
         run(patched, "unknown")
 
 
-def tree(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(Path(folder).rglob("*"))
-            if path.is_file() and "__pycache__" not in path.parts}
-
-
 @pytest.fixture
 def copy(checkout, tmp_path):
     return Path(shutil.copytree(checkout, tmp_path / "arcface_torch", ignore=shutil.ignore_patterns("__pycache__")))
@@ -213,9 +209,22 @@ def test_a_checkout_with_the_first_patch_alone_gets_the_others(copy):
     first = patching.patches()[0]
     subprocess.run(["git", "apply", str(first)], cwd=copy, check=True,
                    env={**os.environ, "GIT_CEILING_DIRECTORIES": str(copy.parent)})
-    assert patching.applied_patches(copy) == 1
+    assert not any(first.stem in change.reasons for change in patching.plan_install(copy))
     cli(["install", str(copy)])
-    assert patching.applied_patches(copy) == len(patching.patches())
+    assert patching.plan_install(copy) == []
+
+
+@pytest.mark.parametrize("after", [["install"], ["install", "--reverse"]], ids=["completed", "undone"])
+def test_an_installation_that_was_killed_is_completed_and_undone(copy, checkout, tmp_path, after):
+    whole = Path(shutil.copytree(copy, tmp_path / "whole"))
+    if "--reverse" not in after:
+        cli(["install", str(whole)])
+    for changes in 0, 1, 7, 20:
+        assert die_at_change(changes, ["install", str(copy)])
+        cli([*after, str(copy)])
+        assert tree(copy) == tree(whole)
+        cli(["install", str(copy), "--reverse"])
+        assert tree(copy) == tree(checkout)
 
 
 def test_a_checkout_that_does_not_fit_is_left_untouched_with_file_and_line_named(copy):
@@ -253,14 +262,14 @@ def test_an_installation_that_is_interrupted_leaves_the_checkout_as_it_was(copy,
     replaced = []
 
     def replace(source, target, replace=os.replace):
-        if len(replaced) == 4:
-            raise KeyboardInterrupt
         replaced.append(target)
+        if len(replaced) == 5:
+            raise KeyboardInterrupt
         replace(source, target)
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         cli(["install", str(copy)])
-    assert len(replaced) == 4 and tree(copy) == before
+    assert len(replaced) >= 5 and tree(copy) == before
 
 
 @pytest.mark.parametrize("link", ["dataset.py", "configs"])
