@@ -1,9 +1,9 @@
-"""Summarizes, verifies and draws packs, and makes packs from folders of images."""
+"""Summarizes, verifies, draws and reindexes packs."""
 
-import multiprocessing
+import os
+from array import array
 from collections import Counter
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,15 @@ import simplejpeg
 from tqdm import tqdm
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, RecordDataset, decode_face
-from f2c_plugin.data.recordio import Buffer, RecordFile, read_idx, unpack_image_record
-from f2c_plugin.data.writer import refuse_to_overwrite, write_insightface_pack
-from f2c_plugin.errors import InputError, RecordError
+from f2c_plugin.data.recordio import Buffer, Int64s, RecordFile, read_idx, unpack_image_record
+from f2c_plugin.errors import InputError, OverwriteError, RecordError
 from f2c_plugin.tools.plotting import pyplot, save_figure
+from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.extras import require
+from f2c_plugin.utils.workers import worker_pool
 
 SAMPLE = 1000  # images to read for facts that are not in the index
 _CHUNK = 256  # records that a process verifies at a time
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
@@ -41,7 +41,7 @@ def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
         ("bytes per image", f"{mean_bytes:,.0f} on average (of {len(encoded)} images)"),
         ("image sizes", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(5)) + f" (of {len(sample)} images)"),
         ("config", f'config.rec = "{dataset.root_dir}"; config.num_classes = {index.numbers[-1] + 1}; '
-                   f"config.num_image = {len(index) + len(index.unreadable)}"),
+                   f"config.num_image = {len(index) + len(index.unusable)}"),
     ]
 
 
@@ -78,32 +78,67 @@ def verify(root_dir: str | Path, processes: int | None = None) -> tuple[int, dic
     """
     records = RecordFile(Path(root_dir) / "train.rec")
     keys, offsets = read_idx(records.path.with_suffix(".idx"), progress=True)
-    damaged: dict[int, str] = {}
-    starts = range(0, len(keys), _CHUNK)
-    with (multiprocessing.Pool(processes, _open, (records.path, keys, offsets)) as pool,
-          tqdm(total=len(keys), desc="decoding", unit=" records", disable=None) as bar):
-        for start, found in zip(starts, pool.imap(_damaged, starts), strict=True):
-            damaged |= found
-            bar.update(min(_CHUNK, len(keys) - start))
-    return len(keys), damaged
+    with worker_pool(processes, _open, (records.path,)) as pool:
+        found = tqdm(pool.imap(_damage, offsets.tolist(), _CHUNK), "decoding", len(keys), unit=" records", disable=None)
+        return len(keys), {key: f"record {key}: {damage}" for key, damage in zip(keys.tolist(), found, strict=True) if damage}
 
 
-def _open(path: Path, keys: np.ndarray, offsets: np.ndarray) -> None:
-    global _records, _keys, _offsets  # one of each per process of the pool
-    _records, _keys, _offsets = RecordFile(path), keys, offsets
+def _open(path: Path) -> None:
+    global _records  # one in each worker process
+    _records = RecordFile(path)
 
 
-def _damaged(start: int) -> dict[int, str]:
-    found: dict[int, str] = {}
-    chunk = slice(start, start + _CHUNK)
-    for key, offset in zip(_keys[chunk].tolist(), _offsets[chunk].tolist(), strict=True):
+def _damage(offset: int) -> str | None:
+    try:
+        record = unpack_image_record(_records.read(offset))
+        if len(record.image) or len(record.labels) < 2:  # not a bookkeeping record
+            decode_face(record.image)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def reindex(root_dir: str | Path) -> int:
+    """Make ``train.idx`` of ``train.rec``. Returns the number of records.
+
+    Records are numbered from 0 in the order of the file, as mxnet's rec2idx does. But a record that announces the images
+    gets number 0 and the images follow from 1, wherever it stands: face2rec2 writes it behind the images. Raises
+    OverwriteError if there is a ``train.idx``, RecordError if ``train.rec`` is damaged; then nothing is written.
+    """
+    records = RecordFile(Path(root_dir) / "train.rec")
+    path = records.path.with_suffix(".idx")
+    if os.path.lexists(path):
+        raise OverwriteError(f"{path} exists and is not overwritten: move it away to have another one made")
+    found = array("q")
+    with tqdm(total=records.size, desc="scanning", unit="B", unit_scale=True, disable=None) as bar:
         try:
-            record = unpack_image_record(_records.read(offset))
-            if len(record.image) or len(record.labels) < 2:  # not a bookkeeping record
-                decode_face(record.image)
-        except ValueError as error:
-            found[key] = f"record {key}: {error}"
-    return found
+            for offset, end in records.scan():
+                found.append(offset)
+                bar.update(end - offset)
+        except RecordError as error:
+            raise RecordError(f"{error}. The {len(found)} records before it are whole; {path.name} is not written, because "
+                              "those behind it cannot be found: get the .rec again") from error
+    offsets = np.array(found)
+    with written_whole(path) as file:
+        file.writelines(b"%d\t%d\n" % line for line in zip(_keys(records, offsets).tolist(), found, strict=True))
+    return len(offsets)
+
+
+def _keys(records: RecordFile, offsets: Int64s) -> Int64s:
+    """The numbers of all records of a file, from their offsets (n,) in ascending order."""
+    labels = records.labels(offsets, count=2)
+    several = np.flatnonzero(~np.isnan(labels[:, 1])).tolist()
+    # Bookkeeping records have several labels and no image; but the one that announces the images may have one.
+    if len(several) > 1:
+        several = [i for i in several if not len(records.image_record(int(offsets[i])).image)]
+    images = np.delete(np.arange(len(offsets)), several)
+    first = np.float32(len(images) + 1)  # behind the images
+    header = [i for i in several if labels[i, 0] == first != labels[i, 1]]  # equal: an identity without images
+    keys = np.arange(len(offsets))
+    if header:
+        order = [header[0], *images, *(i for i in several if i != header[0])]
+        keys[order] = np.arange(len(offsets))
+    return keys
 
 
 def draw_sheet(dataset: RecordDataset, path: str | Path, identity: int | None = None, image: int | None = None,
@@ -113,6 +148,9 @@ def draw_sheet(dataset: RecordDataset, path: str | Path, identity: int | None = 
     Images that cannot be decoded stay gray. Needs Pillow. Raises RecordError if there is no such identity or record.
     """
     pillow = require("PIL.Image", extra="plot")
+    form = pillow.registered_extensions().get(Path(path).suffix.lower())
+    if form not in pillow.SAVE:
+        raise InputError(f"{path}: unknown image format: name a file that ends with .png or .jpg")
     index = dataset.index
     if image is not None:
         positions = np.flatnonzero(index.keys == image)
@@ -132,35 +170,6 @@ def draw_sheet(dataset: RecordDataset, path: str | Path, identity: int | None = 
         for column, position in enumerate(positions):
             with suppress(RecordError):
                 sheet[row, :, column] = dataset.face(int(position))
-    try:
-        pillow.fromarray(sheet.reshape(len(grid) * IMAGE_SIZE, -1, 3)).save(path)
-    except ValueError as error:  # an unknown suffix
-        raise InputError(f"{path}: {error}") from error
+    with written_whole(path) as file:
+        pillow.fromarray(sheet.reshape(len(grid) * IMAGE_SIZE, -1, 3)).save(file, form)
 
-
-def pack_folder(source: str | Path, out: str | Path) -> tuple[int, int]:
-    """Write a pack in InsightFace's layout from a folder that has one folder of images per identity.
-
-    Identities are numbered in the order of their folder names. Images are stored unchanged. Returns the numbers of
-    identities and images. Raises RecordError if there is nothing to pack or a link leads out of ``source``, and
-    OverwriteError if ``out`` already holds a pack.
-    """
-    source, out = Path(source), Path(out)
-    if not source.is_dir():
-        raise RecordError(f"{source}: no such folder")
-    refuse_to_overwrite(out)
-    folders = [sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-               for folder in sorted(source.iterdir()) if folder.is_dir()]
-    sizes = [len(images) for images in folders if images]
-    paths = list(chain.from_iterable(folders))
-    if not paths:
-        raise RecordError(f"{source}: no folder holds {', '.join(_SUFFIXES)} files: give a folder with one folder per identity")
-    for path in paths:  # a folder from elsewhere must not pack other files of this machine
-        if not path.resolve().is_relative_to(source.resolve()):
-            raise RecordError(f"{path} is, or is behind, a link to {path.resolve()}, outside {source}: "
-                              "replace the link with a copy")
-    out.mkdir(parents=True, exist_ok=True)
-    files = (path.read_bytes() for path in tqdm(paths, "packing", unit=" images", disable=None))
-    write_insightface_pack(out / "train.rec", files, sizes)
-    (out / "property").write_text(f"{len(sizes)},{IMAGE_SIZE},{IMAGE_SIZE}\n")
-    return len(sizes), len(paths)

@@ -1,21 +1,75 @@
-"""Pools of worker processes."""
+"""Worker processes that end with their parent, however it ends."""
 
-import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.pool import Pool
-from typing import Any
+from itertools import islice
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from f2c_plugin.errors import F2CError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class WorkerPool:
+    """What ``worker_pool`` opens."""
+
+    def __init__(self, executor: ProcessPoolExecutor, ahead: int):
+        self._executor, self._ahead = executor, ahead
+
+    def imap(self, function: Callable[[Item], Result], items: Iterable[Item], chunksize: int = 1) -> Iterator[Result]:
+        """``function`` of every item, in order. Only a few chunks are under way, so any number of items takes little memory.
+
+        Raises F2CError if a worker is killed.
+        """
+        items = iter(items)
+        under_way: deque[Future[list[Result]]] = deque()
+        try:
+            for chunk in iter(lambda: list(islice(items, chunksize)), []):
+                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker that this starts inherits it
+                try:
+                    under_way.append(self._executor.submit(_apply, function, chunk))
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                if len(under_way) == self._ahead:
+                    yield from under_way.popleft().result()
+            while under_way:
+                yield from under_way.popleft().result()
+        except BrokenProcessPool as error:
+            raise F2CError("a worker process was killed; most often, the machine has too little memory") from error
 
 
 @contextmanager
 def worker_pool(processes: int | None = None, initializer: Callable[..., object] | None = None,
-                initargs: tuple[Any, ...] = ()) -> Iterator[Pool]:
-    """A ``multiprocessing.Pool`` that ends with this block. Its workers leave Ctrl-C to this process."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit this
+                initargs: tuple[Any, ...] = ()) -> Iterator[WorkerPool]:
+    """Worker processes, one per CPU if ``processes`` is None, that end with this block. They leave Ctrl-C to this process."""
+    processes = processes or len(os.sched_getaffinity(0))
+    executor = ProcessPoolExecutor(processes, initializer=_start, initargs=(initializer, initargs))
     try:
-        pool = multiprocessing.Pool(processes, initializer, initargs)
+        yield WorkerPool(executor, 4 * processes)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    with pool:
-        yield pool
+        executor.shutdown(cancel_futures=True)
+
+
+def _start(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer:
+        initializer(*initargs)
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _apply(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]:
+    return [function(item) for item in chunk]

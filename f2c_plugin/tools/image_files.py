@@ -1,0 +1,107 @@
+"""What a pack stores of an image file: a JPEG or PNG of 112 × 112 pixels, or the reason why it cannot."""
+
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+
+from f2c_plugin.data.dataset import IMAGE_SIZE, decode_face
+from f2c_plugin.errors import F2CError
+from f2c_plugin.utils.extras import require
+from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
+
+_LARGEST_FILE = 1 << 26  # bytes; no picture of a face is larger
+_FACE = IMAGE_SIZE, IMAGE_SIZE
+_ORIENTATION = 0x0112  # EXIF; 1 is upright
+
+
+def storable(path: Path, resize: bool, quality: int | None) -> bytes | str:
+    """The encoded image to store for a file, or why there is none: "kind of reason" or "kind of reason: detail".
+
+    A JPEG of 112 × 112 is stored as it is, and so is a PNG if ``quality`` is None. Other images become RGB PNGs, or JPEGs
+    of that quality. With ``resize``, other sizes are scaled to 112 on the shorter side and cropped at the centre.
+    Raises F2CError if Pillow is needed and missing.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _LARGEST_FILE:
+            return f"larger than {_LARGEST_FILE >> 20} MB: {size >> 20} MB"
+        encoded = path.read_bytes()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if not encoded:
+        return "empty file"
+    if is_lfs_pointer(encoded):
+        return NOT_FETCHED
+    try:
+        if simplejpeg.is_jpeg(encoded):
+            return _of_jpeg(encoded, resize, quality)
+        return _of_other(encoded, resize, quality)
+    except F2CError as error:
+        raise F2CError(f"{path} is not a JPEG of {IMAGE_SIZE}×{IMAGE_SIZE} in RGB or gray: {error}") from error
+    except Exception as error:  # decoders raise almost anything for damaged files
+        return f"cannot be decoded: {error}"
+
+
+def _of_jpeg(encoded: bytes, resize: bool, quality: int | None) -> bytes | str:
+    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+    if (width, height) == _FACE:
+        decode_face(encoded)
+        return encoded
+    if not resize:
+        return _wrong_size(int(width), int(height))
+    image = _open(encoded)
+    if colorspace not in ("CMYK", "YCCK"):
+        simplejpeg.decode_jpeg(encoded)  # raises where Pillow draws gray for what is missing
+    return _encoded(image, quality)
+
+
+def _of_other(encoded: bytes, resize: bool, quality: int | None) -> bytes | str:
+    try:
+        image = _open(encoded)
+    except require("PIL.Image", extra="images").UnidentifiedImageError:
+        return "not an image"
+    if image.size != _FACE and not resize:
+        return _wrong_size(*image.size)
+    if (image.format == "PNG" and image.size == _FACE and quality is None and not image.mode.startswith("I")
+            and image.getexif().get(_ORIENTATION, 1) == 1):  # else readers disagree about it
+        decode_face(encoded)
+        return encoded
+    return _encoded(image, quality)
+
+
+def _wrong_size(width: int, height: int) -> str:
+    return f"not {IMAGE_SIZE}×{IMAGE_SIZE} pixels: {width}×{height}"
+
+
+def _open(encoded: bytes) -> Any:
+    """A Pillow image, not decoded yet. Raises an exception if it would need gigabytes."""
+    pillow = require("PIL.Image", extra="images")
+    pillow.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about metadata
+        warnings.simplefilter("error", pillow.DecompressionBombWarning)
+        return pillow.open(BytesIO(encoded), formats=[name for name in pillow.ID if name != "EPS"])  # EPS is a program
+
+
+def _encoded(image: Any, quality: int | None) -> bytes | str:
+    """The first frame as RGB of 8 bits, upright, and of a face's size, as PNG or as JPEG of ``quality``."""
+    pillow, operations = require("PIL.Image", extra="images"), require("PIL.ImageOps", extra="images")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = operations.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            return "pixels of 32 bits, which have no defined white"
+        image = image.convert("RGB")
+        if image.size != _FACE:
+            image = operations.fit(image, _FACE, pillow.Resampling.LANCZOS)
+    if quality is not None:
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "444")
+    out = BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
