@@ -17,6 +17,11 @@ The head has no parameters to train; ``head.state_dict()`` belongs in checkpoint
 Every error is an ``F2CError``; ``f2c_plugin.errors`` lists them. In arcface_torch, ``config.head = "f2c_dcp"`` is all.
 """
 
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("f2c_plugin runs on Linux and macOS: on Windows, install it in WSL 2")
+
 from f2c_plugin.build import build_head
 from f2c_plugin.data import DualLoader, DualSampler, IdentityIndex, RecordDataset, RecordWriter
 from f2c_plugin.errors import F2CError

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -10,13 +10,16 @@ import torch
 
 from f2c_plugin.arcface_torch import patching
 from f2c_plugin.data.dataset import RecordDataset
-from f2c_plugin.errors import CheckoutError, RecordError, UnknownPlugin, VerificationSetError
+from f2c_plugin.errors import F2CError
 from f2c_plugin.evaluation.verification import VerificationSet
 from f2c_plugin.tools.packs import describe, spread
+from f2c_plugin.utils.extras import installing
 from f2c_plugin.utils.registry import HEADS, SAMPLERS, load_plugin
 
 PACKAGES = ("f2c-plugin", "torch", "numpy", "easydict", "simplejpeg", "tqdm", "onnx")
-EXTRAS = ("onnxruntime", "matplotlib", "pillow", "tensorboard", "scikit-learn", "scipy", "insightface", "mxnet")
+# Optional packages, and the extra that installs each.
+EXTRAS = {"onnxruntime": "onnxruntime", "matplotlib": "plot", "pillow": "plot", "tensorboard": "tensorboard",
+          "scikit-learn": "host", "timm": "vit"}
 SAMPLE = 100  # images per set to decode as a test
 
 Finding = tuple[bool, str, object]  # whether it is good, its name, what was found
@@ -32,57 +35,67 @@ def examine(checkout: str | Path | None = None, dataset: str | Path | None = Non
 
 
 def _findings(checkout: str | Path | None, dataset: str | Path | None) -> Iterator[Finding]:
+    yield True, "python", platform.python_version()
     yield from _versions()
+    yield from _found("GPUs", _gpus)
+    yield True, "CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()}"
     for group, name in (HEADS, "f2c_dcp"), (SAMPLERS, "f2c_dual"):
-        try:
-            yield True, name, f"found, {load_plugin(group, name).__module__} in {group}"
-        except UnknownPlugin as error:
-            yield False, name, error
+        yield from _found(name, lambda group=group, name=name: _plugin(group, name))
     if checkout:
-        yield _checkout(checkout)
+        yield from _found("checkout", lambda: _checkout(checkout))
     if dataset:
-        yield from _dataset(Path(dataset))
+        yield from _found("dataset", lambda: _pack(dataset))
+        for path in sorted(Path(dataset).glob("*.bin")):
+            yield from _found(path.name, lambda path=path: _verification_set(path))
+
+
+def _found(name: str, find: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What ``find`` finds. An error of any kind is a finding, too: nothing ends the examination."""
+    try:
+        yield from find()
+    except (F2CError, OSError) as error:
+        yield False, name, error
+    except Exception as error:
+        yield False, name, f"{type(error).__name__}: {error}"
 
 
 def _versions() -> Iterator[Finding]:
-    yield True, "python", platform.python_version()
-    for package in PACKAGES + EXTRAS:
+    for package in (*PACKAGES, *EXTRAS):
         try:
             yield True, package, metadata.version(package)
         except metadata.PackageNotFoundError:
-            optional = package in EXTRAS
-            yield optional, package, "not installed (optional)" if optional else "not installed: pip install f2c-plugin"
+            if extra := EXTRAS.get(package):
+                yield True, package, f"not installed (optional): {installing(extra)}"
+            else:
+                yield False, package, "not installed: pip install f2c-plugin"
+
+
+def _gpus() -> Iterator[Finding]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield True, "GPUs", ", ".join(gpus) or "none: training runs on the CPU"
-    yield True, "CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()}"
 
 
-def _checkout(folder: str | Path) -> Finding:
-    try:
-        checkout = patching.find_checkout(folder)
-        changes = patching.plan_install(checkout)
-    except CheckoutError as error:
-        return False, "checkout", error
-    if not changes:
-        return True, "checkout", f"{checkout} has the patches and the configs"
-    missing = sorted({reason for change in changes for reason in change.reasons})
-    return False, "checkout", f"{checkout} lacks {', '.join(missing)}: f2c-plugin install {folder}"
+def _plugin(group: str, name: str) -> Iterator[Finding]:
+    yield True, name, f"found, {load_plugin(group, name).__module__} in {group}"
 
 
-def _dataset(folder: Path) -> Iterator[Finding]:
-    try:
-        dataset = RecordDataset(folder)  # does not skip damage, so that damage is found
-        for name, value in describe(dataset):
-            yield True, name, value
-        sample = spread(len(dataset), SAMPLE)
-        dataset.faces(sample)
-        yield True, "decoded", f"{len(sample)} images"
-    except RecordError as error:
-        yield False, "dataset", error
-    for path in sorted(folder.glob("*.bin")):
-        try:
-            pairs = VerificationSet(path)
-            pairs.faces(SAMPLE)
-            yield True, path.name, f"{len(pairs.same)} pairs, {pairs.same.mean():.0%} same"
-        except VerificationSetError as error:
-            yield False, path.name, error
+def _checkout(folder: str | Path) -> Iterator[Finding]:
+    checkout = patching.find_checkout(folder)
+    missing = sorted({reason for change in patching.plan_install(checkout) for reason in change.reasons})
+    yield (not missing, "checkout", f"{checkout} lacks {', '.join(missing)}: f2c-plugin install {folder}" if missing else
+           f"{checkout} has the patches and the configs")
+
+
+def _pack(folder: str | Path) -> Iterator[Finding]:
+    dataset = RecordDataset(folder)  # does not skip damage, so that damage is found
+    for name, value in describe(dataset):
+        yield True, name, value
+    sample = spread(len(dataset), SAMPLE)
+    dataset.faces(sample)
+    yield True, "decoded", f"{len(sample)} images"
+
+
+def _verification_set(path: Path) -> Iterator[Finding]:
+    pairs = VerificationSet(path)
+    pairs.faces(SAMPLE)
+    yield True, path.name, f"{len(pairs.same)} pairs, {pairs.same.mean():.0%} same"

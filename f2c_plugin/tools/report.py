@@ -17,6 +17,7 @@ import numpy as np
 from f2c_plugin.errors import ReportError
 from f2c_plugin.evaluation.verification import tar_at_far
 from f2c_plugin.tools.plotting import pyplot, save_figure
+from f2c_plugin.utils.atomic import written_whole
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
 HEADINGS = {"curves": "Curves", "scores": "Cosines of the verification pairs", "roc": "ROC"}
@@ -50,12 +51,12 @@ class Run:
         if not log.is_file():
             raise ReportError(f"{folder}: no training.log; give the output folder of a training by arcface_torch or by "
                               "f2c_plugin.train")
-        lines = log.read_text(errors="replace").splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         config = {found[1] or found[2]: found[3].strip() for line in lines if (found := _CONFIG.match(line))}
         file = folder / "history.jsonl"
         if file.is_file():
             with _reading(file):
-                history = [_current_names(json.loads(line)) for line in file.read_text().splitlines()]
+                history = [_current_names(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
         else:
             history = _history_of_log(lines, config.get("total_batch_size", ""))
         if not history:
@@ -89,7 +90,7 @@ class Run:
         file = folder / "report.json"
         if file.is_file():
             with _reading(file):
-                summary = json.loads(file.read_text())
+                summary = json.loads(file.read_text(encoding="utf-8"))
             facts |= {"exported net": summary["exported"], "minutes": f"{summary['seconds'] / 60:.1f}"}
             if "peak_mb" in summary:
                 facts["peak memory of rank 0, MB"] = f"{summary['peak_mb']:,}"
@@ -102,7 +103,7 @@ class Run:
 def _reading(file: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ReportError(f"{file}: damaged: {error}") from error
 
 
@@ -130,7 +131,10 @@ def _current_names(entry: Entry) -> Entry:
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Print the summaries of runs, plot them, and write all into ``report.html`` in ``out``, or in the first folder."""
+    """Print the summaries of runs, plot them, and write all into ``report.html`` in ``out``, or in the first folder.
+
+    The page is written last, and holds its plots, so it is always of one report.
+    """
     runs = [Run.read(folder, name) for folder, name in zip(folders, _distinct_names(folders), strict=True)]
     for run in runs:
         print(run.name)
@@ -142,7 +146,8 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     if any(run.scores for run in runs):
         plots += [draw_scores(runs, out / "scores.png"), draw_roc(runs, out / "roc.png")]
     page = out / "report.html"
-    page.write_text(_page(runs, plots), encoding="utf-8")
+    with written_whole(page) as file:
+        file.write(_page(runs, plots).encode())
     return page
 
 

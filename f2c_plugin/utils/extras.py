@@ -20,5 +20,9 @@ def require(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
-        raise F2CError(f"{package} cannot be imported ({error}): pip install 'f2c-plugin[{extra}]'") from error
+        raise F2CError(f"{module} cannot be imported ({error}): {installing(extra)}") from error
+
+
+def installing(extra: str) -> str:
+    """The command that installs an extra."""
+    return f"pip install 'f2c-plugin[{extra}]'"

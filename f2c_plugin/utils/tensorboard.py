@@ -1,6 +1,9 @@
 """TensorBoard, where it is installed."""
 
 import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,16 +16,38 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def tensorboard_writer(folder: Path, step: int = 0) -> "SummaryWriter | None":
-    """A SummaryWriter into ``folder``; None, with a warning, where TensorBoard is not installed.
+class ScalarWriter:
+    """Writes scalars for TensorBoard into ``folder``, for as long as they can be written: what cannot be is reported once.
 
     Args:
         step: that the training resumes from; TensorBoard drops what was written of later ones.
     """
-    try:
-        require("tensorboard", extra="tensorboard")
-    except F2CError as error:
-        log.warning("no TensorBoard scalars: %s", error)
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def __init__(self, folder: Path, step: int = 0):
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+        try:
+            require("tensorboard", extra="tensorboard")
+        except F2CError as error:
+            log.warning("no TensorBoard scalars: %s", error)
+            return
+        with self._reported():
+            from torch.utils import tensorboard
+            self._writer = tensorboard.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write scalars, but for those that are not finite, which TensorBoard cannot draw."""
+        with self._reported():
+            if self._writer:
+                for name, value in scalars.items():
+                    if math.isfinite(value):
+                        self._writer.add_scalar(name, value, step)
+                self._writer.flush()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._writer = None
+            log.warning("%s: %s: no more scalars are written there, and training goes on", self._folder, error.strerror)

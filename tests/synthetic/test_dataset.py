@@ -75,5 +75,5 @@ def test_pictures_of_one_identity_all_differ():
 def test_without_pillow_the_contact_sheet_is_skipped_with_the_command_that_installs_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     cli(["synth", str(tmp_path), "--identities", "2", "--images-per-identity", "1", "--pairs", "2"])
-    assert "no contact_sheet.png: PIL cannot be imported" in (printed := capsys.readouterr().out)
+    assert "no contact_sheet.png: PIL.Image cannot be imported" in (printed := capsys.readouterr().out)
     assert "pip install 'f2c-plugin[plot]'" in printed and (tmp_path / "train.rec").is_file()
