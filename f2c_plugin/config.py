@@ -3,11 +3,13 @@
 import difflib
 import math
 import runpy
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from easydict import EasyDict
 
 from f2c_plugin.errors import ConfigError
@@ -78,6 +80,7 @@ class F2CConfig:
         Raises:
             ConfigError: lists everything that is wrong.
         """
+        cfg = {key: plain(value) for key, value in cfg.items()}
         if found := problems(cfg, world_size):
             raise ConfigError("\n".join(found))
         return cls(**{field.name: cfg[PREFIX + field.name] for field in fields(cls) if PREFIX + field.name in cfg})
@@ -90,6 +93,13 @@ class F2CConfig:
 def slots_for(pool_rate: float, num_identities: int) -> int:
     """K, the slots of a pool for ``num_identities``."""
     return int(pool_rate * num_identities + 1e-6)  # 0.29 of 100 is 29, whatever 0.29 is in binary
+
+
+def plain(value: Any) -> Any:
+    """The value of a key without NumPy's types."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 class _Values(NamedTuple):
@@ -209,6 +219,11 @@ DEFAULTS: dict[str, Any] = dict(
 REQUIRED = ("rec", "num_classes", "num_image")
 
 
+def with_defaults(cfg: Config) -> dict[str, Any]:
+    """The keys of a config, and those that it does not set with their defaults."""
+    return DEFAULTS | {PREFIX + field.name: field.default for field in fields(F2CConfig)} | dict(cfg)
+
+
 def load_config(name: str) -> TrainConfig:
     """Load a config file in arcface_torch's form: Python that sets ``config``.
 
@@ -218,22 +233,34 @@ def load_config(name: str) -> TrainConfig:
         name: path of the file, with or without ``.py``, or the name of a config that comes with
             this package.
     Raises:
-        ConfigError: there is no such file, it does not set ``config``, or it lacks a key without default.
-            ``check`` looks at the values.
+        ConfigError: there is no such file, it cannot be run (gives the line), it does not set ``config``, or it
+            lacks a key without default. ``check`` looks at the values.
     """
     path = _find_config(name)
     cfg = TrainConfig(DEFAULTS)
     base = path.with_name("base.py")
     for file in (*([base] if base.is_file() and base != path else []), path):
-        found = runpy.run_path(str(file)).get("config")
-        if not isinstance(found, dict):
+        found = _run(file).get("config")
+        if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
             raise ConfigError(f"{file}: sets no `config`; a config file ends with one, config = EasyDict()")
-        cfg.update(found)
+        cfg.update({key: plain(value) for key, value in found.items()})
     if missing := [key for key in REQUIRED if key not in cfg]:
         raise ConfigError("\n".join(f"{path}: lacks {key}" for key in missing))
     if cfg.output is None:
         cfg.output = str(Path("work_dirs") / path.stem)
     return cfg
+
+
+def _run(file: Path) -> dict[str, Any]:
+    """The names that a config file sets."""
+    try:
+        return runpy.run_path(str(file))
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename or file}, line {error.lineno or 1}: {error.msg}: correct it") from error
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        line = f", line {lines[-1]}" if lines else ""
+        raise ConfigError(f"{file}{line}: cannot be run: {type(error).__name__}: {error}") from error
 
 
 def _find_config(name: str) -> Path:

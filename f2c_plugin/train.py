@@ -6,41 +6,63 @@
 ``config.head`` is the name of an installed head ("f2c_dcp"), or "softmax" for the full FC layer.
 Into ``config.output`` go training.log, TensorBoard scalars, history.jsonl, model.pt, model.onnx,
 verification scores and report.json, and checkpoints. SIGUSR1 saves one; SIGTERM saves one and stops.
+
+Exit codes:
+
+0: the training has finished, its model is finite and all files are written.
+1: an error, on stderr: config, data, checkpoint or disk, a training that has diverged, or another one in the folder.
+2: wrong arguments.
+130: Ctrl-C (SIGINT).
+143: SIGTERM. If it came between the first and the last step, the step that it came in is saved.
+
+torchrun and torch.distributed.launch exit with 1 whenever a rank does not exit with 0, and when they are
+signalled themselves; the rank's own code is in what they print.
 """
 
 import argparse
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from f2c_plugin.config import load_config
 from f2c_plugin.errors import F2CError
 from f2c_plugin.trainer.check import check
-from f2c_plugin.trainer.logger import init_logging
+from f2c_plugin.trainer.logger import logging_to
 from f2c_plugin.trainer.loop import train
+from f2c_plugin.trainer.output import sole_user
 from f2c_plugin.trainer.rendezvous import process_group
-from f2c_plugin.trainer.signals import Stopped
+from f2c_plugin.trainer.signals import Stopped, listening
+from f2c_plugin.utils.terminal import tolerate_any_terminal
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m f2c_plugin.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("config", help="path of a config file, or the name of one that comes with the package")
+    # torch.distributed.launch gives it, and sets LOCAL_RANK, too.
+    parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
+    tolerate_any_terminal()
     try:
-        cfg = load_config(parser.parse_args(arguments).config)
-        check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
-        if int(os.environ.get("RANK", 0)) == 0:
-            init_logging(Path(cfg.output), cfg.resume)
-        with process_group():
-            train(cfg)
+        with listening():
+            _train(parser.parse_args(arguments).config)
     except (F2CError, OSError) as error:
         sys.exit(f"f2c_plugin.train: {error}")
     except Stopped as stopped:
         print(f"f2c_plugin.train: {stopped}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        sys.exit("f2c_plugin.train: interrupted. Where there are checkpoints (f2c_save_every, save_all_states), resume=True "
-                 "goes on from the last")
+        print("f2c_plugin.train: interrupted. Where there are checkpoints (f2c_save_every, save_all_states), resume=True goes "
+              "on from the last", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _train(config: str) -> None:
+    cfg = load_config(config)
+    check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    rank, folder = int(os.environ.get("RANK", 0)), Path(cfg.output)
+    with sole_user(folder, rank), logging_to(folder, cfg.resume) if rank == 0 else nullcontext(), process_group():
+        train(cfg)
 
 
 if __name__ == "__main__":

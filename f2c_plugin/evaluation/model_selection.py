@@ -21,8 +21,11 @@ def verify(nets: Mapping[str, nn.Module], sets: Mapping[str, VerificationSet], s
     for which, net in nets.items():
         for name, verification_set in sets.items():
             results[which][name] = result = verification_set.evaluate(net)
-            with written_whole(folder / f"{PREFIX[which]}{name}_scores.npz") as file:
-                np.savez(file, scores=result.scores, same=result.same)
+            try:
+                with written_whole(folder / f"{PREFIX[which]}{name}_scores.npz") as file:
+                    np.savez(file, scores=result.scores, same=result.same)
+            except OSError as error:  # no reason to end a training
+                log.warning("the scores are not saved: %s", error)
             log.info("[%s%s][%d]Accuracy-Flip: %.5f+-%.5f  TAR at FAR 1e-3: %.4f  XNorm: %.3f", PREFIX[which], name, step,
                      result.accuracy, result.accuracy_std, result.tar_at_far(1e-3), result.embedding_norm)
     return results

@@ -9,7 +9,7 @@ import torch
 from f2c_plugin.errors import TrainingDiverged
 from f2c_plugin.method.head import StepStatistics
 from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool
-from f2c_plugin.utils.tensorboard import tensorboard_writer
+from f2c_plugin.utils.tensorboard import ScalarWriter
 
 log = logging.getLogger(__name__)
 SHORT_STAY = 3  # identities should stay in the pool for at least this many steps
@@ -53,12 +53,9 @@ class Monitor:
     def record(self, step: int, scalars: dict[str, float]) -> None:
         """Write scalars to TensorBoard."""
         if self._folder:
-            self._writer, self._folder = tensorboard_writer(self._folder), None
+            self._writer, self._folder = ScalarWriter(self._folder), None
         if self._writer:
-            for name, value in scalars.items():
-                if not math.isnan(value):  # TensorBoard cannot draw NaN
-                    self._writer.add_scalar(name, value, step)
-            self._writer.flush()  # nothing is called at the end of training
+            self._writer.write(step, scalars)
 
     def _count_bad_steps(self, step: int) -> None:
         for finite in torch.stack([each.finite for each in self._steps]).tolist():

@@ -1,7 +1,6 @@
 """Loads trained nets from a model.pt or a checkpoint and exports them as ONNX."""
 
 import logging
-import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,9 +12,11 @@ from torch import nn
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, normalize_faces
 from f2c_plugin.errors import CheckpointError, ExportError, F2CError
+from f2c_plugin.evaluation.verification import embed
 from f2c_plugin.models import NETWORKS, Net, get_model
-from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.utils.atomic import naming, written_whole
 from f2c_plugin.utils.extras import require
+from f2c_plugin.utils.finite import not_finite, some
 from f2c_plugin.utils.safe_load import load_states
 
 log = logging.getLogger(__name__)
@@ -56,13 +57,40 @@ def load_net(path: str | Path, which: str = "probe") -> Net:
                       "with its own torch2onnx.py")
 
 
-def export_onnx(net: nn.Module, path: str | Path) -> None:
-    """Write a net as ONNX, from ``data``, float32 (N, 3, 112, 112) RGB in [-1, 1], to ``embedding``, float32 (N, D)."""
-    _write(_as_onnx(net), path)
+def unusable(net: nn.Module) -> list[str]:
+    """What of a net is not finite: names of parameters and buffers, or "its embeddings" of a random face; [] if nothing is."""
+    face = torch.randint(0, 256, (1, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return not_finite(net.state_dict()) or ([] if embed(net, face).isfinite().all() else ["its embeddings"])
+
+
+def export_checked(net: nn.Module, path: str | Path, images: torch.Tensor | None = None) -> float | None:
+    """Write a net as ONNX, from ``data``, float32 (N, 3, 112, 112) RGB in [-1, 1], to ``embedding``, float32 (N, D).
+
+    Args:
+        images: float32 (N, 3, 112, 112) in [-1, 1] to compare net and export with; None takes random ones.
+    Returns:
+        The smallest cosine between the embeddings of both; None, with a warning, without onnxruntime.
+    Raises:
+        ExportError: the net is not finite, or its export gives other embeddings. Nothing is written.
+        OSError: the file cannot be written.
+    """
+    net = net.cpu().eval()  # and leave it there, in that mode
+    if found := unusable(net):
+        raise ExportError(f"{path}: not written, because the net is not finite: {some(found)}: export an earlier checkpoint")
+    if images is None:
+        images = normalize_faces(torch.randint(0, 256, (8, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8))
+    with naming(Path(path)):  # the temporary folder may be full, too
+        model = _as_onnx(net)
+    cosine = _onnx_cosine(net, model, images)
+    if cosine is not None and not cosine >= SAME_EMBEDDING:
+        raise ExportError(f"{path}: not written: the export gives other embeddings than the net; their cosine is {cosine}, "
+                          f"below {SAME_EMBEDDING}")
+    with written_whole(path) as file:
+        file.write(model)
+    return cosine
 
 
 def _as_onnx(net: nn.Module) -> bytes:
-    net = net.cpu().eval()  # and leave it there, in that mode
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         file = Path(folder) / "model.onnx"
         # The newer exporter gives the same graph but needs another dependency, onnxscript.
@@ -75,41 +103,15 @@ def _as_onnx(net: nn.Module) -> bytes:
     return model
 
 
-def _write(model: bytes, path: str | Path) -> None:
-    with written_whole(path) as file:
-        file.write(model)
-
-
-def onnx_cosine(net: nn.Module, model: str | Path | bytes, images: torch.Tensor) -> float | None:
-    """The smallest cosine between the embeddings of a net, in eval mode, and of its export, NaN if any is NaN.
-
-    None, with a warning, without onnxruntime. ``model`` is a file or its content; ``images``: float32
-    (N, 3, 112, 112) in [-1, 1].
-    """
+def _onnx_cosine(net: nn.Module, model: bytes, images: torch.Tensor) -> float | None:
     try:
         onnxruntime = require("onnxruntime", extra="onnxruntime")
     except F2CError as error:
         log.warning("the ONNX model is not compared with PyTorch: %s", error)
         return None
-    session = onnxruntime.InferenceSession(os.fspath(model), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     exported = session.run(None, {"data": images.numpy()})[0]
     with torch.no_grad():
         original = net(images).numpy()
     norms = np.linalg.norm(exported, axis=1) * np.linalg.norm(original, axis=1)
     return float(((exported * original).sum(1) / norms).min())
-
-
-def require_same_embedding(cosine: float | None, path: str | Path) -> None:
-    """Raise ExportError if the result of ``onnx_cosine`` for the export at ``path`` is too small."""
-    if cosine is not None and not cosine >= SAME_EMBEDDING:
-        raise ExportError(f"{path} and model.pt give different embeddings: their cosine is {cosine}, below {SAME_EMBEDDING}")
-
-
-def export_checked(net: nn.Module, path: str | Path) -> float | None:
-    """As ``export_onnx``, if the export gives the same embeddings. Returns ``onnx_cosine``; raises ExportError."""
-    model = _as_onnx(net)
-    faces = torch.randint(0, 256, (8, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)
-    cosine = onnx_cosine(net, model, normalize_faces(faces))
-    require_same_embedding(cosine, path)
-    _write(model, path)
-    return cosine

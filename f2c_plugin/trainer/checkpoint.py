@@ -1,5 +1,7 @@
 """Checkpoints of the built-in trainer: one file for all ranks, whole or absent, good for any number of ranks."""
 
+import errno
+import hashlib
 import logging
 import os
 import random
@@ -10,34 +12,31 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import distributed, nn
 
-from f2c_plugin.config import Config, TrainConfig
+from f2c_plugin.config import Config, TrainConfig, with_defaults
+from f2c_plugin.data.identities import IdentityIndex
 from f2c_plugin.data.sampler import DualSampler, Position
-from f2c_plugin.errors import CheckpointError, ConfigError
-from f2c_plugin.utils.atomic import PARTIAL, written_whole
+from f2c_plugin.errors import CheckpointError, ConfigError, TrainingDiverged
+from f2c_plugin.trainer.output import checkpoints_in, write_states
+from f2c_plugin.trainer.schema import FORMAT, is_plain, problems
 from f2c_plugin.utils.distributed import this_rank
+from f2c_plugin.utils.finite import not_finite, some
 from f2c_plugin.utils.safe_load import load_states
 
 log = logging.getLogger(__name__)
 
-FORMAT = "f2c-plugin checkpoint 1"
 KEPT = 2
 _NAME = "checkpoint_{:012d}.pt"  # of the images seen: they only grow, while steps shrink with more ranks
-_ANY_NAME = "checkpoint_" + 12 * "[0-9]" + ".pt"
 # What identifies the batches of a training: they come again only if all of these are as they were.
 _Layout = tuple[int, int, int, int]  # ranks, batch size, pairs per step, seed
+_PACK_SAMPLES = 1 << 12  # images that identify a pack
 
-# A checkpoint with another value of one of these does not fit.
+# A checkpoint with another value of one of these, or of another pack, does not fit.
 SAME_TRAINING = ("head", "network", "embedding_size", "num_classes", "num_image", "optimizer", "f2c_pool_rate")
-# Other changes are reported, except those that change nothing in the training.
+# Other changes are reported, margin_list and lr among them, except those that change nothing in the training.
 NOT_REPORTED = ("resume", "output", "rec", "val_targets", "frequent", "verbose", "num_workers", "save_all_states",
                 "f2c_save_every")
-
-
-def checkpoints_in(folder: str | Path) -> list[Path]:
-    """Checkpoints of the built-in trainer, the newest first."""
-    return sorted(Path(folder).glob(_ANY_NAME), reverse=True)
 
 
 def save_due(cfg: Config, step: int, num_steps: int, total_steps: int) -> bool:
@@ -47,7 +46,11 @@ def save_due(cfg: Config, step: int, num_steps: int, total_steps: int) -> bool:
 
 
 class Checkpoints:
-    """The checkpoints in ``config.output``; the last two are kept.
+    """The checkpoints in ``config.output``; the last two good ones are kept.
+
+    A damaged one counts for nothing: it stays until there are two newer good ones, or until the training
+    comes to its step again and replaces it. Which are good is known without reading them again: the one that
+    the training has resumed from, and those that it has written since.
 
     All ranks call the methods together. Rank 0 writes one file for all of them: nets, optimizer,
     scaler, head (a sharded pool as a whole), the position in the training and in each pass over the
@@ -65,7 +68,9 @@ class Checkpoints:
         self.rank, world_size = this_rank()
         self.images_per_step = cfg.batch_size * world_size
         self.layout: _Layout = (world_size, cfg.batch_size, sampler.pairs_per_step, sampler.seed)
-        self.settings = {key: value for key, value in cfg.items() if isinstance(value, (int, float, str, bool, type(None)))}
+        self.settings = {key: value for key, value in cfg.items() if is_plain(value)}
+        self.pack = pack_digest(sampler.index)
+        self.good: list[Path] = []
 
     def begin(self) -> tuple[int, float]:
         """Where the training begins: (steps done, seconds spent), (0, 0.0) for a new one.
@@ -74,8 +79,8 @@ class Checkpoints:
         and so does a training that torchrun has restarted.
 
         Raises:
-            ConfigError: there is no checkpoint, it belongs to another training, or a new training would
-                overwrite the checkpoints of an earlier one.
+            ConfigError: there is no checkpoint; it belongs to another training: the pack or a key in SAME_TRAINING
+                differs (other differences are logged); or a new training would overwrite an earlier one's.
         """
         found, refusal = None, None
         # Of two nodes, one that has come back does not know that the training had begun.
@@ -93,11 +98,10 @@ class Checkpoints:
         if not found.is_file():
             raise ConfigError(f"{found}: rank 0 sees this checkpoint and rank {self.rank} does not: put config.output "
                               "where all nodes see it")
+        self.good = [found]
         return self._load(found)
 
     def _find(self, restarted: bool) -> Path | None:
-        for partial in self.folder.glob(_ANY_NAME + ".*" + PARTIAL):
-            partial.unlink()  # of a process that was killed while it wrote
         files = checkpoints_in(self.folder)
         if not self.cfg.resume and not restarted:
             if files:
@@ -119,14 +123,11 @@ class Checkpoints:
 
     def _load(self, path: Path) -> tuple[int, float]:
         saved = load_states(path)
-        self._compare_settings(saved["settings"], path)
-        missing = self.parts.keys() - saved.keys()
-        if missing:
-            raise ConfigError(f"{path}: lacks {', '.join(sorted(missing))}: it belongs to another training; set resume=False")
+        self._compare(saved, path)
         for name, part in self.parts.items():
             try:
                 _load_part(part, saved[name])
-            except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError) as error:
+            except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
                 raise ConfigError(f"{path}: its {name} cannot be used: {error}") from error
 
         step = saved["images"] // self.images_per_step
@@ -136,15 +137,21 @@ class Checkpoints:
         else:  # the passes go on behind the last image that was seen
             _, identities, images = saved["position"]
             self.sampler.origin = Position(step, identities, images)
-            if hasattr(self.parts["head"], "continue_at"):
-                self.parts["head"].continue_at(step)
+        if hasattr(self.parts["head"], "continue_at"):
+            self.parts["head"].continue_at(step)
         log.info("resume: going on from %s: %d images seen, step %d", path, saved["images"], step)
-        return step, saved["seconds"]
+        return step, float(saved["seconds"])
 
-    def _compare_settings(self, before: dict[str, Any], path: Path) -> None:
-        changed = {key: f"{key} was {before.get(key)!r} and is now {self.settings.get(key)!r}"
-                   for key in sorted({*before, *self.settings} - {*NOT_REPORTED}) if before.get(key) != self.settings.get(key)}
+    def _compare(self, saved: dict[str, Any], path: Path) -> None:
+        """Compare the settings, by value: a key that is not set has its default. Lists were not kept up to version 0.2."""
+        before, now = ({key: list(value) if isinstance(value, tuple) else value for key, value in with_defaults(each).items()}
+                       for each in (saved["settings"], self.settings))
+        changed = {key: f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+                   for key in sorted({*before, *now} - {*NOT_REPORTED}) if before.get(key) != now.get(key)
+                   and not (isinstance(now.get(key), list) and key not in saved["settings"])}
         refused = [what for key, what in changed.items() if key in SAME_TRAINING]
+        if saved.get("pack", self.pack) != self.pack:
+            refused.append(f"rec={self.cfg.rec!r} is another pack: its images or identities differ")
         if refused:
             raise ConfigError(f"resume={self.cfg.resume!r}, but {path} belongs to another training: {', '.join(refused)}; set "
                               "them back, or choose another output")
@@ -152,30 +159,41 @@ class Checkpoints:
             log.warning("%s: %s", path.name, what)
 
     def save(self, step: int, seconds: float) -> None:
-        """Write a checkpoint and remove all but the last two.
+        """Write a checkpoint and remove those before the last two good ones.
 
         Raises:
+            TrainingDiverged: the states are not finite.
             CheckpointError: it cannot be written; those before it are as they were.
         """
         states = {name: part.state_dict() for name, part in self.parts.items()}  # gathers a sharded pool: all ranks take part
+        if found := not_finite(states):
+            raise self.diverged(found, step)
         random_states = _of_all_ranks(_random_state())
         if self.rank:
             return
-        position = self.sampler.position(step)
         path = self.folder / _NAME.format(step * self.images_per_step)
-        states |= {"format": FORMAT, "settings": self.settings, "step": step, "images": step * self.images_per_step,
-                   "seconds": seconds, "layout": list(self.layout), "origin": list(self.sampler.origin),
-                   "position": list(position), "random": random_states}
+        states |= {"format": FORMAT, "settings": self.settings, "pack": self.pack, "step": step,
+                   "images": step * self.images_per_step, "seconds": seconds, "layout": list(self.layout),
+                   "origin": list(self.sampler.origin), "position": list(self.sampler.position(step)), "random": random_states}
         try:
-            with written_whole(path) as file:
-                torch.save(states, file)
-        except (OSError, RuntimeError) as error:  # torch's writer has errors of its own for a full disk
-            kept = checkpoints_in(self.folder)
-            raise CheckpointError(f"{path}: cannot be written: {str(error).splitlines()[0]} ({_free(self.folder)} free). "
-                                  + (f"{kept[0].name} is whole: make room and go on with resume=True" if kept else
-                                     "Make room and start again")) from error
-        for old in checkpoints_in(self.folder)[KEPT:]:
-            old.unlink()
+            write_states(states, path)
+        except OSError as error:
+            room = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror} ({_free(self.folder)} free): {room}"
+                                  + self.remedy()) from error
+        self.good = sorted({*self.good, path})[-KEPT:]
+        for old in checkpoints_in(self.folder) if len(self.good) == KEPT else ():
+            if old < self.good[0]:
+                old.unlink()
+
+    def diverged(self, found: list[str], step: int) -> TrainingDiverged:
+        """The error of a training in which something is not finite."""
+        return TrainingDiverged(f"not finite after step {step}: {some(found)}: nothing of it is written; lower lr or set "
+                                f"fp16=False, and {self.remedy()}")
+
+    def remedy(self) -> str:
+        """How to go on after an error."""
+        return f"go on from {self.good[-1].name}, which is whole, with resume=True" if self.good else "start again"
 
     def require_room(self) -> None:
         """Raise ConfigError if the disk has no room for the checkpoints to come, beside those that are there."""
@@ -183,7 +201,8 @@ class Checkpoints:
                          if each.requires_grad)
         moments = 2 if self.cfg.optimizer == "adamw" else 1
         nets = sum(each.nbytes for name in ("backbone", "head") for each in self.parts[name].state_dict().values())
-        there = len(checkpoints_in(self.folder)[:KEPT])  # one more is written before the older is removed
+        # One more is written before the older is removed. Damaged ones are the newest there are, and stay.
+        there = len([file for file in checkpoints_in(self.folder) if self.good and file <= self.good[-1]][:KEPT])
         needed = (KEPT + 1 - there) * (nets + moments * parameters)
         free = shutil.disk_usage(self.folder).free
         if self.rank == 0 and free < needed:
@@ -192,38 +211,58 @@ class Checkpoints:
 
 
 def _check(saved: dict[str, Any], path: Path) -> None:
-    """Raise CheckpointError unless ``saved`` is a checkpoint of the built-in trainer, with finite nets."""
+    """Raise CheckpointError unless ``saved`` is a checkpoint of the built-in trainer that holds only finite numbers."""
     if saved.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of f2c_plugin.train")
-    kinds: dict[str, type] = dict(settings=dict, images=int, step=int, seconds=float, layout=list, origin=list, position=list,
-                                  random=list, backbone=dict, head=dict, optimizer=dict)
-    wrong = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
-    lengths = {} if wrong else {"layout": 4, "origin": 3, "position": 3}
-    wrong += [name for name, length in lengths.items() if len(saved[name]) != length or not all(
-        isinstance(each, int) and each >= 0 for each in saved[name])]
-    if not wrong and saved["images"] < 0:
-        wrong = ["images"]
-    if wrong:
-        raise CheckpointError(f"{path}: not a whole checkpoint: {', '.join(wrong)} not as it should be")
-    for name in "backbone", "head":
-        for key, value in saved[name].items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
-                raise CheckpointError(f"{path}: {name}.{key} is not finite")
+    if wrong := problems(saved) or [name for name in ["random"] if not all(map(_is_random_state, saved[name]))]:
+        raise CheckpointError(f"{path}: not a whole checkpoint: {some(wrong)} not as it should be")
+    if wrong := not_finite({name: value for name, value in saved.items() if name != "settings"}):
+        raise CheckpointError(f"{path}: {some(wrong)} not finite")
+
+
+def pack_digest(index: IdentityIndex) -> str:
+    """Identifies a pack: where its images are and whose they are, of up to 4096 of them, however large it is."""
+    sample = np.linspace(0, len(index) - 1, min(len(index), _PACK_SAMPLES)).astype(np.int64)
+    digest = hashlib.sha256()
+    for array in ([len(index), len(index.numbers)], index.offsets[sample], index.identity[sample]):
+        digest.update(np.asarray(array, "<i8").tobytes())
+    return digest.hexdigest()
 
 
 def _load_part(part: Any, state: dict[str, Any]) -> None:
-    if not isinstance(part, torch.optim.Optimizer):
+    if isinstance(part, torch.optim.Optimizer):
+        _load_optimizer(part, state)
+    elif isinstance(part, nn.Module):
+        for name, own in (*part.named_parameters(), *part.named_buffers()):
+            if name in state and (not isinstance(state[name], torch.Tensor) or _kind(state[name]) != _kind(own)):
+                raise ValueError(f"{name} holds no numbers of the kind of {own.dtype}")
         part.load_state_dict(state)
-        return
-    state = deepcopy(state)  # the optimizer would keep the tensors, which are mapped from the file
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in part.param_groups]
-    part.load_state_dict(state)
-    for group, configured in zip(part.param_groups, groups, strict=True):
-        group.update(configured)  # the config's learning rate and decay, not those of before
-        for parameter in group["params"]:
-            for name, value in part.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
-                    raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
+    elif state:  # a scaler; it was not in use if it has none
+        part.load_state_dict(state)
+
+
+def _kind(tensor: torch.Tensor) -> tuple[bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex()
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Take the moments; learning rate and decay are the config's, not those of before."""
+    groups = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in groups]:
+        raise ValueError("it has other parameters")
+    parameters = dict(enumerate(each for group in optimizer.param_groups for each in group["params"]))
+    moments = {"exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else {"momentum_buffer"}
+    for number, of_parameter in saved["state"].items():
+        values = {name: value for name, value in of_parameter.items() if value is not None}
+        steps = values.pop("step", None) if isinstance(optimizer, torch.optim.AdamW) else None
+        is_whole = not values or (values.keys() == moments and (len(moments) == 1 or (steps is not None and steps >= 1)))
+        if number not in parameters or not is_whole or any(
+                value.shape != parameters[number].shape or not value.is_floating_point() for value in values.values()):
+            raise ValueError(f"the state of parameter {number} does not fit it")
+        if (values.get("exp_avg_sq", torch.zeros(1)) < 0).any():
+            raise ValueError(f"a square of parameter {number} is negative")
+    # Copied: the optimizer would keep the tensors, which are mapped from the file.
+    optimizer.load_state_dict({"state": deepcopy(saved["state"]), "param_groups": groups})
 
 
 def _random_state() -> dict[str, Any]:
@@ -243,6 +282,18 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(numbers), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _is_random_state(state: dict[str, Any]) -> bool:
+    """Whether the generators take a state. They keep theirs."""
+    before = _random_state()
+    try:
+        _set_random_state(state)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        return False
+    finally:
+        _set_random_state(before)
+    return True
 
 
 _T = TypeVar("_T")

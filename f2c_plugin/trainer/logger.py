@@ -2,10 +2,13 @@
 
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO, cast
 
 import numpy as np
 import torch
@@ -15,9 +18,9 @@ from tqdm import tqdm
 from f2c_plugin.config import TrainConfig
 from f2c_plugin.evaluation.model_selection import PREFIX, Results, verify
 from f2c_plugin.evaluation.verification import VerificationSet
-from f2c_plugin.trainer.checkpoint import checkpoints_in
+from f2c_plugin.trainer.output import PatientFile, checkpoints_in
 from f2c_plugin.utils.atomic import written_whole
-from f2c_plugin.utils.tensorboard import tensorboard_writer
+from f2c_plugin.utils.tensorboard import ScalarWriter
 
 log = logging.getLogger(__name__)
 
@@ -36,22 +39,23 @@ class TrainingLog:
         self.images_per_step = cfg.batch_size * distributed.get_world_size()
         self.folder = Path(cfg.output)
         self._keep_history(step * self.images_per_step)
-        self.history = open(self.folder / "history.jsonl", "a")  # noqa: SIM115  # closed by close()
+        self.history = PatientFile(self.folder / "history.jsonl")
         if not step:  # a run's scalars do not mix with those of the run it replaces
             for events in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
                 events.unlink()
-        self.writer = tensorboard_writer(self.folder / "tensorboard", step)
+        self.writer = ScalarWriter(self.folder / "tensorboard", step)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, file=sys.stdout)
         self._start_interval(step)
 
     def _keep_history(self, images: int) -> None:
-        """Keep the entries up to ``images``; later ones will be written again."""
+        """Keep the entries up to ``images``; later ones will be written again. A line that is none was torn by a kill."""
         file = self.folder / "history.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if images and file.is_file() else []
+        lines = file.read_bytes().splitlines(keepends=True) if images and file.is_file() else []
         with written_whole(file) as new:
             for line in lines:
-                if line.endswith("\n") and json.loads(line)["images"] <= images:
-                    new.write(line.encode())
+                with suppress(ValueError, KeyError, TypeError):
+                    if line.endswith(b"\n") and json.loads(line)["images"] <= images:
+                        new.write(line)
 
     def _start_interval(self, step: int) -> None:
         self.losses: list[Tensor] = []
@@ -91,28 +95,38 @@ class TrainingLog:
         """Into the history; and into TensorBoard, unless the monitor has written it there itself."""
         finite = {name: value for name, value in {**scalars, **(of_monitor or {})}.items() if np.isfinite(value)}
         self.history.write(json.dumps({"step": step, "images": step * self.images_per_step, **finite}) + "\n")
-        self.history.flush()
-        if self.writer:
-            for name in scalars.keys() & finite.keys():
-                self.writer.add_scalar(name, finite[name], step)
+        self.writer.write(step, scalars)
 
     def close(self) -> None:
+        """Raise OSError if the history could not be written."""
         self.bar.close()
         self.history.close()
-        if self.writer:
-            self.writer.close()
 
 
-class _TqdmHandler(logging.Handler):
-    """Writes log lines above the progress bar instead of through it."""
+class _TerminalHandler(logging.Handler):
+    """Writes log lines above the progress bar instead of through it, for as long as there is a terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # a closed pipe, or a full disk behind it; training.log goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def init_logging(folder: Path, resume: bool | str) -> None:
-    """Log to the terminal and to ``training.log`` in ``folder``, which is continued if a training may go on there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mode = "a" if resume or checkpoints_in(folder) else "w"
-    handlers: list[logging.Handler] = [_TqdmHandler(), logging.FileHandler(folder / "training.log", mode)]
+@contextmanager
+def logging_to(folder: Path, resume: bool | str) -> Iterator[None]:
+    """Log to the terminal and to ``training.log`` in ``folder``, which is continued if a training may go on there.
+
+    Raises OSError if training.log could not be written.
+    """
+    lines = PatientFile(folder / "training.log", "ab" if resume or checkpoints_in(folder) else "wb")
+    handlers = [_TerminalHandler(), logging.StreamHandler(cast(TextIO, lines))]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=handlers, force=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # that there is no room is the smaller trouble
+            lines.close()
+        raise
+    lines.close()

@@ -20,7 +20,7 @@ from f2c_plugin.data.from_config import steps_per_epoch, training_device
 from f2c_plugin.data.loader import DualLoader
 from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.evaluation.model_selection import Results, select_net
-from f2c_plugin.evaluation.onnx_export import export_onnx, onnx_cosine, require_same_embedding
+from f2c_plugin.evaluation.onnx_export import export_checked, unusable
 from f2c_plugin.evaluation.verification import VerificationSet
 from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.models import get_model
@@ -28,7 +28,8 @@ from f2c_plugin.trainer import build
 from f2c_plugin.trainer.bad_steps import BadSteps
 from f2c_plugin.trainer.checkpoint import Checkpoints, save_due
 from f2c_plugin.trainer.logger import TrainingLog
-from f2c_plugin.trainer.signals import Request, Stopped, listening
+from f2c_plugin.trainer.output import sole_user, write_states
+from f2c_plugin.trainer.signals import Request, Requests, Stopped, listening
 from f2c_plugin.utils.atomic import written_whole
 
 log = logging.getLogger(__name__)
@@ -108,14 +109,22 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
 def train(cfg: TrainConfig) -> dict[str, Any]:
     """Run one training and return the report that also goes to ``report.json``; {} on ranks other than 0.
 
-    Every rank calls this, with the process group set up; see ``process_group``.
+    Every rank calls this, with the process group set up; see ``process_group``. It ends in an error unless
+    model.pt, model.onnx, report.json and history.jsonl are whole and the model is finite.
 
     Args:
         cfg: a config as ``load_config`` returns it.
     Raises:
-        F2CError: the config, the data or the checkpoints are wrong, or the training diverged.
+        F2CError: the config, the data or the checkpoints are wrong, the training diverged, or another one is at
+            work in ``config.output``.
+        OSError: a file cannot be written; names it.
         Stopped: a signal has ended it.
     """
+    with sole_user(Path(cfg.output), distributed.get_rank()), listening() as requests:
+        return _train(cfg, requests)
+
+
+def _train(cfg: TrainConfig, requests: Requests) -> dict[str, Any]:
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     build.seed_everything(cfg.seed)
@@ -132,20 +141,24 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         log.info(": %-24s %s", key, value)  # as arcface_torch does, for whoever reads its log
 
     training_log = TrainingLog(cfg, state.total_steps, state.step) if rank == 0 else None
-    seconds = _run(state, loader, num_steps, sets, checkpoints, training_log, time.perf_counter() - seconds)
+    begin = time.perf_counter() - seconds
+    _run(state, loader, num_steps, sets, checkpoints, training_log, requests, begin)
+    seconds = time.perf_counter() - begin
     if training_log is None:
         return {}
     results = training_log.verify(state.step, state.nets, sets)
+    _require_usable(state, checkpoints, results)
+    report = _finish(state, results, state.step * cfg.batch_size * world_size, seconds, sets)
     training_log.close()
-    return _finish(state, results, state.step * cfg.batch_size * world_size, seconds, sets)
+    return report
 
 
 def _run(state: TrainState, loader: DualLoader, num_steps: int, sets: dict[str, VerificationSet], checkpoints: Checkpoints,
-         training_log: TrainingLog | None, begin: float) -> float:
-    """All epochs, from ``state.step`` on. Returns the seconds since ``begin``."""
+         training_log: TrainingLog | None, requests: Requests, begin: float) -> None:
+    """All epochs, from ``state.step`` on. ``begin`` is when the first began."""
     cfg = state.cfg
     save_is_due = False
-    with listening() as requests:
+    with requests.in_steps():
         for epoch in range(state.step // num_steps, cfg.num_epoch):
             cast(DualSampler, loader.sampler).set_epoch(epoch, state.step % num_steps)
             for images, labels in loader:
@@ -165,8 +178,17 @@ def _run(state: TrainState, loader: DualLoader, num_steps: int, sets: dict[str, 
                 if request is Request.SAVE_AND_STOP:
                     raise Stopped(f"stopped by a signal after step {state.step}, which is saved: resume=True goes on from it")
             if training_log:
-                save_net(state.net, Path(cfg.output) / "model.pt")
-    return time.perf_counter() - begin
+                _require_usable(state, checkpoints)
+                write_states(state.net.state_dict(), Path(cfg.output) / "model.pt")
+
+
+def _require_usable(state: TrainState, checkpoints: Checkpoints, results: Results | None = None) -> None:
+    """Raise TrainingDiverged if a net is not finite, or embeds faces in what is not finite: it must not become model.pt."""
+    found = [f"{which} net: {name}" for which, net in state.nets.items() for name in unusable(net)]
+    found += [f"{which} net: its embeddings of {name}" for which, of_net in (results or {}).items()
+              for name, result in of_net.items() if not np.isfinite(result.scores).all()]
+    if found:
+        raise checkpoints.diverged(found, state.step)
 
 
 def _finish(state: TrainState, results: Results, images_seen: int, seconds: float,
@@ -176,28 +198,21 @@ def _finish(state: TrainState, results: Results, images_seen: int, seconds: floa
     nets = state.nets
     which = select_net(cfg.get("f2c_export", "probe"), results) if "gallery" in nets else "probe"
     net = cast(GalleryNet, nets["gallery"]).net if which == "gallery" else nets["probe"]
-    save_net(net, folder / "model.pt")
+    write_states(net.state_dict(), folder / "model.pt")
     exported = get_model(cfg.network, cfg.embedding_size)  # in float32, and without hooks
     exported.load_state_dict(net.state_dict())
-    export_onnx(exported, folder / "model.onnx")
+    faces = next((normalize_faces(each.faces(64)) for each in sets.values()), None)
+    cosine = export_checked(exported, folder / "model.onnx", faces)
     summaries = {name: result.summary() for name, result in results[which].items()}
     report: dict[str, Any] = dict(
         head=cfg.head, network=cfg.network, exported=which, images_seen=images_seen, seconds=round(seconds, 1),
         peak_mb=round(_peak_memory() / 2**20), verification=next(iter(summaries.values()), None), verification_sets=summaries)
-    cosine = None
-    for verification_set in list(sets.values())[:1]:
-        cosine = onnx_cosine(exported, folder / "model.onnx", normalize_faces(verification_set.faces(64)))
-        report["onnx_cosine"] = cosine if cosine is None or np.isfinite(cosine) else "not a number"
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    if sets:
+        report["onnx_cosine"] = cosine
+    with written_whole(folder / "report.json") as file:
+        file.write((json.dumps(report, indent=2) + "\n").encode())
     log.info("model.pt, model.onnx and report.json are in %s", folder)
-    require_same_embedding(cosine, folder / "model.onnx")
     return report
-
-
-def save_net(net: nn.Module, path: Path) -> None:
-    """Write the parameters of a net, as arcface_torch's model.pt holds them."""
-    with written_whole(path) as file:
-        torch.save(net.state_dict(), file)
 
 
 def _peak_memory() -> int:

@@ -43,18 +43,19 @@ def rendezvous(store: Store, rank: int, world_size: int) -> Store:
         TimeoutError: the ranks have not met within the store's timeout.
     """
     me = uuid.uuid4().hex
-    if rank == 0:
-        store.set("f2c/rendezvous", me)
-        others = [store.get(f"f2c/{me}/{other}").decode() for other in range(1, world_size)]  # waits for each
-        store.set(f"f2c/{me}/present", ",".join(others))
-        return PrefixStore(f"f2c/{me}", store)
     timeout = store.timeout  # pyright: ignore[reportAttributeAccessIssue]  # missing in torch's stubs
     deadline = time.monotonic() + timeout.total_seconds()
-    while time.monotonic() < deadline:
-        name = store.get("f2c/rendezvous").decode()
-        store.set(f"f2c/{name}/{rank}", me)
-        present = f"f2c/{name}/present"
-        if store.check([present]) and me in store.get(present).decode():
-            return PrefixStore(f"f2c/{name}", store)
+    if rank == 0:
+        store.set("f2c/rendezvous", me)
+    while time.monotonic() < deadline:  # and not in the store's own wait, in which Python hears no signal
+        if rank == 0 and store.check(others := [f"f2c/{me}/{other}" for other in range(1, world_size)]):
+            store.set(f"f2c/{me}/present", ",".join(store.get(other).decode() for other in others))
+            return PrefixStore(f"f2c/{me}", store)
+        if rank and store.check(["f2c/rendezvous"]):
+            name = store.get("f2c/rendezvous").decode()
+            store.set(f"f2c/{name}/{rank}", me)
+            present = f"f2c/{name}/present"
+            if store.check([present]) and me in store.get(present).decode():
+                return PrefixStore(f"f2c/{name}", store)
         time.sleep(_POLL_SECONDS)
-    raise TimeoutError(f"rank {rank} has not met rank 0 in {timeout}: is it running and reachable?")
+    raise TimeoutError(f"rank {rank} has not met the others in {timeout}: are all of them running and reachable?")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import distributed
@@ -21,10 +22,13 @@ class Request(IntEnum):
 
 
 _SIGNALS: dict[int, Request] = {signal.SIGUSR1: Request.SAVE, signal.SIGTERM: Request.SAVE_AND_STOP}
+_BEFORE = "stopped by a signal before the first step: checkpoints are as they were"
+_AFTER = ("stopped by a signal after the last step, before all results were written: if that step is saved (f2c_save_every, "
+          "save_all_states), resume=True writes them")
 
 
-class Stopped(Exception):
-    """A signal has ended the training. Its state is saved."""
+class Stopped(BaseException):
+    """A signal has ended the training. Like KeyboardInterrupt it is no Exception, so that nothing on its way swallows it."""
 
 
 class Requests:
@@ -33,14 +37,37 @@ class Requests:
     A signal reaches one rank or all of them, at a step that differs from rank to rank; ranks that
     saved at different steps would wait for each other forever. So they agree at every step, in a
     separate process group on the CPU, where nothing waits for a GPU.
+
+    Before and after the steps there is nothing to save: a request to stop raises Stopped there, and one
+    to save waits for the first step.
     """
 
     def __init__(self):
         self._pending = Request.NOTHING
-        self._group = distributed.new_group(backend="gloo") if this_rank()[1] > 1 else None
+        self._group: Any = None  # a ProcessGroup; torch's annotations say otherwise
+        self._in_steps = False
+        self._otherwise = _BEFORE
+        self.raised: Stopped | None = None
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
         self._pending = max(self._pending, _SIGNALS[number])
+        self._stop_outside_steps()
+
+    def _stop_outside_steps(self) -> None:
+        if self._pending is Request.SAVE_AND_STOP and not self._in_steps and not self.raised:
+            self.raised = Stopped(self._otherwise)  # once: a second signal must not disturb what the first has begun
+            raise self.raised
+
+    @contextmanager
+    def in_steps(self) -> Iterator[None]:
+        """While this lasts, requests wait for ``agreed``. All ranks enter together."""
+        self._group = distributed.new_group(backend="gloo") if this_rank()[1] > 1 else None
+        self._in_steps = True
+        try:
+            yield
+        finally:
+            self._in_steps, self._otherwise = False, _AFTER
+        self._stop_outside_steps()  # it came after the last step
 
     def agreed(self) -> Request:
         """The largest request of any rank since the last ``done``; all ranks call this together."""
@@ -54,13 +81,25 @@ class Requests:
         self._pending = Request.NOTHING
 
 
+_listening: Requests | None = None
+
+
 @contextmanager
 def listening() -> Iterator[Requests]:
-    """Receive signals as Requests while this lasts."""
-    requests = Requests()
+    """Receive signals as Requests while this lasts; within another ``listening``, as those of the outer one."""
+    global _listening
+    if _listening is not None:
+        yield _listening
+        return
+    requests = _listening = Requests()
     before = {number: signal.signal(number, requests.receive) for number in _SIGNALS}
     try:
         yield requests
+    except Exception as error:
+        if requests.raised:  # surfaced as another error, as in a rank that waits for one that has stopped
+            raise requests.raised from error
+        raise
     finally:
+        _listening = None
         for number, handler in before.items():
             signal.signal(number, handler)

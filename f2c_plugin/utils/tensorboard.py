@@ -27,12 +27,11 @@ class ScalarWriter:
         self._folder = folder
         self._writer: SummaryWriter | None = None
         try:
-            require("tensorboard", extra="tensorboard")
+            tensorboard = require("torch.utils.tensorboard", extra="tensorboard")
         except F2CError as error:
             log.warning("no TensorBoard scalars: %s", error)
             return
         with self._reported():
-            from torch.utils import tensorboard
             self._writer = tensorboard.SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:

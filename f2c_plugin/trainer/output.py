@@ -1,0 +1,87 @@
+"""The folder ``config.output``: who may write into it, and how files of states are written."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.utils.atomic import naming, partials_of, written_whole
+from f2c_plugin.utils.locks import locked
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoint_" + 12 * "[0-9]" + ".pt"
+_WRITTEN_WHOLE = (CHECKPOINTS, "model.pt", "model.onnx", "history.jsonl", "report.json", "*_scores.npz")
+_RESTART_SECONDS = 10  # that a rank 0 may take to die after torchrun has started the next
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """Checkpoints of the built-in trainer, the newest first."""
+    return sorted(Path(folder).glob(CHECKPOINTS), reverse=True)
+
+
+@contextmanager
+def sole_user(folder: Path, rank: int) -> Iterator[None]:
+    """Keep other trainings out of ``folder`` while this lasts, and remove what killed ones have left half-written.
+
+    Rank 0 holds a lock on ``.lock`` there, which the system releases when the process dies. The lock is the
+    process's: within another ``sole_user`` this one only ends it together with the training.
+
+    Raises:
+        ConfigError: another training is at work there.
+    """
+    if rank:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / ".lock", _RESTART_SECONDS))
+        except TimeoutError as error:
+            raise ConfigError(f"output={str(folder)!r}: another training is at work there ({error}): choose another output, or "
+                              "wait until it has ended") from None
+        for name in _WRITTEN_WHOLE:
+            for partial in partials_of(folder / name):
+                shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink()
+        yield
+
+
+def write_states(states: dict[str, Any], path: Path) -> None:
+    """Write a file of ``torch.save``, whole or not at all. Raises OSError with the name of the file."""
+    with written_whole(path) as file:
+        try:
+            torch.save(states, file)
+        except RuntimeError as error:  # torch's writer hides behind it why the file could not be written
+            raise error.__context__ or error from None
+
+
+class PatientFile:
+    """Appends lines to a file, in UTF-8. Lines that a full disk does not take wait until it does, while training goes on."""
+
+    def __init__(self, path: Path, mode: Literal["ab", "wb"] = "ab"):
+        self.path, self._waiting, self._failed = path, b"", False
+        self._file = open(path, mode, buffering=0)  # noqa: SIM115  # closed by close()
+
+    def write(self, lines: str) -> None:
+        self._waiting += lines.encode(errors="backslashreplace")
+        try:
+            self._write()
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                log.warning("%s; what it lacks is kept, and training goes on", error)
+
+    def _write(self) -> None:
+        with naming(self.path):
+            while self._waiting:  # a disk that fills up takes a part
+                self._waiting = self._waiting[self._file.write(self._waiting):]
+
+    def close(self) -> None:
+        """Raise OSError with the name of the file if it still lacks something."""
+        with self._file:
+            self._write()
