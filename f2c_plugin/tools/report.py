@@ -147,7 +147,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
         plots += [draw_scores(runs, out / "scores.png"), draw_roc(runs, out / "roc.png")]
     page = out / "report.html"
     with written_whole(page) as file:
-        file.write(_page(runs, plots).encode())
+        file.write(_page(runs, plots).encode("utf-8", "surrogateescape"))  # a folder's name may be in another encoding
     return page
 
 

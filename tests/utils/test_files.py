@@ -47,6 +47,17 @@ def test_nothing_is_written_through_a_link(tmp_path: Path):
     assert (folder / "file").read_bytes() == b"new" and not (folder / "file").is_symlink()
 
 
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path):
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(os.devnull)
+    for path in pipe, link, tmp_path, Path(os.devnull):
+        with pytest.raises(FileExistsError, match=f"Not a file, and not replaced by one: '{path}'"), written_whole(path):
+            pass
+    assert pipe.is_fifo() and link.is_symlink() and not Path(os.devnull).is_file()
+    assert set(os.listdir(tmp_path)) == {"pipe", "link"}
+
+
 def test_other_users_can_read_what_is_written(tmp_path: Path):
     before = os.umask(0o022)
     try:
