@@ -9,6 +9,7 @@ import numpy as np
 import simplejpeg
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, decode_face
+from f2c_plugin.data.exif import exif_orientation
 from f2c_plugin.errors import F2CError
 from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
@@ -21,9 +22,9 @@ _ORIENTATION = 0x0112  # EXIF; 1 is upright
 def storable(path: Path, resize: bool, quality: int | None) -> bytes | str:
     """The encoded image to store for a file, or why there is none: "kind of reason" or "kind of reason: detail".
 
-    A JPEG of 112 × 112 is stored as it is, and so is a PNG if ``quality`` is None. Other images become RGB PNGs, or JPEGs
-    of that quality. With ``resize``, other sizes are scaled to 112 on the shorter side and cropped at the centre.
-    Raises F2CError if Pillow is needed and missing.
+    A JPEG of 112 × 112 is stored as it is, and so is a PNG if ``quality`` is None, unless mxnet would read it otherwise.
+    Other images become RGB PNGs, or JPEGs of that quality. With ``resize``, other sizes are scaled to 112 on the shorter
+    side and cropped at the centre. Raises F2CError if Pillow is needed and missing.
     """
     try:
         size = path.stat().st_size
@@ -50,7 +51,9 @@ def _of_jpeg(encoded: bytes, resize: bool, quality: int | None) -> bytes | str:
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
     if (width, height) == _FACE:
         decode_face(encoded)
-        return encoded
+        if b"Exif\0\0" not in encoded or _orientation(image := _open(encoded)) == exif_orientation(encoded):
+            return encoded
+        return _encoded(image, quality)
     if not resize:
         return _wrong_size(int(width), int(height))
     image = _open(encoded)
@@ -67,10 +70,14 @@ def _of_other(encoded: bytes, resize: bool, quality: int | None) -> bytes | str:
     if image.size != _FACE and not resize:
         return _wrong_size(*image.size)
     if (image.format == "PNG" and image.size == _FACE and quality is None and not image.mode.startswith("I")
-            and image.getexif().get(_ORIENTATION, 1) == 1):  # else readers disagree about it
+            and _orientation(image) == 1):
         decode_face(encoded)
         return encoded
     return _encoded(image, quality)
+
+
+def _orientation(image: Any) -> int:
+    return image.getexif().get(_ORIENTATION, 1)
 
 
 def _wrong_size(width: int, height: int) -> str:

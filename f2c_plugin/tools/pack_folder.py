@@ -96,11 +96,11 @@ def pack_folder(source: str | Path, out: str | Path, resize: bool = False, quali
     _refuse_to_overwrite(out)
     packed = Packed(out)
     count = sum(1 for _ in _walk(source))  # also finds links that lead out, before the work begins
-    with (_appearing_together(out) as folder, naming(out / "train.rec"), tempfile.TemporaryFile(dir=folder) as images,
+    with (_appearing_together(out) as folder, tempfile.TemporaryFile(dir=folder) as images,
           worker_pool(processes) as pool):
         # A pack begins with its number of images, which is known only when all are decoded. Until then they wait here.
         lengths = array("Q")
-        with (written_whole(folder / LEFT_OUT) as left_out,
+        with (written_whole(folder / LEFT_OUT) as left_out, naming(out / "train.rec"),
               tqdm(total=count, desc="decoding", unit=" files", disable=None) as bar):
             for path, image in pool.imap(partial(_image_or_reason, source, resize, quality), _walk(source), _CHUNK):
                 if isinstance(image, bytes):
@@ -111,6 +111,7 @@ def pack_folder(source: str | Path, out: str | Path, resize: bool = False, quali
                     packed.leave_out(path, image)
                     left_out.write(f"{_on_one_line(path)}\t{_on_one_line(image)}\n".encode())
                 bar.update()
+            images.seek(0)
         packed.unused = [name for name in sorted(os.listdir(source))
                          if name not in packed.sizes and not _is_hidden(name) and (source / name).is_dir()]
         if not lengths:
@@ -119,10 +120,10 @@ def pack_folder(source: str | Path, out: str | Path, resize: bool = False, quali
         if not packed.left_out:
             (folder / LEFT_OUT).unlink()
         with written_whole(folder / IDENTITIES) as file:  # a name that is not UTF-8 has surrogates, which JSON escapes
-            file.write(json.dumps(list(packed.sizes), ensure_ascii=False, indent=0).encode("utf-8", "backslashreplace"))
+            names = json.dumps(list(packed.sizes), ensure_ascii=False, indent=0) + "\n"
+            file.write(names.encode("utf-8", "backslashreplace"))
         with written_whole(folder / "property") as file:
             file.write(f"{len(packed.sizes)},{IMAGE_SIZE},{IMAGE_SIZE}\n".encode())
-        images.seek(0)
         stored = (images.read(length) for length in tqdm(lengths, "writing", unit=" images", disable=None))
         write_insightface_pack(folder / "train.rec", stored, list(packed.sizes.values()))
     return packed

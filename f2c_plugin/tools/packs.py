@@ -36,6 +36,8 @@ def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
         ("pack", str(dataset.records.path)), ("images", f"{len(index):,}"),
         ("identities", f"{len(per_identity):,}, numbered up to {index.numbers[-1]}"),
         *([("labels disagree", conflict)] if conflict else []),
+        *([("unusable records", f"{len(index.unusable):,}, damaged or not {IMAGE_SIZE}×{IMAGE_SIZE}: --verify lists them. "
+                                "Training refuses them; f2c_skip_damaged = True leaves them out")] if len(index.unusable) else []),
         ("images per identity", f"{per_identity.min()} to {per_identity.max()}, median {np.median(per_identity):g}, "
                                 f"{(per_identity == 1).mean():.1%} with one image"),
         ("bytes per image", f"{mean_bytes:,.0f} on average (of {len(encoded)} images)"),
@@ -55,7 +57,7 @@ def _size(encoded: Buffer) -> str:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
         return f"{width}×{height} {colorspace}"
     except ValueError:
-        return "not a JPEG"
+        return "PNG" if bytes(encoded[:4]) == b"\x89PNG" else "neither JPEG nor PNG"
 
 
 def draw_histogram(dataset: RecordDataset, path: str | Path) -> None:

@@ -1,9 +1,8 @@
-"""Packs: summaries, damage found and skipped, contact sheets, and packs made from folders."""
+"""Packs: summaries, damage found and skipped, contact sheets, and indexes made anew."""
 
 import logging
 import sys
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +12,12 @@ from PIL import Image
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.loader import DualLoader
+from f2c_plugin.data.recordio import RecordFile, read_idx
 from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.data.writer import RecordWriter, pack_image_record
 from f2c_plugin.errors import RecordError
-from f2c_plugin.tools.packs import pack_folder, verify
-from tests.conftest import FIXTURES
+from f2c_plugin.tools.packs import reindex, verify
+from tests.conftest import FIXTURES, PACKS
 
 
 def picture(seed, size=112, mode="RGB"):
@@ -37,11 +37,10 @@ DAMAGE = {
     "cut short": lambda jpeg: jpeg[:len(jpeg) // 2],
     "empty": lambda jpeg: b"",
     "text": lambda jpeg: b"<html>404</html>",
-    "other size": lambda jpeg: encoded(1, size=224),
-    "PNG of other size": lambda jpeg: encoded(1, "PNG", size=224),
     "PNG cut short": lambda jpeg: encoded(1, "PNG")[:-40],
     "GIF": lambda jpeg: encoded(1, "GIF"),
 }
+OTHER_SIZE = {"JPEG": lambda jpeg: encoded(1, size=224), "PNG": lambda jpeg: encoded(1, "PNG", size=224)}
 
 
 def damaged_pack(folder, damage):
@@ -66,6 +65,17 @@ def test_a_damaged_image_is_found_named_and_on_request_replaced_by_another_of_it
     assert np.array_equal(faces[4], dataset.face(3)) and identities.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.parametrize("other", OTHER_SIZE.values(), ids=OTHER_SIZE)
+def test_an_image_of_another_size_is_found_named_counted_and_on_request_left_out(tmp_path, other, capsys):
+    folder = damaged_pack(tmp_path, other)
+    assert verify(folder, processes=1) == (9, {4: "record 4: it has 224×224 pixels, but aligned faces have 112×112"})
+    with pytest.raises(RecordError, match="record 4 .*224×224"):
+        RecordDataset(folder)
+    assert RecordDataset(folder, skip_damaged=True).index.keys.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+    cli(["index", str(folder)])
+    assert "unusable records     1, damaged or not 112×112: --verify lists them. Training refuses" in capsys.readouterr().out
+
+
 RECORD_DAMAGE = {
     "zeroed": lambda record: bytes(len(record)),
     "wrong magic": lambda record: b"\xff" + record[1:],
@@ -88,7 +98,7 @@ def damage_record(folder, key, damage):
 def test_a_record_of_unknown_identity_is_found_named_and_on_request_skipped(tmp_path, damage, capsys):
     folder = damage_record(damaged_pack(tmp_path, lambda jpeg: jpeg), 4, damage)
     assert list(verify(folder, processes=1)[1]) == [4]
-    with pytest.raises(RecordError, match=r"train.rec.*record 4 cannot be read.*\(1 such records\)"):
+    with pytest.raises(RecordError, match=r"train.rec.*record 4 cannot be used.*\(1 such records\)"):
         RecordDataset(folder)
     dataset = RecordDataset(folder, skip_damaged=True)
     assert dataset.index.keys.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
@@ -153,8 +163,8 @@ def test_cmyk_jpegs_are_read(tmp_path):
 
 
 def test_without_pillow_the_rare_formats_say_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(RecordError, match=r"pip install f2c-plugin\[images\]"):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(RecordError, match=r"pip install 'f2c-plugin\[images\]'"):
         RecordDataset(FIXTURES / "formats").face(1)
 
 
@@ -186,67 +196,127 @@ def test_inspecting_a_missing_identity_or_image_is_refused(tmp_path, option):
     assert not (tmp_path / "sheet.png").exists()
 
 
-def image_folder(folder):
-    for name, count in ("anna", 2), ("bert", 0), ("carl", 3):
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            suffix, form = (".png", "PNG") if i == 2 else (".jpg", "JPEG")
-            (folder / name / f"{i}{suffix}").write_bytes(encoded(10 * len(name) + i, form))
-        (folder / name / "notes.txt").write_text("not an image")
-    return folder
+def reindexed(pack, name):
+    folder = pack(name)
+    written = (folder / "train.idx").read_bytes()
+    (folder / "train.idx").unlink()
+    cli(["reindex", str(folder)])
+    return folder, written
 
 
-def test_a_folder_becomes_a_pack_with_unchanged_files(tmp_path, capsys):
-    source = image_folder(tmp_path / "faces")
-    cli(["pack", str(source), str(tmp_path / "pack")])
-    assert "5 images of 2 identities" in capsys.readouterr().out
-    dataset = RecordDataset(tmp_path / "pack")
-    assert dataset.index.identity.tolist() == [0, 0, 1, 1, 1] and (tmp_path / "pack" / "property").read_text() == "2,112,112\n"
-    files = sorted(path for path in source.rglob("*") if path.suffix in (".jpg", ".png"))
-    for i, path in enumerate(files):
-        assert np.array_equal(dataset.face(i), np.asarray(Image.open(path)))
-        assert path.read_bytes() in (tmp_path / "pack" / "train.rec").read_bytes()
+@pytest.mark.parametrize("name", sorted(set(PACKS) - {"im2rec"}))
+def test_a_pack_without_idx_gets_the_one_that_it_was_written_with(pack, name, capsys):
+    folder, written = reindexed(pack, name)
+    assert (folder / "train.idx").read_bytes() == written
+    assert capsys.readouterr().out == f"{folder / 'train.idx'}: {written.count(10)} records\n"
 
 
-def test_packing_refuses_to_overwrite_and_refuses_folders_without_images(tmp_path):
-    (tmp_path / "pack").mkdir()
-    (tmp_path / "pack" / "train.rec").write_bytes(b"years of work")
+def test_records_with_keys_in_any_order_are_numbered_as_rec2idx_does_and_keep_their_labels(pack):
+    by_offset = dict(zip(*map(np.ndarray.tolist, reversed(read_idx(FIXTURES / "im2rec" / "train.idx"))), strict=True))
+    labels = {offset: RecordFile(FIXTURES / "im2rec" / "train.rec").image_record(offset).labels[0] for offset in by_offset}
+    index = RecordDataset(reindexed(pack, "im2rec")[0]).index
+    assert index.keys.tolist() == list(range(6)) and index.offsets.tolist() == sorted(by_offset)
+    assert index.identity.tolist() == [labels[offset] for offset in sorted(by_offset)]
+
+
+def shuffled_pack(folder, header_at, header=(7.0, 9.0), picture=b"", identity_records=True):
+    """Identities 0 and 1 with three images each, shuffled, as face2rec2 writes them, but record 0 stands anywhere."""
+    records = [(key, pack_image_record(key % 2, encoded(key), 0)) for key in range(1, 7)]
+    if identity_records:
+        records += [(6 + i, pack_image_record([i, i + 1], b"", 0)) for i in range(1, 3)]
+    records.insert(header_at, (0, pack_image_record(list(header), picture, 0)))
+    with RecordWriter(folder / "train.rec") as writer:
+        for key, record in records:
+            writer.write(key, record)
+
+
+@pytest.mark.parametrize("header_at", [0, 3, 6, 8])
+@pytest.mark.parametrize("rest", [{}, {"header": (7.0, 2.0, 0.0), "identity_records": False},
+                                  {"header": (7.0, 2.0), "identity_records": False, "picture": encoded(9)}],
+                         ids=["identity records", "three labels", "picture"])
+def test_the_record_that_announces_the_images_gets_key_0_wherever_it_stands(tmp_path, header_at, rest):
+    shuffled_pack(tmp_path, header_at, **rest)
+    written = (tmp_path / "train.idx").read_bytes()
+    (tmp_path / "train.idx").unlink()
+    assert reindex(tmp_path) == written.count(10)
+    assert (tmp_path / "train.idx").read_bytes() == written
+
+
+def test_an_empty_last_identity_is_not_taken_for_the_record_that_announces_the_images(tmp_path):
+    with RecordWriter(tmp_path / "train.rec") as writer:
+        for key, (label, image) in enumerate([([3, 5], b""), (0, encoded(1)), (0, encoded(2)), ([1, 3], b""), ([3, 3], b"")]):
+            writer.write(key, pack_image_record(label, image, 0))
+    written = (tmp_path / "train.idx").read_bytes()
+    (tmp_path / "train.idx").unlink()
+    reindex(tmp_path)
+    assert (tmp_path / "train.idx").read_bytes() == written
+
+
+def test_reindexing_keeps_an_idx_that_exists_even_a_link_to_nothing(pack, tmp_path):
+    folder = pack("insightface")
+    before = (folder / "train.idx").read_bytes()
+    with pytest.raises(SystemExit, match="train.idx exists and is not overwritten: move it away"):
+        cli(["reindex", str(folder)])
+    assert (folder / "train.idx").read_bytes() == before
+    (folder / "train.idx").unlink()
+    (folder / "train.idx").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(SystemExit, match="is not overwritten"):
-        cli(["pack", str(image_folder(tmp_path / "faces")), str(tmp_path / "pack")])
-    (tmp_path / "empty").mkdir()
-    for source in "empty", "missing":
-        with pytest.raises(SystemExit, match=source):
-            cli(["pack", str(tmp_path / source), str(tmp_path / "new")])
-    assert not (tmp_path / "new").exists() and (tmp_path / "pack" / "train.rec").read_bytes() == b"years of work"
+        cli(["reindex", str(folder)])
+    assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.parametrize("what", ["file", "folder"])
-def test_packing_follows_links_only_inside_the_folder(tmp_path, what):
-    (tmp_path / "secret").mkdir()
-    (tmp_path / "secret" / "key.jpg").write_bytes(encoded(1))
-    folder = tmp_path / "faces" / "a"
-    folder.mkdir(parents=True)
-    (folder / "1.jpg").write_bytes(encoded(2))
-    (folder / "2.jpg").symlink_to("1.jpg")
-    assert pack_folder(tmp_path / "faces", tmp_path / "good") == (1, 2)
-    if what == "file":
-        (folder / "3.jpg").symlink_to(tmp_path / "secret" / "key.jpg")
-    else:
-        (tmp_path / "faces" / "b").symlink_to("../secret")
-    with pytest.raises(RecordError, match="is, or is behind, a link to .*secret/key.jpg, outside"):
-        pack_folder(tmp_path / "faces", tmp_path / "bad")
-    assert not (tmp_path / "bad").exists()
+@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
+def test_reindexing_a_damaged_rec_names_the_place_and_writes_nothing(pack, damage):
+    folder = pack("insightface")
+    offset = int(read_idx(folder / "train.idx")[1][4])
+    content = (folder / "train.rec").read_bytes()
+    rest = {"cut short": content[offset:offset + 100], "overwritten": bytes(8) + content[offset + 8:]}[damage]
+    (folder / "train.rec").write_bytes(content[:offset] + rest)
+    (folder / "train.idx").unlink()
+    with pytest.raises(SystemExit, match=rf"offset {offset}\b[^$]*The 4 records before it are whole; train.idx is not written"):
+        cli(["reindex", str(folder)])
+    assert [path.name for path in folder.iterdir() if path.suffix != ".json"] == ["train.rec"]
 
 
-def test_an_interrupted_packing_leaves_no_pack(tmp_path, monkeypatch):
-    source = image_folder(tmp_path / "faces")
-    read = Path.read_bytes
+def test_a_missing_idx_is_answered_with_the_command_that_makes_one(pack):
+    folder = pack("insightface")
+    (folder / "train.idx").unlink()
+    with pytest.raises(RecordError, match="f2c-plugin reindex"):
+        RecordDataset(folder)
 
-    def interrupted(path):
-        if path.name == "2.png":
-            raise KeyboardInterrupt
-        return read(path)
-    monkeypatch.setattr(Path, "read_bytes", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        cli(["pack", str(source), str(tmp_path / "pack")])
-    assert not list((tmp_path / "pack").iterdir())
+
+@pytest.mark.parametrize("name, form", [("sheet.png", "PNG"), ("sheet.JPG", "JPEG"), ("sheet.webp", "WEBP")])
+def test_a_sheet_is_written_in_the_format_of_its_name(tmp_path, name, form):
+    cli(["inspect", str(FIXTURES / "insightface"), "--out", str(tmp_path / name)])
+    with Image.open(tmp_path / name) as sheet:
+        assert sheet.format == form
+
+
+@pytest.mark.parametrize("name", ["sheet", "sheet.txt", "sheet.psd"])  # Pillow reads .psd, but does not write it
+def test_a_sheet_of_unknown_format_is_refused(tmp_path, name):
+    with pytest.raises(SystemExit, match=rf"{name}: unknown image format: name a file that ends with .png"):
+        cli(["inspect", str(FIXTURES / "insightface"), "--out", str(tmp_path / name)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command, missing, extra", [("inspect", "PIL.Image", "plot"), ("index", "matplotlib", "plot")])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch, command, missing, extra):
+    monkeypatch.setitem(sys.modules, missing, None)
+    option = {"inspect": "--out", "index": "--plot"}[command]
+    with pytest.raises(SystemExit, match=rf"{missing.split('.')[0]}.* cannot be imported .*: pip install 'f2c-plugin\[{extra}\]'"):
+        cli([command, str(FIXTURES / "insightface"), option, str(tmp_path / "out.png")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command, option", [("inspect", "--out"), ("index", "--plot")])
+def test_a_drawing_replaces_a_link_and_does_not_follow_it(tmp_path, command, option):
+    (tmp_path / "precious").write_text("years of work")
+    (tmp_path / "out.png").symlink_to("precious")
+    cli([command, str(FIXTURES / "insightface"), option, str(tmp_path / "out.png")])
+    assert (tmp_path / "precious").read_text() == "years of work" and not (tmp_path / "out.png").is_symlink()
+
+
+def test_the_summary_names_formats(capsys):
+    cli(["index", str(FIXTURES / "formats")])
+    text = capsys.readouterr().out
+    assert "unusable" not in text and "PNG (2)" in text and "112×112 Gray (1)" in text
