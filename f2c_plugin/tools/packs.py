@@ -31,19 +31,19 @@ def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
                if not dataset.records.damage(offset)]
     sizes = Counter(map(_size, encoded)) + Counter({"no readable record": len(sample) - len(encoded)})
     mean_bytes = np.mean([len(image) for image in encoded]) if encoded else np.nan
-    conflict = index.describe_conflict()
+    conflict, unusable = index.describe_conflict(), len(index.unusable)
     return [
         ("pack", str(dataset.records.path)), ("images", f"{len(index):,}"),
         ("identities", f"{len(per_identity):,}, numbered up to {index.numbers[-1]}"),
         *([("labels disagree", conflict)] if conflict else []),
-        *([("unusable records", f"{len(index.unusable):,}, damaged or not {IMAGE_SIZE}×{IMAGE_SIZE}: --verify lists them. "
-                                "Training refuses them; f2c_skip_damaged = True leaves them out")] if len(index.unusable) else []),
+        *([("unusable records", f"{unusable:,}, damaged or not {IMAGE_SIZE}×{IMAGE_SIZE}: --verify lists them. Training "
+                                "refuses them; f2c_skip_damaged = True leaves them out")] if unusable else []),
         ("images per identity", f"{per_identity.min()} to {per_identity.max()}, median {np.median(per_identity):g}, "
                                 f"{(per_identity == 1).mean():.1%} with one image"),
         ("bytes per image", f"{mean_bytes:,.0f} on average (of {len(encoded)} images)"),
         ("image sizes", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(5)) + f" (of {len(sample)} images)"),
         ("config", f'config.rec = "{dataset.root_dir}"; config.num_classes = {index.numbers[-1] + 1}; '
-                   f"config.num_image = {len(index) + len(index.unusable)}"),
+                   f"config.num_image = {len(index) + unusable}"),
     ]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -51,7 +52,7 @@ class WorkerPool:
 def worker_pool(processes: int | None = None, initializer: Callable[..., object] | None = None,
                 initargs: tuple[Any, ...] = ()) -> Iterator[WorkerPool]:
     """Worker processes, one per CPU if ``processes`` is None, that end with this block. They leave Ctrl-C to this process."""
-    processes = processes or len(os.sched_getaffinity(0))
+    processes = processes or (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
     executor = ProcessPoolExecutor(processes, initializer=_start, initargs=(initializer, initargs))
     try:
         yield WorkerPool(executor, 4 * processes)

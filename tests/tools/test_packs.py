@@ -303,7 +303,7 @@ def test_a_sheet_of_unknown_format_is_refused(tmp_path, name):
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch, command, missing, extra):
     monkeypatch.setitem(sys.modules, missing, None)
     option = {"inspect": "--out", "index": "--plot"}[command]
-    with pytest.raises(SystemExit, match=rf"{missing.split('.')[0]}.* cannot be imported .*: pip install 'f2c-plugin\[{extra}\]'"):
+    with pytest.raises(SystemExit, match=rf"{missing}.* cannot be imported .*: pip install 'f2c-plugin\[{extra}\]'"):
         cli([command, str(FIXTURES / "insightface"), option, str(tmp_path / "out.png")])
     assert not list(tmp_path.iterdir())
 
