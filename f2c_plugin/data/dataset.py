@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from f2c_plugin.data.exif import exif_orientation, turned_upright
+from f2c_plugin.data.image_sizes import IMAGE_SIZE
 from f2c_plugin.data.index import open_index
 from f2c_plugin.data.recordio import Buffer, Int64s, RecordFile, image_of_record
 from f2c_plugin.errors import RecordError
@@ -19,7 +20,6 @@ from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
 
 Pixels = NDArray[np.uint8]
-IMAGE_SIZE = 112
 
 
 def decode_face(encoded: Buffer, out: Pixels | None = None) -> Pixels:
@@ -94,7 +94,7 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
     (3, 112, 112) in [-1, 1], mirrored at random, label int64 ().
 
     Raises RecordError if the pack is missing or cannot be read, or if it has records too damaged to
-    show their identity. With ``skip_damaged``, such records are left out, and ``faces`` replaces an
+    show their identity, or of another size. With ``skip_damaged``, such records are left out, and ``faces`` replaces an
     image that cannot be decoded by another one of its identity and adds the error to ``damaged``.
     """
 
@@ -103,11 +103,18 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
         self.damaged: list[RecordError] = []
         self.records = RecordFile(self.root_dir / "train.rec")
         self.index = open_index(root_dir)
-        if len(self.index.unreadable) and not skip_damaged:
-            key, offset = self.index.unreadable[0].tolist()
-            raise RecordError(f"{self.records.damage(offset)}: record {key} cannot be read, so its identity label is unknown "
-                              f"({len(self.index.unreadable)} such records). f2c-plugin index --verify lists all damage; "
-                              "f2c_skip_damaged = True trains without these records")
+        if len(self.index.unusable) and not skip_damaged:
+            key, offset = self.index.unusable[0].tolist()
+            raise RecordError(f"{self.records.path}: record {key} cannot be used: {self._problem(offset)} "
+                              f"({len(self.index.unusable)} such records). f2c-plugin index --verify lists them all; "
+                              "f2c_skip_damaged = True trains without them")
+
+    def _problem(self, offset: int) -> str:
+        try:
+            decode_face(self.records.image_record(offset).image)
+        except ValueError as error:
+            return str(error).removeprefix(f"{self.records.path}: ")
+        return "it was damaged when the pack was indexed"
 
     def __reduce__(self) -> tuple[type["RecordDataset"], tuple[Path, bool]]:
         return RecordDataset, (self.root_dir, self.skip_damaged)  # a spawned worker maps the files again

@@ -34,7 +34,7 @@ def open_pack(cfg: Config) -> RecordDataset:
                           "a pack, or draw one with `f2c-plugin synth`")
     dataset = RecordDataset(cfg["rec"], skip_damaged=bool(cfg.get("f2c_skip_damaged")))
     problems: list[str] = []
-    left_out = len(dataset.index.unreadable)
+    left_out = len(dataset.index.unusable)
     num_classes, num_image = int(dataset.index.numbers[-1]) + 1, len(dataset) + left_out
     if cfg["num_classes"] != num_classes:
         problems.append(f"num_classes={cfg['num_classes']}, but the last identity with an image in {dataset.records.path} is "
@@ -47,7 +47,7 @@ def open_pack(cfg: Config) -> RecordDataset:
     if conflict := dataset.index.describe_conflict():
         log.warning("%s: %s", dataset.records.path, conflict)
     if left_out:
-        log.warning("%s: %d records cannot be read and are left out: f2c-plugin index --verify lists them",
+        log.warning("%s: %d records cannot be used and are left out: f2c-plugin index --verify lists them",
                     dataset.records.path, left_out)
     return dataset
 

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from f2c_plugin.data.image_sizes import IMAGE_SIZE, has_other_size
 from f2c_plugin.data.recordio import FLOAT32_EXACT, Float32s, Int64s, RecordFile
 from f2c_plugin.errors import InputError, RecordError
 
 Ints = NDArray[np.int32 | np.int64]
 Labels = Sequence[int] | NDArray[Any] | Tensor
 
-UNREADABLE = -1
+UNUSABLE = -1
 NO_CONFLICT = np.zeros(2, np.int64)
 
 
@@ -29,16 +30,16 @@ class IdentityIndex:
     numbers: Ints  # (identities,) the identities that have images, ascending, in the dtype of ``identity``
     starts: Int64s  # (identities + 1,) images ``grouped[starts[i]:starts[i + 1]]`` show ``numbers[i]``
     grouped: Ints  # (images,) positions of the images, identity by identity, int32; int64 from 2**31 images on
-    unreadable: Int64s  # (n, 2) key and offset of each record too damaged to show its identity; not among the images
+    unusable: Int64s  # (n, 2) key and offset of each record too damaged to show its identity or of another size; not an image
     conflict: Int64s  # (2,) identity records with images, and images whose label is not the number of theirs; 0, 0 if none
 
     @classmethod
     def of(cls, keys: Int64s, offsets: Int64s, lengths: Int64s, identity: Ints,
            conflict: Int64s = NO_CONFLICT) -> "IdentityIndex":
-        """Group images, given by key, offset, length and identity, or UNREADABLE instead of the identity."""
-        lost = identity == UNREADABLE
-        unreadable = np.stack([keys[lost], offsets[lost]], axis=1)
-        if len(unreadable):
+        """Group images, given by key, offset, length and identity, or UNUSABLE instead of the identity."""
+        lost = identity == UNUSABLE
+        unusable = np.stack([keys[lost], offsets[lost]], axis=1)
+        if len(unusable):
             keys, offsets, lengths, identity = keys[~lost], offsets[~lost], lengths[~lost], identity[~lost]
         identity = identity.astype(_dtype_up_to(int(identity.max(initial=0))))
         position = _dtype_up_to(len(identity) - 1)
@@ -48,7 +49,7 @@ class IdentityIndex:
             grouped = np.argsort(identity, kind="stable").astype(position)
         ordered = identity[grouped]
         first = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
-        return cls(keys, offsets, lengths, identity, ordered[first], np.append(first, len(identity)), grouped, unreadable,
+        return cls(keys, offsets, lengths, identity, ordered[first], np.append(first, len(identity)), grouped, unusable,
                    conflict)
 
     @classmethod
@@ -91,22 +92,22 @@ def index_identities(records: RecordFile, keys: Int64s, offsets: Int64s) -> Iden
 
     Images are found as arcface_torch finds them: where record 0 is bookkeeping, labelled [one past the
     last image, …], they are records 1 to there; else every record is an image. An image's own label is
-    its identity; images without a readable label are set aside.
+    its identity; images without a readable label, or of another size than 112 × 112, are set aside.
 
     InsightFace packs have identity records, too: record 0 is labelled [first identity record, one past the
     last], and each of them [first image, one past the last]. face2rec2 opens one at every change of label, so
     an identity can have several. They are checked against the labels, and decide only where these
     cannot: for damaged images, and where float32 cannot keep the labels distinct.
 
-    Raises RecordError if the pack holds no images, its bookkeeping contradicts itself, or its labels
-    are too large for float32 to keep them distinct.
+    Raises RecordError if the pack holds no images of the right size, its bookkeeping contradicts itself, its labels
+    are too large for float32 to keep them distinct, or they are not identities.
     """
     table = _KeyTable(records, keys, offsets)
     ordered = np.sort(offsets)
     lengths = np.append(ordered[1:], records.size)[np.searchsorted(ordered, offsets)] - offsets
     header = table.header()
     if header is None:
-        return IdentityIndex.of(keys, offsets, lengths, _identities_by_label(records, offsets))
+        return _index(records, keys, offsets, lengths, _identities_by_label(records, offsets), NO_CONFLICT)
 
     if not np.isfinite(header).all():
         raise RecordError(f"{records.path}: record 0 announces identity records {header[0]} to {header[1]}: "
@@ -130,7 +131,35 @@ def index_identities(records: RecordFile, keys: Int64s, offsets: Int64s) -> Iden
     position = table.positions(images)
     of_records = _identities_by_range(table, first, end) if has_identity_records and exact else None
     identity, conflict = _identities(records, offsets[position], of_records)
-    return IdentityIndex.of(images, offsets[position], lengths[position], identity, conflict)
+    return _index(records, images, offsets[position], lengths[position], identity, conflict)
+
+
+def _index(records: RecordFile, keys: Int64s, offsets: Int64s, lengths: Int64s, identity: Int64s,
+           conflict: Int64s) -> IdentityIndex:
+    _refuse_detection_labels(records, offsets)
+    other_size = has_other_size(records, offsets)
+    identity = np.where(other_size, UNUSABLE, identity)
+    if (identity == UNUSABLE).all():
+        raise RecordError(f"{records.path}: no image has {IMAGE_SIZE} × {IMAGE_SIZE} pixels: make the pack from aligned faces, "
+                          "or with f2c-plugin pack --resize")
+    return IdentityIndex.of(keys, offsets, lengths, identity, conflict)
+
+
+def _refuse_detection_labels(records: RecordFile, offsets: Int64s) -> None:
+    """Raise RecordError if the labels are those of object detection, where the first number is a count.
+
+    mxnet's are [length of the header, length of an object, …, objects]; others are [number of objects, objects].
+    """
+    sample = offsets[np.linspace(0, len(offsets) - 1, min(len(offsets), 100)).astype(int)].tolist()
+    labels = [records.image_record(offset).labels.tolist() for offset in sample if not records.damage(offset)]
+    if not labels or min(map(len, labels)) <= 5:
+        return
+    of_mxnet = all(2 <= count < len(each) and width >= 5 and (len(each) - count) % width == 0
+                   for each in labels for count, width in [each[:2]])
+    widths = {(len(each) - 1) / each[0] if each[0] >= 1 else 0 for each in labels}
+    if of_mxnet or (len(widths) == 1 and widths.pop() >= 4):
+        raise RecordError(f"{records.path}: the labels are those of object detection: they begin with a count (the first with "
+                          f"{labels[0][0]:g}), where packs for recognition have the identity. Pack one face per image")
 
 
 def _identities(records: RecordFile, offsets: Int64s, of_records: Int64s | None) -> tuple[Int64s, Int64s]:
@@ -144,12 +173,12 @@ def _identities(records: RecordFile, offsets: Int64s, of_records: Int64s | None)
         labels = _identities_by_label(records, offsets)
     except RecordError:  # the labels are no identities
         return of_records, NO_CONFLICT
-    readable = labels != UNREADABLE
+    readable = labels != UNUSABLE
     differ = np.count_nonzero(labels[readable] != of_records[readable])
     if not differ:
         return of_records, NO_CONFLICT
     # A damaged image has the label of the first readable one of its identity record.
-    label_of_record = np.full(of_records.max() + 1, UNREADABLE)
+    label_of_record = np.full(of_records.max() + 1, UNUSABLE)
     label_of_record[of_records[readable][::-1]] = labels[readable][::-1]
     return np.where(readable, labels, label_of_record[of_records]), np.array([len(np.unique(of_records)), differ])
 
@@ -238,13 +267,13 @@ def _identities_by_range(table: _KeyTable, first: int, end: int) -> Int64s:
 
 
 def _identities_by_label(records: RecordFile, offsets: Int64s) -> Int64s:
-    """Identity of each image, from the label in its record; UNREADABLE where the record is damaged."""
+    """Identity of each image, from the label in its record; UNUSABLE where the record is damaged."""
     labels = records.labels(offsets)[:, 0]
     unreadable = np.isnan(labels)
     unreadable[unreadable] = [records.damage(int(offset)) is not None for offset in offsets[unreadable]]
     if unreadable.mean() > 0.5:  # too many for damage: the .idx is wrong
         records.image_record(int(offsets[unreadable][0]))  # raises what is wrong
-    labels[unreadable] = UNREADABLE
+    labels[unreadable] = UNUSABLE
     bad = labels[~unreadable & ~(np.isfinite(labels) & (labels >= 0) & (labels == np.floor(labels)))]
     if len(bad):
         raise RecordError(f"{records.path}: found the label {bad[0]}; identities must be whole numbers from 0")

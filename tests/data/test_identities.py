@@ -186,3 +186,24 @@ def test_a_record_that_is_damaged_has_no_wide_identity(tmp_path):
         writer.write(0, pack_image_record(2**30, JPEG, 0))
     records = RecordFile(tmp_path / "train.rec")
     assert records.wide_identities(np.array([0, 4, -4, 1 << 40])).tolist() == [2**30, -1, -1, -1]
+
+
+@pytest.mark.parametrize("labels_of", [
+    lambda number: [2, 5, *[number, .1, .2, .3, .4] * (number % 3 + 1)],  # mxnet's, of ImageDetIter
+    lambda number: [4, 6, 112, 112, number, .1, .2, .3, .4, 0],
+    lambda number: [number % 3 + 1, *[.1, .2, .3, .4, number] * (number % 3 + 1)]],
+    ids=["mxnet", "mxnet with a longer header", "number of objects"])
+def test_a_detection_pack_is_refused_because_its_labels_begin_with_a_count(tmp_path, labels_of):
+    with RecordWriter(tmp_path / "train.rec") as writer:
+        for key in range(9):
+            writer.write(key, pack_image_record(labels_of(key), JPEG, key))
+    with pytest.raises(RecordError, match="train.rec: the labels are those of object detection: they begin with a count"):
+        RecordDataset(tmp_path)
+
+
+@pytest.mark.parametrize("identities", [[0, 0, 1, 1, 2], [2, 2, 3, 5, 7], [1, 1, 1, 2, 2]], ids=str)
+def test_an_identity_with_box_and_landmarks_is_not_taken_for_a_detection(tmp_path, identities):
+    with RecordWriter(tmp_path / "train.rec") as writer:  # as face2rec2 writes faces that are to be aligned
+        for key, identity in enumerate(identities, 1):
+            writer.write(key, pack_image_record([identity, *np.linspace(5 + key, 90, 14)], JPEG, key))
+    assert RecordDataset(tmp_path).index.identity.tolist() == identities

@@ -1,5 +1,6 @@
 """The index on disk: built once, shared, and rebuilt when the pack changes or the index is torn."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -88,6 +89,98 @@ def test_a_torn_index_is_built_again(pack, builds, damage):
     assert as_lists(open_index(folder)) == expected and len(builds) == 2
 
 
+@pytest.mark.parametrize("name, change", [
+    ("starts", lambda starts: starts[::-1]), ("starts", lambda starts: np.append(starts[1:], starts[-1])),
+    ("grouped", lambda grouped: grouped + 1), ("grouped", lambda grouped: grouped - 1),
+    ("identity", lambda identity: identity - 1), ("identity", lambda identity: identity * 9 + 9),
+    ("numbers", lambda numbers: numbers[::-1]), ("numbers", lambda numbers: numbers - 9),
+    ("keys", lambda keys: keys[:, None]), ("keys", lambda keys: keys.astype(np.float64)),
+    ("keys", lambda keys: keys.astype("U3")), ("unusable", lambda unusable: np.zeros((1, 3), np.int64)),
+    ("conflict", lambda conflict: conflict[:1]), ("starts", lambda starts: starts[:0]),
+    ("identity", lambda identity: np.int32(0))],
+    ids=["starts fall", "starts late", "positions too large", "positions below 0", "identities below 0", "identities too large",
+         "numbers fall", "numbers below 0", "two dimensions", "floats", "text", "other columns", "one number", "no starts",
+         "a scalar"])
+def test_an_index_whose_arrays_do_not_fit_together_is_built_again(pack, builds, name, change):
+    folder = pack("insightface")
+    expected = as_lists(open_index(folder))
+    file, meta = folder / "train.f2c-index" / f"{name}.npy", folder / "train.f2c-index" / "meta.json"
+    changed = change(np.load(file))
+    np.save(file, changed)
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"arrays": json.loads(meta.read_text())["arrays"] | {
+        name: [*changed.shape, changed.dtype.str]}}))
+    assert as_lists(open_index(folder)) == expected and len(builds) == 2
+
+
+@pytest.mark.parametrize("name", ["meta.json", "keys.npy"])
+def test_a_pipe_in_place_of_a_file_of_the_index_is_not_waited_for(pack, builds, name):
+    folder = pack("insightface")
+    expected = as_lists(open_index(folder))
+    (folder / "train.f2c-index" / name).unlink()
+    os.mkfifo(folder / "train.f2c-index" / name)
+    assert as_lists(open_index(folder)) == expected and len(builds) == 2
+
+
+@pytest.mark.parametrize("text", ["[" * 60_000, "{}", "null", '{"version": {}}', "NaN", "\udcff"])
+def test_meta_of_any_content_is_built_again(pack, builds, text):
+    folder = pack("insightface")
+    expected = as_lists(open_index(folder))
+    (folder / "train.f2c-index" / "meta.json").write_text(text, errors="surrogateescape")
+    assert as_lists(open_index(folder)) == expected and len(builds) == 2
+
+
+@pytest.mark.parametrize("name", ["train.f2c-index.lock", "train.f2c-index"])
+def test_links_in_a_pack_from_elsewhere_are_not_followed(pack, tmp_path, name):
+    folder = pack("insightface")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("precious")
+    (folder / name).symlink_to(precious / "file" if name.endswith("lock") else precious)
+    open_index(folder)
+    assert [path.name for path in precious.iterdir()] == ["file"] and (precious / "file").read_text() == "precious"
+    assert (folder / "train.f2c-index" / "meta.json").is_file() and not (folder / "train.f2c-index").is_symlink()
+
+
+def test_a_pipe_as_lock_is_not_waited_for(pack):
+    folder = pack("insightface")
+    os.mkfifo(folder / "train.f2c-index.lock")
+    assert len(open_index(folder)) == 10
+
+
+def test_a_lock_that_is_never_released_is_not_waited_for_forever(pack, monkeypatch, caplog):
+    folder = pack("insightface")
+    script = ("import sys, pathlib, f2c_plugin.utils.locks as locks\n"
+              "with locks.locked(pathlib.Path(sys.argv[1]), 0):\n    print(flush=True)\n    sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", script, str(folder / "train.f2c-index.lock")], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        monkeypatch.setattr(index_module, "_WAIT", 0.1)
+        assert len(open_index(folder)) == 10 and "going on without waiting" in caplog.text
+        holder.kill()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="NOT TESTED WITH TWO USERS: needs root")
+def test_a_folder_that_two_users_share(pack, tmp_path):
+    """The second user reads the first one's index; if the pack has changed, the index goes into the second one's cache."""
+    folder = pack("insightface")
+    for path in (folder, *folder.parents):
+        if path.is_relative_to(tmp_path.parents[1]):
+            path.chmod(0o777)
+    open_index(folder)
+    script = ("import os, sys\n"
+              "from f2c_plugin.data import index; os.setuid(12345)\n"
+              "build, index.index_identities = index.index_identities, lambda *pack: print('built') or build(*pack)\n"
+              "print(len(index.open_index(sys.argv[1])))")
+    def as_another_user():
+        run = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True,
+                             env={**os.environ, "F2C_CACHE": str(tmp_path / "cache of another")}, cwd="/")
+        return run.stdout.split()
+    tmp_path.chmod(0o777)
+    assert as_another_user() == ["10"]
+    os.utime(folder / "train.idx", ns=(1, 1))
+    assert as_another_user() == ["built", "10"] and as_another_user() == ["10"]
+
+
 def test_a_build_that_fails_leaves_nothing_behind(pack, monkeypatch):
     folder = pack("insightface")
 
@@ -101,7 +194,7 @@ def test_a_build_that_fails_leaves_nothing_behind(pack, monkeypatch):
 
 def test_the_index_of_a_read_only_pack_goes_into_the_cache(pack, tmp_path, monkeypatch, builds):
     monkeypatch.setenv("F2C_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(index_module, "_writable", lambda folder: False)  # root can write anywhere
+    monkeypatch.setattr(index_module, "_replaceable", lambda folder: False)  # root can write anywhere
     folder = pack("insightface")
     expected = as_lists(open_index(folder))
     assert as_lists(open_index(folder)) == expected and len(builds) == 1
