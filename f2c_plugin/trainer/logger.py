@@ -129,4 +129,8 @@ def logging_to(folder: Path, resume: bool | str) -> Iterator[None]:
         with suppress(OSError):  # that there is no room is the smaller trouble
             lines.close()
         raise
-    lines.close()
+    else:
+        lines.close()
+    finally:
+        for handler in handlers:
+            logging.getLogger().removeHandler(handler)
