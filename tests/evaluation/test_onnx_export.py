@@ -86,6 +86,17 @@ def test_the_insightface_package_loads_the_export_and_embeds_as_pytorch_does(tmp
     assert cosine.min() > 0.9999
 
 
+def test_a_net_that_is_not_finite_is_not_exported(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"of before")
+    for spoil, found in (("fc.bias", "fc.bias"), ("features.running_var", "features.running_var"), ("fc.weight", "its embeddings")):
+        net = trained()
+        net.state_dict()[spoil].fill_(3e38 if found == "its embeddings" else torch.nan)
+        torch.save(net.state_dict(), tmp_path / "model.pt")
+        with pytest.raises(SystemExit, match=f"model.onnx: not written, because the net is not finite: {found}: export an earlier"):
+            cli(["export", str(tmp_path / "model.pt"), str(tmp_path / "model.onnx")])
+    assert (tmp_path / "model.onnx").read_bytes() == b"of before" and len(list(tmp_path.iterdir())) == 2
+
+
 def test_without_onnxruntime_the_export_is_not_compared(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert export_checked(trained(), tmp_path / "model.onnx") is None and (tmp_path / "model.onnx").is_file()

@@ -15,12 +15,13 @@ import torch
 
 from f2c_plugin import train
 from f2c_plugin.config import load_config
-from f2c_plugin.errors import CheckpointError
+from f2c_plugin.errors import CheckpointError, TrainingDiverged
+from f2c_plugin.synthetic.dataset import write_dataset
 from f2c_plugin.trainer.checkpoint import Checkpoints
 from f2c_plugin.trainer.logger import TrainingLog
 from f2c_plugin.trainer.signals import Stopped
 from f2c_plugin.utils.safe_load import load_states
-from tests.runs import history, launch, losses, refusal, run, start
+from tests.runs import IDENTITIES, IMAGES, history, launch, losses, refusal, run, start
 
 
 def checkpoints(folder="out"):
@@ -117,7 +118,8 @@ def test_a_signal_to_the_whole_process_group_leaves_the_loader_workers_at_work(c
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode and "DataLoader worker" not in printed, printed
+    assert process.returncode == (128 + number if ranks == 1 else 1) and "DataLoader worker" not in printed, printed
+    assert ranks == 1 or printed.count(f"exitcode  : {128 + number}") == ranks, printed
     if number == signal.SIGTERM:
         assert printed.count("stopped by a signal after step") == ranks, printed
         assert load_states(checkpoints()[-1])["step"] == max(losses()) // 12
@@ -220,6 +222,12 @@ def not_finite(path):
     torch.save(saved, path)
 
 
+def momentum_not_finite(path):
+    saved = torch.load(path)
+    saved["optimizer"]["state"][0]["momentum_buffer"] *= torch.inf
+    torch.save(saved, path)
+
+
 def foreign(path):
     torch.save({"epoch": 1}, path)
 
@@ -231,7 +239,7 @@ def packed(path):
         archive.writestr("archive/data.pkl", content + bytes(1 << 24))
 
 
-@pytest.mark.parametrize("damage", [cut_short, changed, not_finite, foreign, packed, lambda path: path.write_bytes(b""),
+@pytest.mark.parametrize("damage", [cut_short, changed, not_finite, momentum_not_finite, foreign, packed, lambda path: path.write_bytes(b""),
                                     lambda path: path.write_bytes(b"PK\3\4 no archive")])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(config, damage, caplog):
     keys = dict(num_epoch=1, val_targets=[], f2c_save_every=4)
@@ -246,6 +254,40 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(config, dam
         damage(file)
     assert "resume=True, but there is no whole checkpoint in out" in refusal(config(resume=True, **keys))
     assert checkpoints() == [first, last]  # nothing is removed
+
+
+def test_damaged_checkpoints_of_higher_numbers_cost_no_good_one_and_go_once_two_newer_ones_are_good(config, monkeypatch):
+    keys = dict(val_targets=[], f2c_save_every=4)
+    run(config(num_epoch=1, **keys))
+    damaged = [Path(f"out/checkpoint_{12 * step:012d}.pt") for step in (14, 16, 500)]  # the second will be written again
+    for file in damaged:
+        file.write_bytes(b"PK\3\4 no archive")
+    seen = []
+
+    def save(self, *arguments, original=Checkpoints.save):
+        original(self, *arguments)
+        seen.append([int(file.stem[-12:]) // 12 for file in checkpoints()])
+    monkeypatch.setattr(Checkpoints, "save", save)
+    run(config(num_epoch=2, resume="auto", **keys))
+    assert seen == [[10, 12, 14, 16, 500], [12, 14, 16, 500], [16, 20, 500]]
+    assert [load_states(file)["step"] for file in checkpoints()[:2]] == [16, 20]
+    run(config(num_epoch=3, resume="auto", **keys))
+    assert seen[3:] == [[20, 24, 500], [24, 28, 500], [28, 30, 500]]
+
+
+def test_states_that_are_not_finite_are_not_saved(config, monkeypatch):
+    keys = dict(num_epoch=1, val_targets=[], f2c_save_every=4)
+
+    def spoil_and_save(self, step, seconds, save=Checkpoints.save):
+        if step == 8:
+            moments = self.parts["optimizer"].state_dict()["state"]
+            moments[0]["momentum_buffer"][0] = moments[3]["momentum_buffer"][0] = torch.nan
+        save(self, step, seconds)
+    monkeypatch.setattr(Checkpoints, "save", spoil_and_save)
+    with pytest.raises(TrainingDiverged, match=r"not finite after step 8: optimizer.state.0.momentum_buffer, optimizer.state.3.*: "
+                       r".*lower lr .*go on from checkpoint_000000000048.pt, which is whole, with resume=True"):
+        run(config(**keys))
+    assert [load_states(file)["step"] for file in checkpoints()] == [4]
 
 
 def test_a_new_training_does_not_replace_the_checkpoints_of_another(config):
@@ -264,11 +306,49 @@ def test_resuming_another_training_is_refused_with_what_has_changed_and_smaller_
     assert "embedding_size was 32 and is now 16" in message and "f2c_pool_rate was 1.0 and is now 0.9" in message
 
 
-def test_half_written_files_of_a_killed_process_are_removed(config):
+def test_settings_are_compared_by_value_and_a_key_that_is_not_set_has_its_default(config, caplog):
+    keys = dict(val_targets=[], f2c_save_every=5)
+    run(config(num_epoch=1, f2c_momentum=0.99, **keys))
+    path = checkpoints()[-1]
+    saved = torch.load(path)
+    del saved["settings"]["optimizer"]
+    torch.save(saved, path)
+    run(config(num_epoch=1, resume=True, margin_list=[1, 0, 0.2], optimizer="sgd", f2c_export="probe", f2c_symmetric=True, **keys))
+    assert " and is now " not in caplog.text
+    run(config(num_epoch=1, resume=True, margin_list=(1.0, 0.0, 0.3), **keys))
+    assert "margin_list was [1.0, 0.0, 0.2] and is now [1.0, 0.0, 0.3]" in caplog.text
+    del saved["settings"]["margin_list"], saved["settings"]["f2c_pool_rate"], saved["pack"]  # the first and the last as in 0.2
+    torch.save(saved, path)
+    message = refusal(config(num_epoch=1, resume=True, **keys))
+    assert "another training: f2c_pool_rate was 0.1 and is now 1.0; set" in message and "margin_list was None" not in caplog.text
+
+
+def test_another_pack_of_as_many_images_is_refused_and_a_copy_is_not(config, faces, tmp_path):
+    keys = dict(num_epoch=1, val_targets=[], save_all_states=True)
+    run(config(**keys))
+    shutil.copytree(faces, tmp_path / "copy")
+    run(config(resume=True, rec="copy", **keys))
+    write_dataset(tmp_path / "other", IDENTITIES, IMAGES, num_pairs=10, seed=1, processes=1)
+    message = refusal(config(resume=True, rec="other", **keys))
+    assert "belongs to another training: rec='other' is another pack: its images or identities differ; set them back" in message
+
+
+def test_mixed_precision_can_be_switched_on_for_the_rest_of_a_training(config, caplog):
+    run(config(num_epoch=1, val_targets=[], save_all_states=True))
+    run(config(num_epoch=2, val_targets=[], resume=True, fp16=True))
+    assert "fp16 was False and is now True" in caplog.text and history()[-1]["images"] == 240
+
+
+def test_only_the_trainers_own_half_written_files_are_removed(config):
     Path("out").mkdir()
-    Path("out/checkpoint_000000000048.pt.partial").write_bytes(b"half")
+    ours = [f"{name}.0123abcd.partial" for name in ("checkpoint_000000000048.pt", "model.pt", "history.jsonl", "report.json",
+                                                    "synth_scores.npz", "gallery_synth_scores.npz")]
+    theirs = ["notes.partial", "x.pt.partial", "x.pt.0123abcd.partial", "model.pt.partial", "model.pt.old.partial",
+              "checkpoint_best.pt.0123abcd.partial"]
+    for name in (*ours, *theirs):
+        Path("out", name).write_bytes(b"half")
     run(config(num_epoch=1, val_targets=[]))
-    assert not list(Path("out").glob("*.partial"))
+    assert sorted(path.name for path in Path("out").glob("*.partial")) == sorted(theirs)
 
 
 def test_random_states_are_kept(config):
@@ -314,7 +394,7 @@ def test_a_disk_too_small_is_refused_before_training_and_one_that_fills_up_keeps
         save(self, step, seconds)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_when_full)
-        with pytest.raises(CheckpointError, match="cannot be written.*checkpoint_000000000048.pt is whole"):
+        with pytest.raises(CheckpointError, match="cannot be written: No space left.*checkpoint_000000000048.pt, which is whole"):
             run(path)
     assert not list((small_disk / "out").glob("*.partial"))
     assert load_states(checkpoints(small_disk / "out")[-1])["step"] == 4

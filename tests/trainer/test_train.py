@@ -9,11 +9,12 @@ import torch
 
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.data.writer import RecordWriter
-from f2c_plugin.errors import ExportError
+from f2c_plugin.errors import TrainingDiverged
 from f2c_plugin.evaluation.onnx_export import load_net
 from f2c_plugin.evaluation.verification import VerificationSet
 from f2c_plugin.models import get_model
 from f2c_plugin.tools.report import report
+from f2c_plugin.trainer.logger import TrainingLog
 from f2c_plugin.utils.safe_load import load_states
 from tests.runs import IDENTITIES, history, launch, refusal, run
 
@@ -105,11 +106,24 @@ def test_a_run_that_replaces_another_does_not_mix_with_it(config):
         assert len(list(Path("out/tensorboard").glob("events*"))) == 2 and len(history()) == 5
 
 
-def test_a_run_that_diverges_says_so_and_still_leaves_a_report(config, caplog):
-    with pytest.raises(ExportError, match="model.onnx and model.pt give different embeddings"):
-        run(config(num_epoch=1, lr=1e12, head="softmax"))
-    assert "the loss is nan at step" in caplog.text
-    assert json.loads(Path("out/report.json").read_text())["onnx_cosine"] == "not a number"
+def test_a_run_that_diverges_ships_nothing_and_says_what_to_do(config, caplog):
+    Path("out").mkdir()
+    Path("out/model.pt").write_bytes(b"of before")
+    message = refusal(config(num_epoch=1, lr=1e12, head="softmax"))
+    assert "not finite after step 10: probe net: layers." in message and "lower lr or set fp16=False, and start again" in message
+    assert Path("out/model.pt").read_bytes() == b"of before" and not list(Path("out").glob("report.json*"))
+    assert not list(Path("out").glob("model.onnx*"))
+
+
+def test_a_net_with_finite_weights_whose_embeddings_are_not_is_no_model(config, monkeypatch):
+    def spoiled(self, *arguments, original=TrainingLog.verify):
+        with torch.no_grad():
+            arguments[1]["probe"].fc.weight.fill_(3e38)
+        return original(self, *arguments)
+    monkeypatch.setattr(TrainingLog, "verify", spoiled)
+    with pytest.raises(TrainingDiverged, match="not finite after step 10: probe net: its embeddings"):
+        run(config(num_epoch=1, verbose=1000))
+    assert not list(Path("out").glob("report.json*")) and not list(Path("out").glob("model.onnx*"))
 
 
 def test_the_baseline_takes_odd_batches(config):
