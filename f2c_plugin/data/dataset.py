@@ -22,12 +22,20 @@ from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
 Pixels = NDArray[np.uint8]
 
 
+class OtherSize(ValueError):
+    """A whole image that has not the size asked for."""
+
+    def __init__(self, width: int, height: int):
+        super().__init__(f"it has {width}×{height} pixels, but aligned faces have {IMAGE_SIZE}×{IMAGE_SIZE}")
+        self.width, self.height = width, height
+
+
 def decode_face(encoded: Buffer, out: Pixels | None = None) -> Pixels:
     """Decode an image into the pixels that ``mxnet.image.imdecode`` gives, contiguous uint8 (112, 112, 3) RGB.
 
     ``encoded`` is an RGB or grayscale JPEG; with Pillow also a CMYK JPEG or a PNG. A JPEG is turned upright by its
-    Exif orientation. Decodes into ``out`` if given. Raises ValueError if the bytes are not a whole image of 112 × 112
-    pixels.
+    Exif orientation. Decodes into ``out`` if given, which may have another size. Raises OtherSize if the image has not
+    that size, ValueError if the bytes are not a whole image.
     """
     if out is None:
         out = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
@@ -49,16 +57,16 @@ def _decode(encoded: bytes, out: Pixels) -> None:
         _decode_by_pillow(encoded, out)
         return
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
-    _check_size(int(width), int(height))
+    _check_size(int(width), int(height), out)
     if colorspace in ("CMYK", "YCCK"):
         _decode_by_pillow(encoded, out)
     else:
         simplejpeg.decode_jpeg(encoded, "RGB", buffer=out)  # raises what is wrong
 
 
-def _check_size(width: int, height: int) -> None:
-    if (width, height) != (IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(f"it has {width}×{height} pixels, but aligned faces have {IMAGE_SIZE}×{IMAGE_SIZE}")
+def _check_size(width: int, height: int, out: Pixels) -> None:
+    if (height, width) != out.shape[:2]:
+        raise OtherSize(width, height)
 
 
 def _decode_by_pillow(encoded: bytes, out: Pixels) -> None:
@@ -69,7 +77,8 @@ def _decode_by_pillow(encoded: bytes, out: Pixels) -> None:
     pillow = require("PIL.Image", extra="images")
     try:
         image = pillow.open(BytesIO(encoded), formats=("JPEG", "PNG"))
-        _check_size(*image.size)  # before decoding: a small file can announce a huge picture
+        width, height = image.size
+        _check_size(width, height, out)  # before decoding: a small file can announce a huge picture
         out[:] = np.asarray(image.convert("RGB"))
     except pillow.UnidentifiedImageError:
         raise ValueError(f"neither a JPEG nor a PNG: it begins with {encoded[:4]!r}") from None

@@ -1,8 +1,11 @@
 """The dual loader: batches of the dual sampler, decoded by workers, on the training device."""
 
+import atexit
 import logging
 import signal
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +40,12 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _end_workers(iterator: weakref.ref[Any]) -> None:
+    """Multiprocessing ends workers by SIGTERM when this process exits, and would wait for those that ignore it."""
+    if (alive := iterator()) is not None:
+        alive._shutdown_workers()
+
+
 class DualLoader(DataLoader[Decoded]):
     """Yields ``(images, labels)`` on ``device``, as arcface_torch's own loader does.
 
@@ -57,9 +66,13 @@ class DualLoader(DataLoader[Decoded]):
     # DataLoader declares its private iterator class as the return type.
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         sampler, steps = self.dual_sampler, self.dual_sampler.steps
+        starts_workers = self.num_workers > 0 and self._iterator is None
+        batches = super().__iter__()
+        if starts_workers:
+            atexit.register(_end_workers, weakref.ref(batches))
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         ahead = None
-        for (faces, labels, damaged), step in zip(super().__iter__(), steps, strict=True):
+        for (faces, labels, damaged), step in zip(batches, steps, strict=True):
             for error in damaged:
                 self.num_damaged += 1
                 log.warning("%s; replaced by another image of the identity (%d so far)", error, self.num_damaged)

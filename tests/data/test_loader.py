@@ -1,5 +1,8 @@
 """The dual loader: its batches, with and without workers."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -69,3 +72,13 @@ def test_a_damaged_image_stops_the_epoch_and_the_error_names_pack_record_and_ide
     with pytest.raises(RecordError, match=r"train.rec: record 5 \(identity 2\) cannot be decoded"):
         for _ in range(5):
             list(make_loader(num_workers, folder))
+
+
+@pytest.mark.parametrize("end", ["", "raise KeyboardInterrupt", "raise SystemExit(7)"])
+def test_a_process_ends_at_once_while_its_loader_is_alive(end):
+    """Its workers ignore the SIGTERM that multiprocessing would end them with."""
+    script = ("import sys, torch; from f2c_plugin import DualLoader, DualSampler, RecordDataset\n"
+              "dataset = RecordDataset(sys.argv[1]); sampler = DualSampler(dataset.index, 4, 2, 0.5, 0, 0, 1)\n"
+              f"iterator = iter(DualLoader(dataset, sampler, torch.device('cpu'), num_workers=2)); next(iterator)\n{end}")
+    run = subprocess.run([sys.executable, "-c", script, str(FIXTURES / "insightface")], capture_output=True, text=True, timeout=600)
+    assert run.returncode == {"raise KeyboardInterrupt": -2, "raise SystemExit(7)": 7}.get(end, 0), run.stderr
