@@ -38,7 +38,7 @@ def storable(path: Path, resize: bool, quality: int | None) -> bytes | str:
     if is_lfs_pointer(encoded):
         return NOT_FETCHED
     try:
-        if simplejpeg.is_jpeg(encoded):
+        if encoded.startswith(b"\xff\xd8\xff"):  # simplejpeg.is_jpeg takes none with bytes behind its end
             return _of_jpeg(encoded, resize, quality)
         return _of_other(encoded, resize, quality)
     except F2CError as error:

@@ -106,11 +106,13 @@ def test_other_formats_are_stored_as_png_without_loss_or_as_jpeg(tmp_path):
 def test_jpegs_and_pngs_are_stored_as_they_are_whatever_their_suffix(tmp_path):
     forms = [("JPEG", mode) for mode in ("RGB", "L", "CMYK")] + [("PNG", mode) for mode in ("RGB", "L", "P", "RGBA", "LA", "1")]
     files = [save(tmp_path / "faces" / "a" / f"{i}.bmp", 1, form, mode=mode) for i, (form, mode) in enumerate(forms)]
+    files.append(tmp_path / "faces" / "a" / "a.bmp")
+    files[-1].write_bytes(encoded("JPEG") + b"behind its end")
     pack_folder(tmp_path / "faces", tmp_path / "pack", processes=1)
     assert stored(tmp_path / "pack") == [path.read_bytes() for path in files]
     pack_folder(tmp_path / "faces", tmp_path / "jpegs", quality=90, processes=1)
     assert stored(tmp_path / "jpegs")[:3] == [path.read_bytes() for path in files[:3]]
-    assert all(map(simplejpeg.is_jpeg, stored(tmp_path / "jpegs")))
+    assert all(image.startswith(b"\xff\xd8") for image in stored(tmp_path / "jpegs"))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -183,13 +185,24 @@ def encoded(form, **keys):
     return out.getvalue()
 
 
+def noisy_jpeg(size):
+    return simplejpeg.encode_jpeg(np.random.default_rng(size).integers(0, 256, (size, size, 3), np.uint8), 90)
+
+
+def damaged(jpeg):
+    """Cut short, and with zeros inside."""
+    middle = len(jpeg) // 2
+    return jpeg[:middle], jpeg[:middle - 1000] + bytes(1000) + jpeg[middle:]
+
+
 LEFT_OUT = {
     "text.jpg": (b"<html>404</html>", "not an image"),
     "eps.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 112 112\n%%EndComments\n", "not an image"),
     "empty.jpg": (b"", "empty file"),
     "zeros.jpg": (bytes(999), "not an image"),
-    "cut.jpg": (encoded("JPEG")[:-300], "cannot be decoded: "),
-    "zeroed inside.jpg": (encoded("JPEG")[:700] + bytes(300) + encoded("JPEG")[1000:], "cannot be decoded: "),
+    "cut.jpg": (damaged(noisy_jpeg(112))[0], "cannot be decoded: "),
+    "zeroed inside.jpg": (damaged(noisy_jpeg(112))[1], "cannot be decoded: "),
+    "zeroed header.jpg": (noisy_jpeg(112)[:4] + bytes(400) + noisy_jpeg(112)[404:], "cannot be decoded: "),
     "cut.png": (encoded("PNG")[:-60], "cannot be decoded: "),
     "cut.bmp": (encoded("BMP")[:-60], "cannot be decoded: "),
     "other size.jpg": (encoded("JPEG", size=(160, 100)), "not 112×112 pixels: 160×100"),
@@ -213,19 +226,18 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path):
         assert found[f"a/{name}"].startswith(reason)
     assert packed.left_out["not an image"] == 3 and sum(packed.left_out.values()) == len(LEFT_OUT)
     assert "  3 × not an image: a/eps.jpg, a/text.jpg, a/zeros.jpg\n" in packed.report()
-    assert "  5 × cannot be decoded: a/bomb.png (Image size" in packed.report() and "), …" in packed.report()
+    assert "  6 × cannot be decoded: a/bomb.png (Image size" in packed.report() and "), …" in packed.report()
 
 
-@pytest.mark.parametrize("name, size", [("cut.jpg", 1), ("zeroed inside.jpg", 1), ("bomb.png", 60000), ("large.png", 9000)])
-def test_damaged_and_huge_images_are_left_out_when_resizing_too(tmp_path, name, size):
-    content = announced_png(size, size)
-    if name.endswith("jpg"):
-        whole = encoded("JPEG", size=(224, 224))
-        content = whole[:-900] if name == "cut.jpg" else whole[:1500] + bytes(900) + whole[2400:]
+def test_damaged_and_huge_images_are_left_out_when_resizing_too(tmp_path):
     save(tmp_path / "faces" / "a" / "good.jpg")
-    (tmp_path / "faces" / "a" / name).write_bytes(content)
+    cut, zeroed = damaged(noisy_jpeg(224))
+    for name, content in {"cut.jpg": cut, "zeroed.jpg": zeroed, "large.png": announced_png(10000, 10000)}.items():
+        (tmp_path / "faces" / "a" / name).write_bytes(content)
     pack_folder(tmp_path / "faces", tmp_path / "pack", resize=True, processes=1)
-    assert left_out(tmp_path / "pack")[f"a/{name}"].startswith("cannot be decoded: ")
+    found = left_out(tmp_path / "pack")
+    assert all(found[f"a/{name}"].startswith("cannot be decoded: ") for name in ("cut.jpg", "zeroed.jpg")) and len(found) == 3
+    assert found["a/large.png"].startswith("cannot be decoded: Image size (100000000 pixels) exceeds limit")
 
 
 def test_everything_that_is_not_a_file_of_an_identity_is_left_out(tmp_path):
