@@ -1,7 +1,6 @@
 """The head as arcface_torch's training script calls it."""
 
 import logging
-from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -21,24 +20,24 @@ class ArcFaceTorchHead(F2CHead):
     """An F²C head with ``verify`` and ``select_net``, which ``train_v2.py`` with patch 0001 calls on rank 0."""
 
     def configure(self, cfg: Config, settings: F2CConfig, total_steps: int) -> None:
-        """Take what the head does beside the loss from the config. Raises ConfigError if "best" has nothing to choose by."""
+        """Take what the head does beside the loss from the config.
+
+        Raises ConfigError if "best" has nothing to choose by, VerificationSetError for sets that cannot be read.
+        """
         self.export = settings.export
         output = cfg.get("output")
         self.folder = Path(output or ".")
         files = [Path(cfg["rec"]) / f"{name}.bin" for name in cfg.get("val_targets", ())]
-        self.verification_files = [file for file in files if file.is_file()]  # arcface_torch skips missing ones, too
         if this_rank()[0] != 0:
             return
-        if self.export == "best" and not self.verification_files:
+        # arcface_torch skips missing ones, too, and its load_bin, which is ours, decodes the images of the others.
+        self.verification_sets = {file.stem: VerificationSet(file) for file in files if file.is_file()}
+        if self.export == "best" and not self.verification_sets:
             raise ConfigError(f"f2c_export='best', but of val_targets={cfg.get('val_targets')!r} there is none in "
                               f"{cfg['rec']}: name a verification set to choose by")
         # Beside arcface_torch's own log.
         self.monitor = Monitor(cfg.get("frequent", 10), total_steps, self.folder / "tensorboard" if output else None,
                                settings.max_bad_steps)
-
-    @cached_property
-    def verification_sets(self) -> dict[str, VerificationSet]:
-        return {file.stem: VerificationSet(file) for file in self.verification_files}
 
     def verify(self, step: int) -> None:
         """Verify the gallery net, after arcface_torch has verified the probe net."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet
+from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet, tar_text
 from f2c_plugin.utils.atomic import written_whole
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ def verify(nets: Mapping[str, nn.Module], sets: Mapping[str, VerificationSet], s
                     np.savez(file, scores=result.scores, same=result.same)
             except OSError as error:  # no reason to end a training
                 log.warning("the scores are not saved: %s", error)
-            log.info("[%s%s][%d]Accuracy-Flip: %.5f+-%.5f  TAR at FAR 1e-3: %.4f  XNorm: %.3f", PREFIX[which], name, step,
-                     result.accuracy, result.accuracy_std, result.tar_at_far(1e-3), result.embedding_norm)
+            log.info("[%s%s][%d]Accuracy-Flip: %.5f+-%.5f  TAR at FAR 1e-3: %s  XNorm: %.3f", PREFIX[which], name, step,
+                     result.accuracy, result.accuracy_std, tar_text(result.tar_at_far(1e-3)), result.embedding_norm)
     return results
 
 
@@ -36,4 +36,4 @@ def select_net(export: str, results: Results) -> str:
     if export != "best":
         return export
     first = {which: next(iter(of_net.values())) for which, of_net in results.items()}
-    return max(first, key=lambda which: (first[which].accuracy, first[which].tar_at_far(1e-3)))
+    return max(first, key=lambda which: (first[which].accuracy, first[which].tar_at_far(1e-3) or 0.0))

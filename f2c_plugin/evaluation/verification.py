@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from f2c_plugin.data.dataset import IMAGE_SIZE, decode_face, normalize_faces
+from f2c_plugin.data.dataset import IMAGE_SIZE, OtherSize, Pixels, decode_face, normalize_faces
 from f2c_plugin.errors import VerificationSetError
+from f2c_plugin.evaluation.resize import resize_short
 from f2c_plugin.evaluation.safe_pickle import load_pickle
 from f2c_plugin.utils.atomic import written_whole
 
 FOLDS = 10
+MAX_SIZE = 4096  # pixels; a small file can announce a huge picture
 THRESHOLDS = np.arange(0, 4, 0.01)  # on squared distances of unit vectors, as in arcface_torch
 
 
@@ -29,36 +31,63 @@ class VerificationResult:
     same: np.ndarray  # bool (pairs,)
     embedding_norm: float  # mean over the embeddings; "XNorm" in arcface_torch
 
-    def tar_at_far(self, far: float) -> float:
-        """Share of same pairs accepted at the lowest threshold that accepts at most ``far`` of the different pairs."""
+    def tar_at_far(self, far: float) -> float | None:
+        """Share of same pairs accepted at the lowest threshold that accepts at most ``far`` of the different pairs.
+
+        None if the pairs do not resolve it: there is no same pair, or one different pair is a larger share than ``far``.
+        """
         return tar_at_far(self.scores, self.same, far)
 
-    def summary(self) -> dict[str, float]:
-        """The metrics that go into ``report.json``."""
+    def scalars(self) -> dict[str, float]:
+        """The metrics to draw as curves; those that are not resolved are left out."""
+        scalars = {"accuracy": self.accuracy, "tar_at_far_1e-3": self.tar_at_far(1e-3)}
+        return {name: value for name, value in scalars.items() if value is not None}
+
+    def summary(self) -> dict[str, float | None]:
+        """The metrics that go into ``report.json``; None where the pairs do not resolve them."""
         return {"accuracy": self.accuracy, "accuracy_std": self.accuracy_std, "tar_at_far_1e-3": self.tar_at_far(1e-3),
                 "tar_at_far_1e-4": self.tar_at_far(1e-4), "pairs": len(self.same)}
 
 
 class VerificationSet:
-    """Labeled pairs of faces from a ``.bin`` file, whose pickle cannot run code here. Raises VerificationSetError."""
+    """Labeled pairs of faces from a ``.bin`` file, whose pickle cannot run code here. Raises VerificationSetError.
+
+    Square images of another size than 112 × 112 are resized as arcface_torch resizes them.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         images, same = load_pickle(self.path)
-        if not len(same) or len(images) != 2 * len(same):
-            raise VerificationSetError(f"{self.path}: {len(images)} images for {len(same)} labels; needs two images per label")
+        if len(same) < 2 or len(images) != 2 * len(same):
+            raise VerificationSetError(f"{self.path}: {len(images)} images for {len(same)} answers; needs two images for each "
+                                       "answer, and two answers or more")
         self.images, self.same = images, np.array(same, bool)
+
+    def check(self) -> None:
+        """Decode every image and keep none. Raises VerificationSetError with the number of the first that cannot be used."""
+        out = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        for i in range(len(self.images)):
+            self._decode(i, out)
 
     def faces(self, count: int | None = None) -> Tensor:
         """The first ``count`` images, or all if None, uint8 (count, 112, 112, 3) RGB."""
-        images = self.images[:count]
-        faces = np.empty((len(images), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        for i, (out, image) in enumerate(zip(faces, images, strict=True)):
-            try:
-                decode_face(image, out)
-            except ValueError as error:
-                raise VerificationSetError(f"{self.path}: image {i} cannot be decoded: {error}") from error
+        faces = np.empty((len(self.images[:count]), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        for i, out in enumerate(faces):
+            self._decode(i, out)
         return torch.from_numpy(faces)
+
+    def _decode(self, i: int, out: Pixels) -> None:
+        try:
+            try:
+                decode_face(self.images[i], out)
+            except OtherSize as other:
+                sides = other.height, other.width
+                if max(sides) > MAX_SIZE or IMAGE_SIZE * max(sides) // min(sides) != IMAGE_SIZE:
+                    raise ValueError(f"it has {other.width}×{other.height} pixels: only square images up to {MAX_SIZE} × "
+                                     f"{MAX_SIZE} are resized to {IMAGE_SIZE} × {IMAGE_SIZE}") from None
+                out[:] = resize_short(decode_face(self.images[i], np.empty((*sides, 3), np.uint8)))
+        except ValueError as error:
+            raise VerificationSetError(f"{self.path}: image {i} cannot be used: {error}") from error
 
     def evaluate(self, net: nn.Module) -> VerificationResult:
         """Verify a net that embeds images (B, 3, 112, 112). Keeps the mode of the net.
@@ -87,12 +116,19 @@ def embed(net: nn.Module, faces: Tensor, batch_size: int = 256) -> Tensor:
     return torch.cat(embeddings)
 
 
-def tar_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float:
+def tar_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float | None:
     """As ``VerificationResult.tar_at_far``, from cosines (n,) and labels, bool (n,)."""
     different = np.sort(scores[~same])[::-1]
+    if far * len(different) < 1 or not same.any():
+        return None
     allowed = int(far * len(different))
     threshold = different[allowed] if allowed < len(different) else -np.inf
     return float((scores[same] > threshold).mean())
+
+
+def tar_text(tar: float | None) -> str:
+    """A TAR for tables and logs."""
+    return "not resolved" if tar is None else f"{tar:.2%}"
 
 
 def fold_accuracies(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
@@ -104,10 +140,17 @@ def fold_accuracies(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
 
 
 def load_bin(path: str | Path, image_size: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE)) -> tuple[list[Tensor], list[bool]]:
-    """Replaces arcface_torch's: [images, mirrored images], each float32 (2n, 3, 112, 112) in [0, 255], and the labels."""
+    """Replaces arcface_torch's: [images, mirrored images], each float32 (2n, 3, 112, 112) in [0, 255], and the labels.
+
+    Raises VerificationSetError also for sets that arcface_torch's evaluation would fail on, hours later.
+    """
     if tuple(image_size) != (IMAGE_SIZE, IMAGE_SIZE):
         raise VerificationSetError(f"image_size={image_size}: must be {(IMAGE_SIZE, IMAGE_SIZE)}")
     verification_set = VerificationSet(path)
+    for number, fold in enumerate(np.array_split(verification_set.same, FOLDS)):
+        if fold.all() or not fold.any():
+            raise VerificationSetError(f"{path}: of its {FOLDS} parts, in each of which arcface_torch needs same and different "
+                                       f"pairs, part {number} has {fold.sum()} and {(~fold).sum()}: mix them, and give more")
     images = verification_set.faces().permute(0, 3, 1, 2).float()
     return [images, images.flip(3)], verification_set.same.tolist()
 

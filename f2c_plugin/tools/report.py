@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from f2c_plugin.errors import ReportError
-from f2c_plugin.evaluation.verification import tar_at_far
+from f2c_plugin.evaluation.verification import tar_at_far, tar_text
 from f2c_plugin.tools.plotting import pyplot, save_figure
 from f2c_plugin.utils.atomic import written_whole
 
@@ -86,7 +86,7 @@ class Run:
             best = max(value for _, value in self.series(name))
             facts[f"{name} (last, best)"] = f"{last[name]:.2%}, {best:.2%}"
         for name, (scores, same) in self.scores.items():
-            facts |= {f"{name}: TAR at FAR {far:g}": f"{tar_at_far(scores, same, far):.2%}" for far in FARS}
+            facts |= {f"{name}: TAR at FAR {far:g}": tar_text(tar_at_far(scores, same, far)) for far in FARS}
         file = folder / "report.json"
         if file.is_file():
             with _reading(file):

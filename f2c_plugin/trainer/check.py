@@ -34,7 +34,7 @@ def check(cfg: TrainConfig, world_size: int = 1) -> None:
         (["optimizer"], lambda: build_optimizer(rest, [torch.zeros(1)])),
         (["num_image", "batch_size"], lambda: steps_per_epoch(cfg, world_size)),
         (["rec", "num_classes", "num_image"], lambda: open_pack(cfg)),
-        (["rec", "val_targets"], lambda: verification_sets(cfg)),
+        (["rec", "val_targets"], lambda: [each.check() for each in verification_sets(cfg).values()]),
     ]
     for keys, attempt in attempts:
         if bad.keys().isdisjoint(keys):

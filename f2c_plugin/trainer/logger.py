@@ -85,8 +85,7 @@ class TrainingLog:
         for name in sets:
             scalars: dict[str, float] = {}
             for which, of_net in results.items():
-                scalars |= {f"{name}/{PREFIX[which]}accuracy": of_net[name].accuracy,
-                            f"{name}/{PREFIX[which]}tar_at_far_1e-3": of_net[name].tar_at_far(1e-3)}
+                scalars |= {f"{name}/{PREFIX[which]}{metric}": value for metric, value in of_net[name].scalars().items()}
             self._record(step, scalars)
         self.start += time.perf_counter() - begin  # verification is not training
         return results

@@ -1,6 +1,8 @@
 """Verification sets: reading them without running their code, and the accuracy that arcface_torch computes."""
 
+import hashlib
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -11,10 +13,22 @@ import pytest
 import simplejpeg
 import torch
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 from torch import nn
 
 from f2c_plugin.errors import VerificationSetError
-from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet, fold_accuracies, load_bin, save_bin
+from f2c_plugin.evaluation.model_selection import select_net, verify
+from f2c_plugin.evaluation.resize import resize_short
+from f2c_plugin.evaluation.verification import (
+    VerificationResult,
+    VerificationSet,
+    fold_accuracies,
+    load_bin,
+    save_bin,
+    tar_at_far,
+)
+from f2c_plugin.tools.report import Run
+from tests.runs import refusal
 
 
 def jpeg(seed):
@@ -25,26 +39,55 @@ def jpeg(seed):
 IMAGES, SAME = [jpeg(seed) for seed in (1, 1, 2, 3, 4, 4, 5, 6)], [True, False, True, False]
 
 
+def objects(items):
+    array = np.empty(len(items), object)
+    array[:] = items
+    return array
+
+
+ARRAYS = [np.frombuffer(image, np.uint8).copy() for image in IMAGES]
+FORMS = {
+    "bytes": (IMAGES, SAME), "tuples": [tuple(IMAGES), tuple(SAME)], "bytearrays": ([*map(bytearray, IMAGES)], SAME),
+    "arrays": (ARRAYS, SAME), "array of objects": (objects(IMAGES), objects(SAME)), "array of arrays": (objects(ARRAYS), SAME),
+    "array of bytes": (np.array(IMAGES), SAME), "ints": (IMAGES, [1, 0, 1, 0]), "floats": (IMAGES, [1.0, 0.0, 1.0, 0.0]),
+    **{f"array of {dtype}": (IMAGES, np.array(SAME, dtype)) for dtype in ("bool", "int64", ">i4", "uint8", "float32")},
+    **{f"list of {kind.__name__}": (IMAGES, [*map(kind, SAME)]) for kind in (np.bool_, np.int64, np.float32, np.uint8)},
+}
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("form", ["bytes", "arrays", "array of labels", "numpy labels", "tuples"])
+@pytest.mark.parametrize("form", FORMS)
 def test_sets_are_read_in_every_form_that_occurs(tmp_path, protocol, form):
-    content = {"bytes": (IMAGES, SAME),
-               "arrays": ([np.frombuffer(image, np.uint8).copy() for image in IMAGES], SAME),
-               "array of labels": (IMAGES, np.array(SAME)),
-               "numpy labels": (IMAGES, [np.bool_(label) for label in SAME]),
-               "tuples": [tuple(IMAGES), tuple(SAME)]}[form]
-    (tmp_path / "set.bin").write_bytes(pickle.dumps(content, protocol))
+    (tmp_path / "set.bin").write_bytes(pickle.dumps(FORMS[form], protocol))
     verification_set = VerificationSet(tmp_path / "set.bin")
-    assert verification_set.same.tolist() == SAME
+    assert verification_set.same.tolist() == SAME and verification_set.images == IMAGES
     assert np.array_equal(verification_set.faces()[3], simplejpeg.decode_jpeg(IMAGES[3]))
 
 
-def test_a_set_pickled_by_python_2_is_read(tmp_path):
+ARRAY_OF_PYTHON_2 = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85U\1b\x87R(K\1K\4\x85"
+                     b"cnumpy\ndtype\nU\2%sK\0K\1\x87R(K\3U\1%sNNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb\x89U%c%stb")
+
+
+@pytest.mark.parametrize("answers", [
+    b"(" + b"".join(b"\x88" if same else b"\x89" for same in SAME) + b"l", b"(I01\nI00\nI01\nI00\nl",
+    ARRAY_OF_PYTHON_2 % (b"b1", b"|", 4, b"\1\0\1\0"),
+    ARRAY_OF_PYTHON_2 % (b"i8", b"<", 32, np.array(SAME, "<i8").tobytes()),
+    ARRAY_OF_PYTHON_2 % (b"i2", b">", 8, np.array(SAME, ">i2").tobytes())], ids=["bools", "ints", "b1", "i8", "big-endian"])
+def test_a_set_pickled_by_python_2_is_read(tmp_path, answers):
     # Protocol 2 with Python 2's string opcode, as lfw.bin of the older packs has it.
     strings = b"".join(b"T" + len(image).to_bytes(4, "little") + image for image in IMAGES)
-    content = b"\x80\x02(" + b"(" + strings + b"l" + b"(" + b"".join(b"\x88" if s else b"\x89" for s in SAME) + b"l" + b"t."
-    (tmp_path / "set.bin").write_bytes(content)
-    assert VerificationSet(tmp_path / "set.bin").faces().shape == (8, 112, 112, 3)
+    (tmp_path / "set.bin").write_bytes(b"\x80\x02((" + strings + b"l" + answers + b"t.")
+    verification_set = VerificationSet(tmp_path / "set.bin")
+    assert verification_set.faces().shape == (8, 112, 112, 3) and verification_set.same.tolist() == SAME
+
+
+@pytest.mark.parametrize("answer, found", [
+    (2, "2"), (0.5, "0.5"), (float("nan"), "nan"), (-1, "-1"), (np.int64(3), "3"), (None, "a NoneType"), ("yes", "a str"),
+    ([1], "a list"), (b"\1", "a bytes")], ids=repr)
+def test_answers_other_than_true_and_false_are_refused_with_their_number(tmp_path, answer, found):
+    (tmp_path / "set.bin").write_bytes(pickle.dumps((IMAGES, [*SAME[:2], answer, False])))
+    with pytest.raises(VerificationSetError, match=rf"set.bin: the answer for pair 2 is {found}, not true or false"):
+        VerificationSet(tmp_path / "set.bin")
 
 
 class Malicious:
@@ -126,12 +169,66 @@ def test_malformed_sets_are_refused_with_the_value_found(tmp_path):
     path = tmp_path / "set.bin"
     with pytest.raises(VerificationSetError, match="no such file"):
         VerificationSet(path)
-    save_bin(path, IMAGES[:7], SAME)
-    with pytest.raises(VerificationSetError, match="7 images for 4 labels"):
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    with pytest.raises(VerificationSetError, match="set.bin: a Git-LFS pointer"):
         VerificationSet(path)
-    save_bin(path, [*IMAGES[:7], b"no jpeg"], SAME)
-    with pytest.raises(VerificationSetError, match="image 7 cannot be decoded"):
-        VerificationSet(path).faces()
+    for images, same, message in (IMAGES[:7], SAME, "7 images for 4 answers"), (IMAGES[:2], [True], "two answers or more"):
+        save_bin(path, images, same)
+        with pytest.raises(VerificationSetError, match=message):
+            VerificationSet(path)
+
+
+def png(width, height):
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+BAD_IMAGES = {
+    "no jpeg": (b"no jpeg", "neither a JPEG nor a PNG"), "empty": (b"", "it is empty"), "cut": (IMAGES[7][:-200], ""),
+    "flat": (simplejpeg.encode_jpeg(np.zeros((112, 160, 3), np.uint8)), "it has 160×112 pixels: only square images"),
+    "high": (simplejpeg.encode_jpeg(np.zeros((113, 112, 3), np.uint8)), "it has 112×113 pixels: only square images"),
+    "png": (png(100, 50), "it has 100×50 pixels"), "huge": (png(5000, 5000), "only square images up to 4096"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_images_that_cannot_be_used_are_found_before_training_with_their_number(config, tmp_path, name):
+    image, message = BAD_IMAGES[name]
+    save_bin(tmp_path / "set.bin", [*IMAGES[:7], image], SAME)
+    refused = refusal(config(val_targets=[str(tmp_path / "set")]))
+    assert "set.bin: image 7 cannot be used: " in refused and message in refused and not (tmp_path / "out").exists()
+    with pytest.raises(VerificationSetError, match="image 7 cannot be used"):
+        VerificationSet(tmp_path / "set.bin").faces()
+
+
+def picture(size, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+
+
+def test_pictures_of_another_size_are_resized_as_mxnet_does(tmp_path):
+    # The digest is that of mxnet 1.9.1's mx.image.resize_short(picture(160), 112).
+    assert hashlib.sha256(resize_short(picture(160)).tobytes()).hexdigest()[:16] == "effea4571a617f2e"
+    large = simplejpeg.encode_jpeg(picture(10).repeat(16, 0).repeat(16, 1), 95)
+    save_bin(tmp_path / "set.bin", [large] * 4, [True, False])
+    verification_set = VerificationSet(tmp_path / "set.bin")
+    verification_set.check()
+    assert np.array_equal(verification_set.faces()[3], resize_short(simplejpeg.decode_jpeg(large)))
+
+
+@pytest.mark.mxnet
+def test_mxnet_itself_resizes_so(mxnet_python, tmp_path):
+    sizes = [(50, 50), (96, 96), (111, 111), (113, 113), (128, 128), (160, 160), (224, 224), (250, 250), (120, 119), (119, 120)]
+    pictures = {f"{h}_{w}": np.random.default_rng(h).integers(0, 256, (h, w, 3), np.uint8) for h, w in sizes}
+    np.savez(tmp_path / "pictures.npz", **pictures)
+    script = ("import mxnet as mx, numpy as np; given = np.load('pictures.npz');"
+              "np.savez('resized.npz', **{name: mx.image.resize_short(mx.nd.array(each, dtype='uint8'), 112).asnumpy()"
+              " for name, each in given.items()})")
+    subprocess.run([mxnet_python, "-c", script], check=True, cwd=tmp_path)
+    with np.load(tmp_path / "resized.npz") as expected:
+        for name, each in pictures.items():
+            difference = np.abs(resize_short(each).astype(int) - expected[name])
+            assert difference.max() <= 1 and (difference > 0).mean() < 1e-4, name
 
 
 def slow_accuracies(scores, same):
@@ -158,7 +255,26 @@ def test_tar_at_far_is_the_share_of_same_pairs_above_the_threshold_that_lets_few
     scores = np.array([0.9, 0.8, 0.5, 0.3, 0.7, 0.4, 0.2, 0.1])
     same = np.array([True] * 4 + [False] * 4)
     result = VerificationResult(0, 0, scores, same, 0)
-    assert result.tar_at_far(0.0) == 0.5 and result.tar_at_far(0.25) == 0.75 and result.tar_at_far(1.0) == 1.0
+    assert result.tar_at_far(0.25) == 0.75 and result.tar_at_far(0.49) == 0.75 and result.tar_at_far(1.0) == 1.0
+
+
+def test_a_tar_that_the_pairs_do_not_resolve_is_none_everywhere(tmp_path, caplog):
+    one_in = {count: np.arange(count + 1) < 1 for count in (0, 1, 3, 999, 1000)}  # one same pair, and so many different ones
+    assert [tar_at_far(np.linspace(1, 0, len(same)), same, 1e-3) for same in one_in.values()] == [None] * 4 + [1.0]
+    assert tar_at_far(np.zeros(2000), np.zeros(2000, bool), 1e-3) is None  # no same pair
+    for same in (SAME, [True] * 4, [False] * 4):
+        save_bin(tmp_path / "set.bin", IMAGES, same)
+        with caplog.at_level("INFO"):
+            sets = {"set": VerificationSet(tmp_path / "set.bin")}
+            results = verify({"probe": Colour(), "gallery": Colour()}, sets, 5, tmp_path)
+        result = results["probe"]["set"]
+        assert json.loads(json.dumps(result.summary(), allow_nan=False))["tar_at_far_1e-3"] is None
+        assert list(result.scalars()) == ["accuracy"] and select_net("best", results) == "probe"
+        assert "TAR at FAR 1e-3: not resolved" in caplog.text
+    (tmp_path / "training.log").write_text("")
+    (tmp_path / "history.jsonl").write_text('{"step": 5, "images": 60, "loss": 1.0}\n')
+    facts = Run.read(tmp_path).facts
+    assert facts["set: TAR at FAR 0.001"] == "not resolved" and "nan" not in str(facts)
 
 
 class Colour(nn.Module):
@@ -177,13 +293,29 @@ def test_a_net_that_sees_the_picture_verifies_it_and_stays_in_its_mode(tmp_path)
     save_bin(tmp_path / "set.bin", IMAGES * 10, SAME * 10)
     net = Colour().train()
     result = VerificationSet(tmp_path / "set.bin").evaluate(net)
-    assert net.training and result.accuracy == 1.0 and result.tar_at_far(1e-3) == 1.0
+    assert net.training and result.accuracy == 1.0 and result.tar_at_far(0.1) == 1.0
     assert np.allclose(result.scores[result.same], 1)
 
 
 def test_load_bin_returns_the_same_as_load_bin_of_arcface_torch(tmp_path):
-    save_bin(tmp_path / "set.bin", IMAGES, SAME)
+    save_bin(tmp_path / "set.bin", IMAGES * 5, SAME * 5)
     (images, mirrored), same = load_bin(tmp_path / "set.bin", (112, 112))
-    assert images.shape == (8, 3, 112, 112) and images.dtype == torch.float32 and same == SAME
+    assert images.shape == (40, 3, 112, 112) and images.dtype == torch.float32 and same == SAME * 5
     assert torch.equal(images[2], torch.from_numpy(simplejpeg.decode_jpeg(IMAGES[2])).permute(2, 0, 1).float())
     assert torch.equal(mirrored, images.flip(3))
+
+
+@pytest.mark.parametrize("same, message", [
+    (SAME, "part 0 has 1 and 0"), ([True] * 20 + [False] * 20, "part 0 has 4 and 0"),
+    (SAME * 9 + [False] * 4, "part 9 has 0 and 4")], ids=["too few", "sorted", "unmixed at the end"])
+def test_sets_that_arcface_torch_cannot_evaluate_are_refused_when_it_loads_them(tmp_path, same, message):
+    save_bin(tmp_path / "set.bin", [IMAGES[0]] * (2 * len(same)), same)
+    with pytest.raises(VerificationSetError, match=message):
+        load_bin(tmp_path / "set.bin", (112, 112))
+
+
+def test_a_set_is_written_whole_or_not_at_all(tmp_path):
+    save_bin(tmp_path / "set.bin", IMAGES, SAME)
+    with pytest.raises(TypeError):
+        save_bin(tmp_path / "set.bin", [*IMAGES, (each for each in [])], SAME)
+    assert VerificationSet(tmp_path / "set.bin").images == IMAGES and len(list(tmp_path.iterdir())) == 1
