@@ -26,7 +26,7 @@ def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, faces,
     launch(path, ranks)
     summary = json.loads(Path("out/report.json").read_text())
     assert summary["head"] == "f2c_dcp" and summary["images_seen"] == 2 * 120 and 100 < summary["peak_mb"] < 10_000
-    assert 0 <= summary["verification"]["tar_at_far_1e-3"] <= summary["verification"]["accuracy"] <= 1
+    assert 0 <= summary["verification"]["accuracy"] <= 1 and summary["verification"]["tar_at_far_1e-3"] is None  # 30 pairs
     entries = history()
     steps = [entry for entry in entries if "loss" in entry]
     assert [entry["step"] for entry in steps] == list(range(2, 21, 2))
