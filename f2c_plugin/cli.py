@@ -4,6 +4,7 @@ import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from f2c_plugin.data.index import open_index
 from f2c_plugin.errors import ExportError, F2CError
 from f2c_plugin.synthetic.dataset import draw_contact_sheet, write_dataset
 from f2c_plugin.tools import checkpoints, packs
+from f2c_plugin.tools.convert import convert as convert_pack
 from f2c_plugin.tools.doctor import examine
 from f2c_plugin.tools.pack_folder import pack_folder
 from f2c_plugin.tools.plan import Plan, draw as draw_plan
@@ -121,6 +123,15 @@ def pack(args: Namespace) -> None:
     print(pack_folder(args.source, args.out, args.resize, args.quality).report())
 
 
+@command(argument("source", help="folder of train.rec and train.idx"),
+         argument("labels", help="a list like im2rec's .lst: record number, tab, identity in each line"),
+         argument("out", help="folder to write train.rec, train.idx and property into"))
+def convert(args: Namespace) -> None:
+    """Write a pack again with the identities of a list, exact also beyond 2**24."""
+    images, identities = convert_pack(args.source, args.labels, args.out)
+    print(f"{args.out}: {images} images of {identities} identities")
+
+
 @command(argument("model", help="a model.pt, or a checkpoint of arcface_torch or f2c_plugin.train"),
          argument("out", help="the .onnx file to write"),
          argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net"))
@@ -214,17 +225,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         for add_to in arguments:
             add_to(subparser)
     called = "f2c-plugin"
-    try:
-        with printed():
-            args = parser.parse_args(argv)
-            called += f" {args.command}"
-            run, _ = COMMANDS[args.command]
-            run(args)
-    except (F2CError, OSError) as error:
-        sys.exit(f"{called}: {error}")
-    except KeyboardInterrupt:
-        print(f"{called}: interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    with suppress(KeyboardInterrupt):
+        try:
+            with printed():
+                args = parser.parse_args(argv)
+                called += f" {args.command}"
+                run, _ = COMMANDS[args.command]
+                return run(args)
+        except (F2CError, OSError) as error:
+            sys.exit(f"{called}: {error}")
+    # Only now are progress bars gone, but not the line that they or "^C" have begun.
+    print(f"{chr(10) if sys.stderr.isatty() else ''}{called}: interrupted", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -80,5 +80,6 @@ def test_a_process_ends_at_once_while_its_loader_is_alive(end):
     script = ("import sys, torch; from f2c_plugin import DualLoader, DualSampler, RecordDataset\n"
               "dataset = RecordDataset(sys.argv[1]); sampler = DualSampler(dataset.index, 4, 2, 0.5, 0, 0, 1)\n"
               f"iterator = iter(DualLoader(dataset, sampler, torch.device('cpu'), num_workers=2)); next(iterator)\n{end}")
-    run = subprocess.run([sys.executable, "-c", script, str(FIXTURES / "insightface")], capture_output=True, text=True, timeout=600)
+    run = subprocess.run([sys.executable, "-c", script, str(FIXTURES / "insightface")], capture_output=True, text=True,
+                         timeout=600)
     assert run.returncode == {"raise KeyboardInterrupt": -2, "raise SystemExit(7)": 7}.get(end, 0), run.stderr

@@ -1,0 +1,89 @@
+"""A pack converted to identities beyond 2**24, and trained on."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from f2c_plugin.cli import main as cli
+from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.data.recordio import RecordFile
+from f2c_plugin.errors import OverwriteError, RecordError
+from f2c_plugin.tools.convert import convert
+from f2c_plugin.trainer.checkpoint import checkpoints_in
+from f2c_plugin.utils.safe_load import load_states
+from tests.conftest import FIXTURES, PACKS
+from tests.runs import IDENTITIES, losses, run
+
+# Neighbours that float32 cannot tell from one another.
+WIDE = [*range(2**24 - 2, 2**24 + 4), *range(2**31 - 3, 2**31 + 3)]
+
+
+def write_list(path, dataset, identities, form="{}\t{}\tfolder/name.jpg\n"):
+    labels = identities[dataset.index.identity]
+    path.write_text("".join(form.format(key, label) for key, label in zip(dataset.index.keys, labels, strict=True)))
+    return labels
+
+
+def test_training_on_identities_around_2_to_the_24_and_2_to_the_31(config, faces, capsys):
+    dataset = RecordDataset(faces)
+    labels = write_list(Path("wide.lst"), dataset, np.array(WIDE))
+    cli(["convert", str(faces), "wide.lst", "wide"])
+    assert f"{len(dataset)} images of {IDENTITIES} identities" in capsys.readouterr().out
+    converted = RecordDataset("wide")
+    assert converted.index.identity.tolist() == labels.tolist() and converted.index.numbers.tolist() == WIDE
+    shutil.copy(faces / "synth.bin", "wide")
+    keys = dict(num_epoch=1, frequent=1, f2c_save_every=4)
+    run(config(output="plain", **keys))
+    run(config(output="of wide", rec="wide", num_classes=WIDE[-1] + 1, f2c_pool_rate=12.5 / WIDE[-1], **keys))
+    head = load_states(checkpoints_in("of wide")[0])["head"]
+    assert sorted(head["pool.slot_identity"].tolist()) == WIDE
+    assert losses("of wide") == losses("plain")  # to the bit: only the numbers differ
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_every_kind_of_pack_can_be_converted(tmp_path, name):
+    shutil.copytree(FIXTURES / name, tmp_path / "pack")
+    dataset = RecordDataset(tmp_path / "pack")
+    new = np.arange(dataset.index.numbers[-1] + 1)[::-1] + 2**24
+    labels = write_list(tmp_path / "list", dataset, new, "{}\t{}.000000\n")
+    images, identities = convert(tmp_path / "pack", tmp_path / "list", tmp_path / "new")
+    converted = RecordDataset(tmp_path / "new")
+    assert (images, identities) == (len(dataset), len(dataset.index.numbers))
+    assert sorted(converted.index.identity.tolist()) == sorted(labels.tolist())
+    old, again = (RecordFile(folder / "train.rec") for folder in (tmp_path / "pack", tmp_path / "new"))
+    order = np.argsort(dataset.index.offsets)  # the new pack has the order of the file
+    for i, j in zip(order.tolist(), range(images), strict=True):
+        before, after = (records.image_record(int(index.offsets[at])) for records, index, at in
+                         ((old, dataset.index, i), (again, converted.index, j)))
+        assert bytes(before.image) == bytes(after.image) and before.id == after.id
+        assert before.labels[1:].tolist() == after.labels[1:].tolist() and after.wide_identity == labels[i]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "the list is empty"), ("0\t1\nword\n", r"line 2 is b'word\\n'"), ("0 1\n", "line 1"), ("0\t-1\n", "line 1"),
+    ("0\t1.5\n", "line 1"), (f"0\t{2**40}\n", "line 1"), ("0\tinf\n", "line 1"), ("1e99\t0\n", "line 1"),
+    ("0\t1\n0\t2\n", "lists record 0 twice"), ("0\t1\n", "lacks record 1 of .*, which is an image"),
+    ("".join(f"{key}\t5\n" for key in range(99)), "lists 99 images, but .* has only 6")],
+    ids=["empty", "a word", "a space", "negative", "a fraction", "too large", "infinite", "a huge number", "twice", "too few",
+         "too many"])
+def test_a_list_that_does_not_fit_is_refused_and_nothing_is_left(tmp_path, text, message):
+    (tmp_path / "list").write_text(text)
+    with pytest.raises(RecordError, match=f"list: .*{message}"):
+        convert(FIXTURES / "rec_builder", tmp_path / "list", tmp_path / "new")
+    assert not (tmp_path / "new").exists() or not [*(tmp_path / "new").iterdir()]
+    with pytest.raises(RecordError, match="no such file"):
+        convert(FIXTURES / "rec_builder", tmp_path / "nothing", tmp_path / "new")
+
+
+def test_a_list_may_not_name_bookkeeping(tmp_path):
+    dataset = RecordDataset(FIXTURES / "insightface")
+    write_list(tmp_path / "list", dataset, np.arange(99), "{}\t{}\n")
+    with (tmp_path / "list").open("a") as file:
+        file.write("0\t3\n")
+    with pytest.raises(RecordError, match="lists record 0 of .*, which is no image"):
+        convert(FIXTURES / "insightface", tmp_path / "list", tmp_path / "new")
+    (tmp_path / "train.rec").touch()
+    with pytest.raises(OverwriteError):
+        convert(FIXTURES / "insightface", tmp_path / "list", tmp_path)
