@@ -35,11 +35,8 @@ class WorkerPool:
         under_way: deque[Future[list[Result]]] = deque()
         try:
             for chunk in iter(lambda: list(islice(items, chunksize)), []):
-                before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker that this starts inherits it
-                try:
+                with _deaf():  # this may start workers
                     under_way.append(self._executor.submit(_apply, function, chunk))
-                finally:
-                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 if len(under_way) == self._ahead:
                     yield from under_way.popleft().result()
             while under_way:
@@ -58,6 +55,24 @@ def worker_pool(processes: int | None = None, initializer: Callable[..., object]
         yield WorkerPool(executor, 4 * processes)
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that this starts never hear Ctrl-C, and this one hears it at the end: inside a fork it would be lost."""
+    heard: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()  # the only one that hears it
+    # Another thread may take a signal that this one blocks.
+    handler = signal.signal(signal.SIGINT, lambda number, _: heard.append(number)) if in_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if in_main:
+            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+    if heard:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _start(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
