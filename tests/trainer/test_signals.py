@@ -1,0 +1,151 @@
+"""Signals outside the steps, other trainings in the folder, and how a training ends: its exit codes, also through torchrun."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from f2c_plugin import train
+from f2c_plugin.trainer import loop, output
+from f2c_plugin.utils.safe_load import load_states
+from tests.runs import hear_interrupts, history, refusal, start
+from tests.trainer.test_checkpoint import checkpoints
+
+KEYS = dict(num_epoch=1, val_targets=[])
+SENTENCES = {signal.SIGTERM: "f2c_plugin.train: stopped by a signal ", signal.SIGINT: "f2c_plugin.train: interrupted. "}
+
+
+def main(path):
+    """Exit code of the command, run in this process."""
+    try:
+        train.main([path])
+    except SystemExit as exit:
+        return exit.code
+    return 0
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """The exit code of a training in which a function, whenever it is called, first sends a signal to this process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+
+    def run(path, module, name, number):
+        def function(*arguments, original=getattr(module, name), **options):
+            os.kill(os.getpid(), number)
+            return original(*arguments, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, function)
+            return main(path)
+    yield run
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", SENTENCES)
+@pytest.mark.parametrize("module, name", [(train, "check"), (train, "process_group"), (loop, "build_state")])
+def test_sigterm_and_ctrl_c_at_the_start_end_it_with_a_sentence(config, signalled, capsys, module, name, number):
+    assert signalled(config(**KEYS), module, name, number) == 128 + number
+    assert SENTENCES[number] in capsys.readouterr().err and not checkpoints()
+
+
+@pytest.mark.parametrize("number", SENTENCES)
+@pytest.mark.parametrize("name", ["select_net", "export_checked", "written_whole"])
+def test_sigterm_and_ctrl_c_at_the_end_leave_the_last_checkpoint_from_which_the_rest_is_done(
+        config, signalled, capsys, name, number):
+    keys = KEYS | dict(save_all_states=True)
+    assert signalled(config(**keys), loop, name, number) == 128 + number
+    assert SENTENCES[number] in capsys.readouterr().err
+    assert load_states(checkpoints()[-1])["step"] == 10
+    assert not list(Path("out").glob("report.json*")) and not list(Path("out").glob("*.partial"))
+    assert main(config(resume=True, **keys)) == 0 and Path("out/report.json").is_file() and len(history()) == 5
+
+
+def test_a_signal_within_torchs_writer_is_still_that_signal(config, monkeypatch, capsys):
+    class Spoiled:
+        def __init__(self, file):
+            self.file, self.flush = file, file.flush
+
+        def write(self, content):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return self.file.write(content)
+
+    def save(states, file, original=torch.save, files=[]):  # noqa: B006  # counts the calls
+        files.append(file)
+        original(states, file if len(files) == 1 else Spoiled(file))  # the first is the epoch's
+    monkeypatch.setattr(torch, "save", save)
+    Path("out").mkdir()
+    assert main(config(**KEYS)) == 128 + signal.SIGTERM
+    assert SENTENCES[signal.SIGTERM] in capsys.readouterr().err and len(list(Path("out").glob("model.pt*"))) == 1
+
+
+@pytest.mark.parametrize("module, name, steps", [(train, "check", [1, 10]), (loop, "export_checked", [10])])
+def test_sigusr1_at_the_start_saves_after_the_first_step_and_at_the_end_changes_nothing(config, signalled, module, name, steps):
+    path = config(f2c_save_every=10, **KEYS)
+    assert signalled(path, module, name, signal.SIGUSR1) == 0 and Path("out/report.json").is_file()
+    assert [load_states(file)["step"] for file in checkpoints()] == steps
+
+
+def test_a_second_training_in_a_folder_is_refused_and_touches_nothing_until_the_first_is_dead(config, monkeypatch):
+    Path("out").mkdir()
+    Path("out/training.log").write_text("of the first\n")
+    Path("out/history.jsonl").write_text("of the first\n")
+    held = "import fcntl, sys; f = open('out/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    monkeypatch.setattr(output, "_RESTART_SECONDS", 0.1)
+    with subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        before = sorted(path.name for path in Path("out").iterdir())
+        for resume in False, "auto":
+            assert "output='out': another training is at work there" in refusal(config(resume=resume, **KEYS))
+        assert sorted(path.name for path in Path("out").iterdir()) == before
+        assert Path("out/training.log").read_text() == Path("out/history.jsonl").read_text() == "of the first\n"
+        first.kill()
+    assert main(config(**KEYS)) == 0
+
+
+def test_a_training_waits_for_the_one_that_it_replaces(config):
+    Path("out").mkdir()
+    held = "import fcntl, sys, time; f = open('out/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(1)"
+    with subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        assert main(config(**KEYS)) == 0
+
+
+def ended(path, *launcher, **environment):
+    """A command that has ended: exit code, and all that it printed."""
+    process = subprocess.run([sys.executable, *launcher, "-m", "f2c_plugin.train", path], capture_output=True, timeout=300,
+                             preexec_fn=hear_interrupts, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    return process.returncode, (process.stdout + process.stderr).decode(errors="replace")
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def test_torchrun_turns_every_error_into_exit_code_1(config):
+    code, printed = ended(config(lr=-1, **KEYS), *TORCHRUN)
+    assert code == 1 and "f2c_plugin.train: lr=-1: must be" in printed and "exitcode  : 1 " in printed, printed
+    code, printed = ended(config(head="softmax", batch_size=6, lr=1e12, **KEYS), *TORCHRUN)
+    assert code == 1 and "f2c_plugin.train: not finite after step 10" in printed, printed
+    assert not list(Path("out").glob("model.*"))
+
+
+def test_sigterm_to_torchrun_while_its_ranks_start_ends_them_with_a_sentence(config):
+    path = config(batch_size=6, **KEYS)
+    with open(path, "a") as file:  # it tells that it is read, and goes on when all ranks are there
+        file.write("\nimport os, pathlib, time\npathlib.Path('started_' + os.environ['RANK']).touch()\ntime.sleep(600)")
+    process = start(path, ranks=2)
+    while len(list(Path().glob("started_*"))) < 2:
+        assert process.poll() is None, process.communicate()
+    process.terminate()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and printed.count("stopped by a signal before the first step") == 2, printed
+
+
+def test_the_old_launcher_an_ascii_terminal_and_no_docstrings_nor_asserts(config):
+    path = config(batch_size=6, **KEYS)
+    code, printed = ended(path, "-OO", "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node=2",
+                          PYTHONIOENCODING="ascii", PYTHONOPTIMIZE="2")
+    assert code == 0 and "F\\xb2C step 2" in printed and "--- Logging error" not in printed, printed
+    assert "F²C step 2" in Path("out/training.log").read_text(encoding="utf-8")
