@@ -154,10 +154,12 @@ def _refuse_detection_labels(records: RecordFile, offsets: Int64s) -> None:
     labels = [records.image_record(offset).labels.tolist() for offset in sample if not records.damage(offset)]
     if not labels or min(map(len, labels)) <= 5:
         return
-    of_mxnet = all(2 <= count < len(each) and width >= 5 and (len(each) - count) % width == 0
-                   for each in labels for count, width in [each[:2]])
-    widths = {(len(each) - 1) / each[0] if each[0] >= 1 else 0 for each in labels}
-    if of_mxnet or (len(widths) == 1 and widths.pop() >= 4):
+    beginnings = {(count, width) for count, width, *_ in labels}
+    of_mxnet = len(beginnings) == 1 and all(2 <= count < len(each) and width >= 5 and (len(each) - count) % width == 0
+                                            for each in labels for count, width in beginnings)
+    counted = len({*map(len, labels)}) > 1 and all(each[0] >= 1 for each in labels) and len(
+        widths := {(len(each) - 1) / each[0] for each in labels}) == 1 and widths.pop() >= 4
+    if of_mxnet or counted:
         raise RecordError(f"{records.path}: the labels are those of object detection: they begin with a count (the first with "
                           f"{labels[0][0]:g}), where packs for recognition have the identity. Pack one face per image")
 
