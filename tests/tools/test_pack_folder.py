@@ -125,12 +125,10 @@ def test_16_bit_grays_keep_their_upper_8_bits(tmp_path, suffix):
 
 
 def test_a_rotated_image_is_stored_as_it_is_where_mxnet_turns_it_and_else_turned(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
     folder = tmp_path / "faces" / "a"
     folder.mkdir(parents=True)
     for name in "0.jpg", "1.jpg", "2.png", "3.tif", "4.webp":
-        picture(1).save(folder / name, exif=exif, **({} if name == "3.tif" else {"quality": 97, "lossless": True}))
+        picture(1).save(folder / name, exif=exif(6), **({} if name == "3.tif" else {"quality": 97, "lossless": True}))
     jpeg = (folder / "0.jpg").read_bytes()
     assert jpeg[6:10] == b"JFIF"
     (folder / "0.jpg").write_bytes(jpeg[:2] + jpeg[20:])  # mxnet looks at Exif data only where there is no JFIF segment
@@ -179,9 +177,15 @@ def announced_png(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
 
 
-def encoded(form, **keys):
+def exif(orientation):
+    data = Image.Exif()
+    data[0x0112] = orientation
+    return data
+
+
+def encoded(form, exif=b"", **keys):
     out = BytesIO()
-    picture(1, **keys).save(out, form)
+    picture(1, **keys).save(out, form, exif=exif)
     return out.getvalue()
 
 
@@ -204,6 +208,7 @@ LEFT_OUT = {
     "zeroed inside.jpg": (damaged(noisy_jpeg(112))[1], "cannot be decoded: "),
     "zeroed header.jpg": (noisy_jpeg(112)[:4] + bytes(400) + noisy_jpeg(112)[404:], "cannot be decoded: "),
     "cut.png": (encoded("PNG")[:-60], "cannot be decoded: "),
+    "cut behind Exif.png": (encoded("PNG", exif=exif(1))[:-60], "cannot be decoded: "),
     "cut.bmp": (encoded("BMP")[:-60], "cannot be decoded: "),
     "other size.jpg": (encoded("JPEG", size=(160, 100)), "not 112×112 pixels: 160×100"),
     "large.png": (announced_png(9000, 9000), "not 112×112 pixels: 9000×9000"),
@@ -226,7 +231,7 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path):
         assert found[f"a/{name}"].startswith(reason)
     assert packed.left_out["not an image"] == 3 and sum(packed.left_out.values()) == len(LEFT_OUT)
     assert "  3 × not an image: a/eps.jpg, a/text.jpg, a/zeros.jpg\n" in packed.report()
-    assert "  6 × cannot be decoded: a/bomb.png (Image size" in packed.report() and "), …" in packed.report()
+    assert "  7 × cannot be decoded: a/bomb.png (Image size" in packed.report() and "), …" in packed.report()
 
 
 def test_damaged_and_huge_images_are_left_out_when_resizing_too(tmp_path):
@@ -438,13 +443,11 @@ def test_a_killed_worker_ends_the_packing(held, tmp_path):
 def test_mxnet_reads_the_same_pixels(mxnet_python, tmp_path):
     """Of JPEGs, also with Exif data behind a JFIF segment, of PNGs, and of what is stored as PNG."""
     folder = tmp_path / "faces" / "a"
-    exif = Image.Exif()
-    exif[0x0112] = 6
     for name, mode in {"0.jpg": "RGB", "1.jpg": "L", "2.png": "RGB", "3.png": "P", "4.png": "RGBA", "5.tif": "CMYK",
                        "6.webp": "RGB", "7.gif": "P", "8.png": "LA", "9.png": "1"}.items():
         save(folder / name, 1, mode=mode)
     for name in "e.jpg", "e.png":
-        picture(1).save(folder / name, exif=exif)
+        picture(1).save(folder / name, exif=exif(6))
     Image.fromarray(np.arange(112 * 112).reshape(112, 112).astype(np.uint16) * 5).save(folder / "deep.png")
     pack_folder(tmp_path / "faces", tmp_path / "pack", processes=1)
     script = ("import mxnet as mx, sys; r = mx.recordio.MXIndexedRecordIO(*sys.argv[1:], 'r');"
