@@ -1,14 +1,22 @@
 """The command line: version, doctor, and errors as one line."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import f2c_plugin
 from f2c_plugin.arcface_torch import patching
 from f2c_plugin.cli import COMMANDS, main as cli
+from f2c_plugin.models import get_model
 from tests.conftest import FIXTURES
+
+OPTIONAL = ("matplotlib", "PIL", "tensorboard", "onnxruntime", "sklearn", "scipy", "torchvision", "timm", "mxnet", "cv2")
 
 
 def test_the_version_is_printed(capsys):
@@ -80,10 +88,88 @@ def test_a_report_of_no_run_is_refused(tmp_path):
         cli(["report", str(tmp_path)])
 
 
+def without(modules):
+    """The start of a script in which ``modules`` cannot be imported."""
+    return f"import sys; sys.modules.update(dict.fromkeys({modules!r}));"
+
+
 def test_importing_the_plugin_needs_no_extra():
     """Entry points must load where only the hard requirements are."""
-    script = ("import sys; [sys.modules.__setitem__(name, None) for name in "
-              "('matplotlib', 'PIL', 'tensorboard', 'onnxruntime', 'sklearn', 'scipy', 'torchvision', 'mxnet', 'cv2')];"
-              "import f2c_plugin.arcface_torch.entry_points, f2c_plugin.train, f2c_plugin.cli, f2c_plugin.synthetic.dataset,"
-              "f2c_plugin.tools.report, f2c_plugin.tools.doctor")
-    subprocess.run([sys.executable, "-c", script], check=True)
+    script = (without(OPTIONAL) + "import f2c_plugin.arcface_torch.entry_points, f2c_plugin.train, f2c_plugin.cli as cli;"
+              "cli.main(['plan', '--identities', '1000000', '--network', 'r18']);"
+              f"cli.main(['index', {str(FIXTURES / 'insightface')!r}]); cli.main(['doctor'])")
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert "Use F²C" in done.stdout and "identities           4" in done.stdout and not done.stderr
+
+
+@pytest.fixture
+def given(tmp_path, faces, monkeypatch):
+    """A folder in which every command finds what it needs, and to which it writes."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(get_model("tiny", 8).state_dict(), "model.pt")
+    Path("given").mkdir()
+    Path("given/training.log").write_text("2026-11-22 12:25:32,123 : head                     softmax\n")
+    Path("given/history.jsonl").write_text(json.dumps({"step": 1, "images": 8, "loss": 5}))
+    np.savez("given/synth_scores.npz", scores=np.linspace(0, 1, 20), same=np.arange(20) % 2 == 0)
+    return {"plan": ["plan", "--identities", "1000000", "--network", "r18", "--plot", "given/plan.png"],
+            "index": ["index", str(faces), "--plot", "given/plot.png"],
+            "inspect": ["inspect", str(faces), "--out", "given/sheet.png"],
+            "report": ["report", "given"],
+            "export": ["export", "model.pt", "given/model.onnx"],
+            "synth": ["synth", "given", "--identities", "2", "--images-per-identity", "1", "--pairs", "2", "--processes", "1"]}
+
+
+WRITTEN = {"plan": ["plan.png"], "index": ["plot.png"], "inspect": ["sheet.png"], "export": ["model.onnx"],
+           "report": ["curves.png", "scores.png", "roc.png", "report.html"],
+           "synth": ["property", "synth.bin", "contact_sheet.png", "train.idx"]}
+
+
+@pytest.mark.parametrize("command", WRITTEN)
+def test_what_a_command_writes_is_readable_for_others_and_goes_through_no_link(command, given):
+    precious = Path("precious")
+    precious.write_text("precious")
+    for name in WRITTEN[command]:
+        for suffix in "", ".partial":
+            Path("given", name + suffix).symlink_to(precious.resolve())
+    before = os.umask(0o022)
+    try:
+        cli(given[command])
+    finally:
+        os.umask(before)
+    assert precious.read_text() == "precious"
+    for file in (Path("given", name) for name in WRITTEN[command]):
+        assert not file.is_symlink() and file.stat().st_mode & 0o777 == 0o644 and file.read_bytes()
+    assert not list(Path("given").glob("*.????????.partial"))
+
+
+@pytest.mark.parametrize("command, module", [("plan", "matplotlib"), ("index", "matplotlib"), ("report", "matplotlib"),
+                                             ("inspect", "PIL.Image")])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(command, module, given, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=rf"^f2c-plugin {command}: {module} cannot be imported .*: "
+                                         r"pip install 'f2c-plugin\[plot\]'$"):
+        cli(given[command])
+    assert not [name for name in WRITTEN[command] if Path("given", name).exists()]
+
+
+def test_windows_is_refused_in_one_sentence():
+    done = subprocess.run([sys.executable, "-c", "import sys; sys.platform = 'win32'; import f2c_plugin"], capture_output=True,
+                          text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ImportError: f2c_plugin runs on Linux and macOS: on Windows, install it in WSL 2"
+
+
+def test_commands_run_without_docstrings_and_assertions(tmp_path):
+    script = f"""
+from f2c_plugin.cli import COMMANDS, main
+for command in COMMANDS:
+    try:
+        main([command, "--help"])
+    except SystemExit as end:
+        print(command, "ends with", end.code)
+main(["synth", {str(tmp_path)!r}, "--identities", "3", "--images-per-identity", "2", "--pairs", "4", "--processes", "1"])
+main(["doctor", "--dataset", {str(tmp_path)!r}])
+"""
+    done = subprocess.run([sys.executable, "-OO", "-c", script], check=True, capture_output=True, text=True)
+    assert [f"{command} ends with 0" in done.stdout for command in COMMANDS] == [True] * len(COMMANDS)
+    assert "decoded                6 images" in done.stdout and "synth.bin              4 pairs" in done.stdout

@@ -181,6 +181,12 @@ for name in "r18", "r50", "r100":
                                        torch.load(tmp_path / f"{name}_embeddings.pt"), rtol=1e-3, atol=1e-3)
 
 
+def test_a_vision_transformer_without_timm_names_the_command_that_installs_it(patched):
+    script = "import sys; sys.modules['timm'] = None; from backbones import get_model; get_model('vit_t')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=patched, capture_output=True, text=True)
+    assert re.search(r"F2CError: timm.layers cannot be imported .*: pip install 'f2c-plugin\[vit\]'$", done.stderr.strip())
+
+
 def test_an_unknown_head_names_those_there_are(patched, packs):
     write_config(patched, "unknown", packs, FEW, head="f2c_dpc")
     with pytest.raises(AssertionError, match=r"'f2c_dpc' is none of the installed arcface_torch.heads: f2c_dcp"):

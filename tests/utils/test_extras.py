@@ -19,14 +19,6 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it():
         require("no_such_package.module", extra="plot")
 
 
-@pytest.mark.parametrize("module, command", [("PIL.Image", ["inspect"]), ("matplotlib", ["index", "--plot", "histogram.png"])])
-def test_a_command_that_draws_ends_with_one_line(module, command, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit, match=rf"f2c-plugin {command[0]}: [\w.]+ cannot be imported .*f2c-plugin\[plot\]"):
-        cli([*command, str(FIXTURES / "insightface")])
-
-
 @pytest.mark.parametrize("command", [["inspect", "--out"], ["index", "--plot"]])
 def test_an_unknown_image_format_is_refused(command, tmp_path):
     with pytest.raises(SystemExit, match="out.xyz: "):
