@@ -1,5 +1,8 @@
 """Configs: what is refused and how; the configs that come with the package."""
 
+import re
+
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
@@ -162,3 +165,44 @@ def test_nonsense_in_any_key_ends_in_a_config_error_or_in_a_config_that_is_right
     except ConfigError as error:
         said = str(error)
     assert key in said
+
+
+@pytest.mark.parametrize("text, message", [
+    ("config.lr = (0.1\n", "mine.py, line 3: '(' was never closed: correct it"),
+    ("config.lr = 1 / 0\n", "mine.py, line 3: cannot be run: ZeroDivisionError: division by zero"),
+    ("def lr():\n    raise KeyError(3)\nconfig.lr = lr()\n", "mine.py, line 4: cannot be run: KeyError: 3"),
+    ("import nowhere\n", "mine.py, line 3: cannot be run: ModuleNotFoundError: No module named 'nowhere'"),
+    ("import sys\nsys.exit(3)\n", "mine.py, line 4: cannot be run: SystemExit: 3"),
+    ("config = {3: 4}\n", "mine.py: sets no `config`"), ("config = None\n", "mine.py: sets no `config`"),
+    (b"config.rec = '\xff'\n", "(unicode error) 'utf-8' codec can't decode byte 0xff"),
+    ("config.rec = '\0'\n", "mine.py"),
+], ids=range(9))
+def test_a_config_file_that_cannot_be_run_is_refused_with_its_line(tmp_path, text, message):
+    path = tmp_path / "mine.py"
+    content = text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(b"from easydict import EasyDict as edict\nconfig = edict()\n" + content)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_config(str(path))
+
+
+def test_a_config_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "mine.py", "")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", path)
+    monkeypatch.setattr("runpy.run_path", refuse)  # root may read any file
+    with pytest.raises(ConfigError, match=r"mine.py: cannot be run: PermissionError: .*Permission denied"):
+        load_config(path)
+
+
+def test_values_of_numpys_types_are_those_of_python(config):
+    path = config()
+    with open(path, "a") as file:
+        file.write("\nimport numpy as np\nconfig.update(batch_size=np.int64(12), lr=np.float32(0.5), fp16=np.bool_(False), "
+                   "margin_list=np.array([1.0, 0.0, 0.2]), f2c_momentum=np.float64(0.9), val_targets=(np.str_('synth'),))\n")
+    cfg = load_config(path)
+    train.check(cfg)
+    assert [type(cfg[key]) for key in ("batch_size", "lr", "fp16", "margin_list", "f2c_momentum")] == [int, float, bool, list, float]
+    assert type(cfg.val_targets[0]) is str
+    settings = F2CConfig.read(GOOD | dict(f2c_symmetric=np.bool_(False), f2c_hard_negatives=np.int32(5)))
+    assert settings.symmetric is False and type(settings.hard_negatives) is int

@@ -1,5 +1,6 @@
 """Exported nets: loaded from every kind of file, and used by the real insightface package."""
 
+import resource
 import sys
 
 import numpy as np
@@ -69,6 +70,35 @@ def test_what_holds_no_net_is_refused_and_nothing_is_written(files):
     assert not list(folder.glob("*.onnx*"))
 
 
+CRAFTED = {
+    "a weight that is a number": {"features.weight": 5}, "one that is a string": {"fc.bias": "a"},
+    "one without dimensions": {"features.weight": torch.tensor(1.0)}, "one of another shape": {"fc.bias": torch.ones(1, 32)},
+    "a net of many gigabytes": {"features.weight": torch.ones(1 << 24, dtype=torch.int8)},
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_weights_that_do_not_fit_are_refused_before_a_net_is_built(files, name):
+    folder, probe, _ = files
+    torch.save(probe.state_dict() | CRAFTED[name], folder / "model.pt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(SystemExit, match="model.pt: its weights do not fit small: .* of other shapes"):
+        cli(["export", str(folder / "model.pt"), str(folder / "model.onnx")])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2e5 and not list(folder.glob("*.onnx*"))
+
+
+def test_versions_of_modules_that_are_none_and_names_that_are_numbers_are_refused(files):
+    folder, probe, _ = files
+    state = probe.state_dict()
+    state._metadata["features"] = 5
+    torch.save(state, folder / "model.pt")
+    with pytest.raises(ExportError, match="model.pt: its weights do not fit small"):
+        load_net(folder / "model.pt")
+    torch.save({"backbone": probe.state_dict(), "head": {5: torch.ones(1)}}, folder / "ours.pt")
+    with pytest.raises(ExportError, match="ours.pt: holds no gallery net"):
+        load_net(folder / "ours.pt", "gallery")
+
+
 @pytest.mark.parametrize("name", ["small", "r18"])
 def test_the_insightface_package_loads_the_export_and_embeds_as_pytorch_does(tmp_path, name):
     model_zoo = pytest.importorskip("insightface.model_zoo", reason="NOT LOADED BY INSIGHTFACE: pip install insightface")
@@ -88,11 +118,12 @@ def test_the_insightface_package_loads_the_export_and_embeds_as_pytorch_does(tmp
 
 def test_a_net_that_is_not_finite_is_not_exported(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"of before")
-    for spoil, found in (("fc.bias", "fc.bias"), ("features.running_var", "features.running_var"), ("fc.weight", "its embeddings")):
+    for spoil, found in [("fc.bias", "fc.bias"), ("features.running_var", "features.running_var"),
+                         ("fc.weight", "its embeddings")]:
         net = trained()
         net.state_dict()[spoil].fill_(3e38 if found == "its embeddings" else torch.nan)
         torch.save(net.state_dict(), tmp_path / "model.pt")
-        with pytest.raises(SystemExit, match=f"model.onnx: not written, because the net is not finite: {found}: export an earlier"):
+        with pytest.raises(SystemExit, match=f"model.onnx: not written, because the net is not finite: {found}: export"):
             cli(["export", str(tmp_path / "model.pt"), str(tmp_path / "model.onnx")])
     assert (tmp_path / "model.onnx").read_bytes() == b"of before" and len(list(tmp_path.iterdir())) == 2
 
