@@ -202,7 +202,8 @@ def test_values_of_numpys_types_are_those_of_python(config):
                    "margin_list=np.array([1.0, 0.0, 0.2]), f2c_momentum=np.float64(0.9), val_targets=(np.str_('synth'),))\n")
     cfg = load_config(path)
     train.check(cfg)
-    assert [type(cfg[key]) for key in ("batch_size", "lr", "fp16", "margin_list", "f2c_momentum")] == [int, float, bool, list, float]
+    types = dict(batch_size=int, lr=float, fp16=bool, margin_list=list, f2c_momentum=float)
+    assert {key: type(cfg[key]) for key in types} == types
     assert type(cfg.val_targets[0]) is str
     settings = F2CConfig.read(GOOD | dict(f2c_symmetric=np.bool_(False), f2c_hard_negatives=np.int32(5)))
     assert settings.symmetric is False and type(settings.hard_negatives) is int

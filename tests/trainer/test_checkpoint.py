@@ -239,8 +239,8 @@ def packed(path):
         archive.writestr("archive/data.pkl", content + bytes(1 << 24))
 
 
-@pytest.mark.parametrize("damage", [cut_short, changed, not_finite, momentum_not_finite, foreign, packed, lambda path: path.write_bytes(b""),
-                                    lambda path: path.write_bytes(b"PK\3\4 no archive")])
+@pytest.mark.parametrize("damage", [cut_short, changed, not_finite, momentum_not_finite, foreign, packed,
+                                    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"PK\3\4 no archive")])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(config, damage, caplog):
     keys = dict(num_epoch=1, val_targets=[], f2c_save_every=4)
     run(config(**keys))
@@ -284,8 +284,8 @@ def test_states_that_are_not_finite_are_not_saved(config, monkeypatch):
             moments[0]["momentum_buffer"][0] = moments[3]["momentum_buffer"][0] = torch.nan
         save(self, step, seconds)
     monkeypatch.setattr(Checkpoints, "save", spoil_and_save)
-    with pytest.raises(TrainingDiverged, match=r"not finite after step 8: optimizer.state.0.momentum_buffer, optimizer.state.3.*: "
-                       r".*lower lr .*go on from checkpoint_000000000048.pt, which is whole, with resume=True"):
+    with pytest.raises(TrainingDiverged, match=r"not finite after step 8: optimizer.state.0.momentum_buffer, optimizer.state.3"
+                       r".*: .*lower lr .*go on from checkpoint_000000000048.pt, which is whole, with resume=True"):
         run(config(**keys))
     assert [load_states(file)["step"] for file in checkpoints()] == [4]
 
@@ -313,14 +313,15 @@ def test_settings_are_compared_by_value_and_a_key_that_is_not_set_has_its_defaul
     saved = torch.load(path)
     del saved["settings"]["optimizer"]
     torch.save(saved, path)
-    run(config(num_epoch=1, resume=True, margin_list=[1, 0, 0.2], optimizer="sgd", f2c_export="probe", f2c_symmetric=True, **keys))
+    run(config(num_epoch=1, resume=True, margin_list=[1, 0, 0.2], optimizer="sgd", f2c_symmetric=True, **keys))
     assert " and is now " not in caplog.text
     run(config(num_epoch=1, resume=True, margin_list=(1.0, 0.0, 0.3), **keys))
     assert "margin_list was [1.0, 0.0, 0.2] and is now [1.0, 0.0, 0.3]" in caplog.text
     del saved["settings"]["margin_list"], saved["settings"]["f2c_pool_rate"], saved["pack"]  # the first and the last as in 0.2
     torch.save(saved, path)
     message = refusal(config(num_epoch=1, resume=True, **keys))
-    assert "another training: f2c_pool_rate was 0.1 and is now 1.0; set" in message and "margin_list was None" not in caplog.text
+    assert "another training: f2c_pool_rate was 0.1 and is now 1.0; set" in message
+    assert "margin_list was None" not in caplog.text
 
 
 def test_another_pack_of_as_many_images_is_refused_and_a_copy_is_not(config, faces, tmp_path):
@@ -394,7 +395,7 @@ def test_a_disk_too_small_is_refused_before_training_and_one_that_fills_up_keeps
         save(self, step, seconds)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_when_full)
-        with pytest.raises(CheckpointError, match="cannot be written: No space left.*checkpoint_000000000048.pt, which is whole"):
+        with pytest.raises(CheckpointError, match="cannot be written: No space left.*checkpoint_000000000048.pt, which is"):
             run(path)
     assert not list((small_disk / "out").glob("*.partial"))
     assert load_states(checkpoints(small_disk / "out")[-1])["step"] == 4

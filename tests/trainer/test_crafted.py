@@ -94,8 +94,10 @@ CRAFTED = {
     "settings, a list": setting("settings", []), "settings, a number as key": setting("settings", 3, 4),
     "settings, a tensor": setting("settings", "lr", torch.zeros(3)), "settings, 10**5000": setting("settings", "lr", 10**5000),
     "settings, a list in itself": setting("settings", "lr", recursive()),
-    "step, a string": setting("step", "10"), "step, negative": setting("step", -10), "step, not that of images": setting("step", 9),
-    "images, a bool": setting("images", True), "images, huge": setting("images", 1 << 80), "images, a float": setting("images", 120.0),
+    "step, a string": setting("step", "10"), "step, negative": setting("step", -10),
+    "step, not that of images": setting("step", 9),
+    "images, a bool": setting("images", True), "images, huge": setting("images", 1 << 80),
+    "images, a float": setting("images", 120.0),
     "seconds, NaN": setting("seconds", torch.nan), "seconds, negative": setting("seconds", -1.0),
     "seconds, a string": setting("seconds", "1"),
     "layout, short": setting("layout", [1, 12]), "layout, strings": setting("layout", ["1", "12", "4", "2048"]),
@@ -144,7 +146,8 @@ CRAFTED = {
     "head, rows a list": setting(*ROWS, [1]), "head, identities beyond": setting("head", "pool.slot_identity", 0, 10**9),
     "head, identities of fractions": changing("head", "pool.slot_identity", lambda value: value + 0.5),
     "head, steps negative": setting("head", "_extra_state", torch.tensor(-1)),
-    "head, steps a string": setting("head", "_extra_state", "10"), "head, steps NaN": setting("head", "_extra_state", torch.nan),
+    "head, steps a string": setting("head", "_extra_state", "10"),
+    "head, steps NaN": setting("head", "_extra_state", torch.nan),
     "head, steps in two": setting("head", "_extra_state", torch.tensor([1, 2])),
 }
 
@@ -152,11 +155,10 @@ CRAFTED = {
 @pytest.mark.parametrize("name", CRAFTED)
 def test_an_altered_checkpoint_is_passed_over_or_refused(altered, name):
     try:
-        step, _ = altered(CRAFTED[name], "adamw" if name.startswith(("adamw", "scaler")) else "sgd")
+        outcome, _ = altered(CRAFTED[name], "adamw" if name.startswith(("adamw", "scaler")) else "sgd")
     except ConfigError as error:
-        assert "checkpoint_000000000120.pt: its " in str(error)
-    else:
-        assert step == 8
+        outcome = str(error)
+    assert outcome == 8 or "checkpoint_000000000120.pt: its " in str(outcome)
 
 
 def test_the_steps_of_a_head_are_those_of_the_checkpoint(altered):

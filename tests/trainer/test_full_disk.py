@@ -62,6 +62,7 @@ def test_what_is_shipped_is_whole_or_as_it_was(filled_at, output, module, name, 
         assert (output / shipped).read_text(errors="replace") == "of before" or (file, shipped) == ("report.json", "model.onnx")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
 def test_history_and_log_wait_for_room_while_training_goes_on_without_tensorboard_and_scores(
         config, output, monkeypatch, capsys):
     def update(self, step, *arguments, original=TrainingLog.update):

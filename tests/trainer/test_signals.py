@@ -107,7 +107,7 @@ def test_a_second_training_in_a_folder_is_refused_and_touches_nothing_until_the_
 
 def test_a_training_waits_for_the_one_that_it_replaces(config):
     Path("out").mkdir()
-    held = "import fcntl, sys, time; f = open('out/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(1)"
+    held = "import fcntl, time; f = open('out/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(1)"
     with subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE) as first:
         first.stdout.readline()
         assert main(config(**KEYS)) == 0
