@@ -4,6 +4,7 @@ import logging
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -39,7 +40,8 @@ def load_net(path: str | Path, which: str = "probe") -> Net:
     if not isinstance(state, dict) or not isinstance(head, dict):
         raise ExportError(f"{path}: holds no net")
     if which != "probe":
-        state = {name.removeprefix("gallery.net."): value for name, value in head.items() if name.startswith("gallery.net.")}
+        state = {str(name).removeprefix("gallery.net."): value for name, value in head.items()
+                 if str(name).startswith("gallery.net.")}
         if not state:
             raise ExportError(f"{path}: holds no gallery net: give a checkpoint of a training with head='f2c_dcp' and "
                               "save_all_states=True")
@@ -47,14 +49,25 @@ def load_net(path: str | Path, which: str = "probe") -> Net:
         with torch.device("meta"):
             names = get_model(name).state_dict().keys()
         if names == state.keys():
+            if wrong := _of_other_shapes(state, name):
+                raise ExportError(f"{path}: its weights do not fit {name}: {some(wrong)} of other shapes")
             try:
                 net = get_model(name, len(state["features.weight"]))
                 net.load_state_dict(state)
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, TypeError, AttributeError) as error:
                 raise ExportError(f"{path}: its weights do not fit {name}: {error}") from error
             return net.eval()
     raise ExportError(f"{path}: its weights fit none of the nets {', '.join(NETWORKS)}: export other nets of arcface_torch "
                       "with its own torch2onnx.py")
+
+
+def _of_other_shapes(state: dict[str, Any], network: str) -> list[str]:
+    """Names. Found without building the net, for a small file can ask for a net of many gigabytes."""
+    weight = state["features.weight"]
+    size = len(weight) if torch.is_tensor(weight) and weight.dim() else 1
+    with torch.device("meta"):
+        expected = get_model(network, size).state_dict()
+    return [name for name, value in expected.items() if getattr(state[name], "shape", None) != value.shape]
 
 
 def unusable(net: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,14 @@ from torch import Tensor
 
 from f2c_plugin.errors import CheckpointError, OverwriteError
 from f2c_plugin.method.pool import NOT_IN_POOL
-from f2c_plugin.trainer.checkpoint import FORMAT
+from f2c_plugin.trainer.schema import COUNTERS, FORMAT, problems, problems_of_arcface_torch
 from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.utils.finite import some
 from f2c_plugin.utils.safe_load import load_states
 
 States = dict[str, Any]
-# What arcface_torch writes.
-_KEYS = {"epoch", "global_step", "state_dict_backbone", "state_dict_softmax_fc", "state_optimizer", "state_lr_scheduler"}
-_COUNTERS = {"last_epoch", "total_iters", "warmup_iters", "_step_count"}  # in "state_lr_scheduler", in steps
 _NAME = "checkpoint_gpu_{}.pt"
+_POOL = {"pool.rows": 3, "pool.slot_identity": 1, "pool.clock": 0}  # dimensions of what is described
 
 
 def describe(path: str | Path) -> list[tuple[str, str]]:
@@ -26,33 +26,44 @@ def describe(path: str | Path) -> list[tuple[str, str]]:
     path = Path(path)
     saved = load_states(path)
     if saved.get("format") == FORMAT:
+        _require_none(problems(saved), path)
         settings, net, head = saved["settings"], saved["backbone"], saved["head"]
         rows = [("written by", "f2c_plugin.train"), ("step", f"{saved['step']:,}"), ("images seen", f"{saved['images']:,}"),
                 ("ranks", f"{saved['layout'][0]} with {saved['layout'][1]} images each"),
                 ("training", f"{settings.get('head')}, {settings.get('network')}, lr {settings.get('lr')}")]
-    elif saved.keys() >= _KEYS:
+    elif "state_dict_backbone" in saved:
+        _require_none(problems_of_arcface_torch(saved), path)
         net, head = saved["state_dict_backbone"], saved["state_dict_softmax_fc"]
         rows = [("written by", "arcface_torch"), ("epochs done", f"{saved['epoch']}"), ("step", f"{saved['global_step']:,}")]
     else:
-        raise CheckpointError(f"{path}: not a checkpoint of arcface_torch or f2c_plugin.train; it holds "
-                              + ", ".join(map(str, saved)))
+        raise CheckpointError(f"{path}: not a checkpoint of arcface_torch or f2c_plugin.train; it holds {_some_keys(saved)}")
     rows.append(("probe net", f"{sum(value.numel() for value in net.values()):,} numbers{_not_finite(net)}"))
     return [("checkpoint", str(path)), *rows, ("head", _describe_head(head) + _not_finite(head))]
 
 
-def _describe_head(head: Mapping[str, Tensor]) -> str:
-    if "pool.rows" in head:
+def _require_none(found: list[str], path: Path) -> None:
+    if found:
+        raise CheckpointError(f"{path}: not a whole checkpoint: {some(found)} missing or not as it should be")
+
+
+def _some_keys(saved: Mapping[Any, Any]) -> str:
+    return some([str(key)[:40] for key in saved])
+
+
+def _describe_head(head: Mapping[str, Any]) -> str:
+    if all(torch.is_tensor(head.get(name)) and head[name].dim() == dimensions for name, dimensions in _POOL.items()):
         _, slots, size = head["pool.rows"].shape
         taken = int((head["pool.slot_identity"] != NOT_IN_POOL).sum())
         return f"F²C, {slots:,} slots of 2 × {size}, {taken:,} taken, {int(head['pool.clock']):,} writes"
-    if head.keys() == {"weight"}:
+    if head.keys() == {"weight"} and torch.is_tensor(head["weight"]) and head["weight"].dim() == 2:
         classes, size = head["weight"].shape
         return f"weights of {classes:,} classes × {size}"
-    return f"{len(head)} tensors of an unknown head"
+    return f"{len(head)} entries of an unknown head"
 
 
 def _not_finite(state: Mapping[str, Any]) -> str:
-    bad = sum(int((~value.isfinite()).sum()) for value in state.values() if torch.is_tensor(value))
+    numbers = [value for value in state.values() if torch.is_tensor(value) and value.is_floating_point()]
+    bad = sum(int((~value.isfinite()).sum()) for value in numbers)
     return f", {bad:,} of them NOT FINITE" if bad else ""
 
 
@@ -72,8 +83,9 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
     paths = _files_of_all_ranks(folder)
     states = [load_states(path) for path in paths]
     for path, state in zip(paths, states, strict=True):
-        if not state.keys() >= _KEYS:
-            raise CheckpointError(f"{path}: not a checkpoint of arcface_torch")
+        if "state_dict_backbone" not in state:
+            raise CheckpointError(f"{path}: not a checkpoint of arcface_torch; it holds {_some_keys(state)}")
+        _require_none(problems_of_arcface_torch(state), path)
         if (state["epoch"], state["global_step"]) != (states[0]["epoch"], states[0]["global_step"]):
             raise CheckpointError(f"{path}: is from step {state['global_step']}, but {paths[0].name} is from step "
                                   f"{states[0]['global_step']}: give files of the same step")
@@ -86,6 +98,7 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
         _require_same_pools(heads, paths)
         whole = {}
     elif all(head.keys() == {"weight"} for head in heads):
+        _require_fitting_weights(states, paths)
         whole = _join(states)
     else:
         raise CheckpointError(f"{paths[0]}: {_describe_head(heads[0])}: only F²C and Partial FC can be converted")
@@ -101,16 +114,34 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
 def _files_of_all_ranks(folder: Path) -> list[Path]:
     found = {int(match[1]): path for path in folder.glob(_NAME.format("*"))
              if (match := re.fullmatch(r"checkpoint_gpu_(\d+)\.pt", path.name))}
-    if missing := [_NAME.format(rank) for rank in range(max(found, default=0) + 1) if rank not in found]:
-        raise CheckpointError(f"{folder}: lacks {', '.join(missing)}: the files of all ranks are needed")
+    missing = (_NAME.format(rank) for rank in range(max(found, default=0) + 1) if rank not in found)
+    if first := list(islice(missing, 3)):  # a name can have any number
+        raise CheckpointError(f"{folder}: lacks {', '.join(first)}: the files of all ranks are needed")
     return [found[rank] for rank in sorted(found)]
 
 
-def _require_same_pools(heads: Sequence[Mapping[str, Tensor]], paths: Sequence[Path]) -> None:
+def _require_same_pools(heads: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> None:
     for head, path in zip(heads, paths, strict=True):
         for name, value in heads[0].items():
-            if name.startswith("pool.") and not torch.equal(value, head.get(name, torch.empty(0))):
+            if name.startswith("pool.") and not (
+                    torch.is_tensor(value) and torch.is_tensor(head.get(name)) and torch.equal(value, head[name])):
                 raise CheckpointError(f"{path}: {name} differs from {paths[0].name}: the pools of the ranks have drifted apart")
+
+
+def _require_fitting_weights(states: Sequence[States], paths: Sequence[Path]) -> None:
+    def form(state: States) -> Any:
+        """Dtypes and widths of the weights and their optimizer state; False if these differ in shape or are missing."""
+        groups = state["state_optimizer"]["param_groups"]
+        if not groups or not groups[-1]["params"]:
+            return False
+        weight, (_, of_weight) = state["state_dict_softmax_fc"]["weight"], _optimizer_state_of_weight(state)
+        parts = {name: value for name, value in of_weight.items() if torch.is_tensor(value) and value.dim()}
+        fit = torch.is_tensor(weight) and weight.dim() == 2 and all(part.shape == weight.shape for part in parts.values())
+        return fit and {name: (part.dtype, part.shape[1]) for name, part in {**parts, "weight": weight}.items()}
+    for path, state in zip(paths, states, strict=True):
+        if not form(state) or form(state) != form(states[0]):
+            raise CheckpointError(f"{path}: the weights of its classes and their optimizer state do not fit together, or do "
+                                  f"not fit those in {paths[0].name}")
 
 
 def _optimizer_state_of_weight(state: States) -> tuple[int, dict[str, Any]]:
@@ -148,7 +179,7 @@ def _rescale_steps(state: States, before: int, after: int) -> States:
 
     def steps(count: int) -> int:
         return round(count / per_epoch * (per_epoch * before // after))
-    schedule = {name: steps(value) if name in _COUNTERS else value for name, value in state["state_lr_scheduler"].items()}
+    schedule = {name: steps(value) if name in COUNTERS else value for name, value in state["state_lr_scheduler"].items()}
     if "_extra_state" in head:  # F²C's own step counter, which drives its schedule
         head = head | {"_extra_state": torch.tensor(steps(step))}
     return state | {"global_step": steps(step), "state_lr_scheduler": schedule, "state_dict_softmax_fc": head}

@@ -1,4 +1,4 @@
-"""What a checkpoint of the built-in trainer must look like, whoever wrote the file."""
+"""What checkpoints of the built-in trainer and of arcface_torch must look like, whoever wrote the file."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -103,4 +103,25 @@ def problems(saved: dict[str, Any]) -> list[str]:
         "origin": all(a <= b for a, b in zip(origin, position, strict=True)),
         "position": position[0] == step and taken == (step - origin[0]) * ranks * batch_size,
         "random": len(saved["random"]) == ranks}
+    return [name for name, true in fits.items() if not true]
+
+
+_ARCFACE_TORCH: Rule = {
+    "epoch": _is_count, "global_step": _is_count,
+    "state_dict_backbone": _mapping(str, lambda value: isinstance(value, torch.Tensor)),
+    "state_dict_softmax_fc": _mapping(str, lambda value: True),
+    "state_optimizer": {
+        "param_groups": [{"params": [_is_count]}],
+        "state": _mapping(int, _mapping(str, lambda value: is_plain(value) or isinstance(value, torch.Tensor)))},
+    "state_lr_scheduler": _mapping(str, lambda value: True)}
+COUNTERS = frozenset({"last_epoch", "total_iters", "warmup_iters", "_step_count"})  # in "state_lr_scheduler", in steps
+
+
+def problems_of_arcface_torch(saved: dict[str, Any]) -> list[str]:
+    """As ``problems``, for a checkpoint of arcface_torch."""
+    if found := violations(saved, _ARCFACE_TORCH):
+        return found
+    schedule = saved["state_lr_scheduler"]
+    fits = {"global_step": saved["global_step"] >= saved["epoch"],
+            "state_lr_scheduler": all(_is_count(schedule[name]) for name in COUNTERS & schedule.keys())}
     return [name for name, true in fits.items() if not true]

@@ -10,8 +10,9 @@ from f2c_plugin.cli import main as cli
 from f2c_plugin.errors import CheckpointError, OverwriteError
 from f2c_plugin.method.head import F2CHead
 from f2c_plugin.method.pool import DynamicClassPool
-from f2c_plugin.tools.checkpoints import merge
+from f2c_plugin.tools.checkpoints import describe, merge
 from f2c_plugin.utils.safe_load import load_states
+from tests.conftest import FIXTURES
 from tests.runs import run
 from tests.trainer.test_checkpoint import checkpoints
 
@@ -117,6 +118,92 @@ def test_files_that_do_not_belong_together_are_refused_with_the_reason_and_nothi
     with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: is from step 7, but checkpoint_gpu_0.pt is from step 120"):
         merge(tmp_path, tmp_path / "new", 2)
     assert not (tmp_path / "new").exists()
+
+
+THEIRS = {
+    "no epoch": lambda saved: saved.pop("epoch"), "no optimizer": lambda saved: saved.pop("state_optimizer"),
+    "epoch as a string": lambda saved: saved.update(epoch="3"), "negative epoch": lambda saved: saved.update(epoch=-1),
+    "epoch as a tensor": lambda saved: saved.update(epoch=torch.tensor(3)),
+    "true for an epoch": lambda saved: saved.update(epoch=True),
+    "step as a list": lambda saved: saved.update(global_step=[120]),
+    "huge step": lambda saved: saved.update(global_step=1 << 80),
+    "fewer steps than epochs": lambda saved: saved.update(global_step=2),
+    "net as a list": lambda saved: saved.update(state_dict_backbone=[1]),
+    "net of numbers": lambda saved: saved.update(state_dict_backbone={"weight": 5}),
+    "net with numbers as names": lambda saved: saved.update(state_dict_backbone={5: torch.ones(1)}),
+    "head as a tensor": lambda saved: saved.update(state_dict_softmax_fc=torch.ones(3)),
+    "optimizer as a list": lambda saved: saved.update(state_optimizer=[]),
+    "group as a number": lambda saved: saved["state_optimizer"].update(param_groups=[1]),
+    "parameters as strings": lambda saved: saved["state_optimizer"]["param_groups"][-1].update(params=["a"]),
+    "state as a list": lambda saved: saved["state_optimizer"].update(state=[1]),
+    "state of a parameter as a number": lambda saved: saved["state_optimizer"]["state"].update({2: 5}),
+    "schedule as a string": lambda saved: saved.update(state_lr_scheduler="linear"),
+    "counter as a string": lambda saved: saved["state_lr_scheduler"].update(last_epoch="7"),
+}
+HEADS = {  # which "inspect" calls unknown, and "merge" refuses
+    "weight as a number": lambda saved: saved.update(state_dict_softmax_fc={"weight": 5}),
+    "weight of one dimension": lambda saved: saved.update(state_dict_softmax_fc={"weight": torch.ones(3)}),
+    "empty head": lambda saved: saved.update(state_dict_softmax_fc={}),
+    "pool as a number": lambda saved: saved.update(state_dict_softmax_fc={"pool.rows": 5}),
+    "pool without slots": lambda saved: saved.update(state_dict_softmax_fc={"pool.rows": torch.ones(2, 3, 4), "pool.clock": 1}),
+}
+PARTS = {  # which "inspect" does not look at
+    "no groups": lambda saved: saved["state_optimizer"].update(param_groups=[]),
+    "no parameters": lambda saved: saved["state_optimizer"]["param_groups"][-1].update(params=[]),
+    "momentum of another shape": lambda saved: saved["state_optimizer"]["state"][2].update(momentum_buffer=torch.ones(5, 4)),
+    "momentum of another width": lambda saved: saved["state_optimizer"]["state"][2].update(momentum_buffer=torch.ones(3, 5)),
+    "no momentum on one rank": lambda saved: saved["state_optimizer"]["state"].pop(2),
+    "another width on one rank": lambda saved: (saved["state_dict_softmax_fc"].update(weight=torch.ones(3, 5)),
+                                                saved["state_optimizer"]["state"].pop(2)),
+    "another dtype on one rank": lambda saved: (saved["state_dict_softmax_fc"].update(weight=torch.ones(3, 4).half()),
+                                                saved["state_optimizer"]["state"].pop(2)),
+}
+
+
+@pytest.mark.parametrize("name", [*THEIRS, *HEADS, *PARTS])
+def test_crafted_checkpoints_of_arcface_torch_end_in_an_error_that_names_the_file(tmp_path, name, capsys):
+    write_checkpoints(tmp_path, [Head(torch.randn(3, 4)), Head(torch.randn(3, 4))])
+    path = tmp_path / "checkpoint_gpu_1.pt"
+    saved = load_states(path)
+    (THEIRS | HEADS | PARTS)[name](saved)
+    torch.save(saved, tmp_path / "crafted.pt")
+    (tmp_path / "crafted.pt").replace(path)
+    with pytest.raises(SystemExit, match=r"f2c-plugin checkpoint: .*checkpoint_gpu_[01]\.pt: "):
+        cli(["checkpoint", "merge", str(tmp_path), str(tmp_path / "new"), "--ranks", "3"])
+    assert not (tmp_path / "new").exists()
+    if name in THEIRS:
+        with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: not a whole checkpoint: .* not as it should be"):
+            describe(path)
+    else:
+        assert name in PARTS or "unknown head" in dict(describe(path))["head"]
+
+
+OURS = {
+    "no step": lambda saved: saved.pop("step"), "step as a string": lambda saved: saved.update(step="4"),
+    "images as a tensor": lambda saved: saved.update(images=torch.tensor(4)),
+    "layout of one": lambda saved: saved.update(layout=[1]), "settings as a list": lambda saved: saved.update(settings=[]),
+    "net as a tensor": lambda saved: saved.update(backbone=torch.ones(3)),
+    "head as a number": lambda saved: saved.update(head=3),
+    "net of strings": lambda saved: saved.update(backbone={"weight": "a"}),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_crafted_checkpoints_of_the_built_in_trainer_cannot_be_inspected(tmp_path, name):
+    saved = load_states(FIXTURES / "v0_1/checkpoint_000000000120.pt")
+    torch.save(saved, tmp_path / "whole.pt")
+    assert dict(describe(tmp_path / "whole.pt"))["images seen"] == "120"
+    OURS[name](saved)
+    torch.save(saved, tmp_path / "crafted.pt")
+    with pytest.raises(CheckpointError, match="crafted.pt: not a whole checkpoint: .* not as it should be"):
+        describe(tmp_path / "crafted.pt")
+
+
+def test_a_file_of_a_rank_without_end_costs_nothing(tmp_path):
+    write_checkpoints(tmp_path, [Head(torch.randn(3, 4))])
+    (tmp_path / f"checkpoint_gpu_{10 ** 30}.pt").touch()
+    with pytest.raises(CheckpointError, match="lacks checkpoint_gpu_1.pt, checkpoint_gpu_2.pt, checkpoint_gpu_3.pt: the files"):
+        merge(tmp_path, tmp_path / "new", 2)
 
 
 def test_inspect_summarizes_checkpoints_of_arcface_torch_and_the_built_in_trainer(config, capsys, tmp_path):
