@@ -142,6 +142,18 @@ def test_what_a_command_writes_is_readable_for_others_and_goes_through_no_link(c
     assert not list(Path("given").glob("*.????????.partial"))
 
 
+@pytest.mark.parametrize("command, file", [("report", "curves.png"), ("export", "model.onnx"), ("synth", "synth.bin")])
+def test_a_file_that_finds_no_room_is_named_and_all_stays_as_it_was(command, file, given):
+    for name in WRITTEN[command]:
+        Path("given", name).write_text("old")
+    script = ("import resource, sys; from f2c_plugin.cli import main;"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", script, *given[command]], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"f2c-plugin {command}: [Errno 27] File too large: 'given/{file}'\n"
+    assert [Path("given", name).read_text() for name in WRITTEN[command]] == ["old"] * len(WRITTEN[command])
+    assert not list(Path("given").glob("*.partial"))
+
+
 @pytest.mark.parametrize("command, module", [("plan", "matplotlib"), ("index", "matplotlib"), ("report", "matplotlib"),
                                              ("inspect", "PIL.Image")])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(command, module, given, monkeypatch):

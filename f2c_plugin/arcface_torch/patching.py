@@ -236,6 +236,7 @@ def _git(*arguments: str) -> None:
 
 def _run_git(*arguments: str, cwd: str | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(["git", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+        return subprocess.run(["git", *arguments], cwd=cwd, env=env, capture_output=True, encoding="utf-8",
+                              errors="replace")
     except FileNotFoundError:
         raise CheckoutError("git is required but was not found on the PATH: install git") from None
