@@ -19,7 +19,8 @@ from PIL import Image
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.recordio import RecordFile
-from f2c_plugin.errors import F2CError, RecordError
+from f2c_plugin.data.writer import write_insightface_pack
+from f2c_plugin.errors import F2CError, OverwriteError, RecordError
 from f2c_plugin.tools import pack_folder as module
 from f2c_plugin.tools.image_files import storable
 from f2c_plugin.tools.pack_folder import pack_folder
@@ -312,6 +313,16 @@ def test_nothing_is_overwritten(source, tmp_path, name):
     (tmp_path / "pack" / name).write_bytes(b"years of work")
     with pytest.raises(SystemExit, match=f"{name} exists and is not overwritten"):
         cli(["pack", str(source), str(tmp_path / "pack")])
+    assert [path.read_bytes() for path in (tmp_path / "pack").iterdir()] == [b"years of work"]
+
+
+def test_a_pack_that_appears_meanwhile_is_not_overwritten(source, tmp_path, monkeypatch):
+    def written_by_another(*arguments):
+        write_insightface_pack(*arguments)
+        (tmp_path / "pack" / "train.rec").write_bytes(b"years of work")
+    monkeypatch.setattr(module, "write_insightface_pack", written_by_another)
+    with pytest.raises(OverwriteError, match="train.rec exists and is not overwritten"):
+        pack_folder(source, tmp_path / "pack", processes=1)
     assert [path.read_bytes() for path in (tmp_path / "pack").iterdir()] == [b"years of work"]
 
 
