@@ -131,15 +131,11 @@ def _current_names(entry: Entry) -> Entry:
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Print the summaries of runs, plot them, and write all into ``report.html`` in ``out``, or in the first folder.
+    """Plot runs, write plots and summaries into ``report.html`` in ``out``, or in the first folder, and print the summaries.
 
-    The page is written last, and holds its plots, so it is always of one report.
+    The page holds its plots, so it is always of one report.
     """
     runs = [Run.read(folder, name) for folder, name in zip(folders, _distinct_names(folders), strict=True)]
-    for run in runs:
-        print(run.name)
-        for name, fact in run.facts.items():
-            print(f"  {name:<34} {fact}")
     out = Path(out or folders[0])
     out.mkdir(parents=True, exist_ok=True)
     plots = [draw_curves(runs, out / "curves.png")]
@@ -148,6 +144,10 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     page = out / "report.html"
     with written_whole(page) as file:
         file.write(_page(runs, plots).encode("utf-8", "surrogateescape"))  # a folder's name may be in another encoding
+    for run in runs:
+        print(run.name)
+        for name, fact in run.facts.items():
+            print(f"  {name:<34} {fact}")
     return page
 
 

@@ -50,6 +50,18 @@ def test_a_pipe_that_its_reader_has_closed_ends_the_command_quietly(command):
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+def test_a_report_is_written_though_its_summary_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "training.log").write_text("")
+    (tmp_path / "history.jsonl").write_text('{"step": 1, "images": 8, "loss": 5}')
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        with pytest.raises(SystemExit, match="1"):
+            cli(["report", str(tmp_path)])
+    assert (tmp_path / "report.html").is_file()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="NOT TRIED ON A FULL DISK: needs /dev/full")
 def test_output_that_finds_no_room_is_an_error_in_one_line():
     with open("/dev/full", "w") as full:
