@@ -242,9 +242,12 @@ def test_the_record_that_announces_the_images_gets_key_0_wherever_it_stands(tmp_
     assert (tmp_path / "train.idx").read_bytes() == written
 
 
-def test_an_empty_last_identity_is_not_taken_for_the_record_that_announces_the_images(tmp_path):
+@pytest.mark.parametrize("header_at", [0, 4])
+def test_an_empty_last_identity_is_not_taken_for_the_record_that_announces_the_images(tmp_path, header_at):
+    records = [(1, 0, encoded(1)), (2, 0, encoded(2)), (3, [1, 3], b""), (4, [3, 3], b"")]
+    records.insert(header_at, (0, [3, 5], b""))
     with RecordWriter(tmp_path / "train.rec") as writer:
-        for key, (label, image) in enumerate([([3, 5], b""), (0, encoded(1)), (0, encoded(2)), ([1, 3], b""), ([3, 3], b"")]):
+        for key, label, image in records:
             writer.write(key, pack_image_record(label, image, 0))
     written = (tmp_path / "train.idx").read_bytes()
     (tmp_path / "train.idx").unlink()
