@@ -1,6 +1,7 @@
 """The folder ``config.output``: who may write into it, and how files of states are written."""
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -60,12 +61,16 @@ def write_states(states: dict[str, Any], path: Path) -> None:
             raise error.__context__ or error from None
 
 
+def _follow_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 class PatientFile:
     """Appends lines to a file, in UTF-8. Lines that a full disk does not take wait until it does, while training goes on."""
 
     def __init__(self, path: Path, mode: Literal["ab", "wb"] = "ab"):
         self.path, self._waiting, self._failed = path, b"", False
-        self._file = open(path, mode, buffering=0)  # noqa: SIM115  # closed by close()
+        self._file = open(path, mode, buffering=0, opener=_follow_no_link)  # noqa: SIM115  # closed by close()
 
     def write(self, lines: str) -> None:
         self._waiting += lines.encode(errors="backslashreplace")

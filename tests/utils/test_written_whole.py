@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import f2c_plugin
+from f2c_plugin.trainer.output import PatientFile
 
 PACKAGE = Path(f2c_plugin.__file__).parent
 INTO_A_FILE = {"save", "savez", "savez_compressed", "savefig", "dump", "tofile"}  # given a file of written_whole
@@ -22,7 +23,8 @@ EXCEPTIONS = {
     ("data/index.py", "_save", "save"): "in a new folder",
     ("data/index.py", "_save", "dump"): "in a new folder",
     ("data/index.py", "_save", "os.rename"): "moves a folder, over no file",
-    ("trainer/output.py", "__init__", "open"): "a log, appended to while the training runs",
+    ("trainer/output.py", "__init__", "open"): "a log, appended to while the training runs; not through a link",
+    ("trainer/output.py", "_follow_no_link", "os.open"): "of that log",
     ("trainer/logger.py", "emit", "os.open"): "/dev/null",
     ("trainer/loop.py", "_run", "save"): "the method of Checkpoints, not a file",
     ("tools/image_files.py", "_encoded", "save"): "into memory",
@@ -77,6 +79,15 @@ def test_files_are_opened_for_writing_in_one_place():
     found = {each for file in PACKAGE.rglob("*.py") for each in writes(file)}
     assert found - set(EXCEPTIONS) == set(), "write through utils.atomic.written_whole"
     assert set(EXCEPTIONS) - found == set(), "these are no more"
+
+
+def test_logs_that_are_appended_to_are_no_links(tmp_path: Path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "training.log").symlink_to(tmp_path / "precious")
+    for mode in "ab", "wb":
+        with pytest.raises(OSError, match=r"symbolic links: .*training.log"):
+            PatientFile(tmp_path / "training.log", mode)
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 @pytest.mark.parametrize("code, call", [
