@@ -2,12 +2,14 @@
 
     python tests/fuzz.py TARGET -max_total_time=1800 -max_len=20000 CORPUS_FOLDER
 
-TARGET is "pack", "verification", "checkpoint", or "states", the pickle in a checkpoint that is whole otherwise.
+TARGET is "pack", "verification", "checkpoint", "states", the pickle in a checkpoint that is whole otherwise, or
+"archive", checkpoints of several archives and directories whose headers may lie.
 Starts from real files. Whatever the input, reading it soon ends in its content or in the error for such files, and does
-nothing else. test_fuzz.py runs each for a minute.
+nothing else. Archives that we read hold what torch reads in them. test_fuzz.py runs each for a minute.
 """
 
 import pickle
+import random
 import shutil
 import sys
 import tempfile
@@ -24,9 +26,11 @@ with atheris.instrument_imports(include=["f2c_plugin"]):
     from f2c_plugin.data.recordio import RecordFile, read_idx, unpack_image_record
     from f2c_plugin.errors import CheckpointError, RecordError, VerificationSetError
     from f2c_plugin.evaluation.verification import VerificationSet
+    from f2c_plugin.tools.checkpoints import describe
     from f2c_plugin.trainer.checkpoint import _check
     from f2c_plugin.utils.safe_load import load_states
 
+import archives
 import torch
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -71,9 +75,40 @@ def verification_sets():
 
 
 def checkpoint(folder, data):
-    (folder / "checkpoint.pt").write_bytes(data)
+    path = folder / "checkpoint.pt"
+    path.write_bytes(data)
     with suppress(CheckpointError):
-        _check(load_states(folder / "checkpoint.pt"), "checkpoint.pt")
+        describe(path)
+    with suppress(CheckpointError):
+        _check(load_states(path), "checkpoint.pt")
+
+
+def archive(folder, data):
+    """Instructions for an archive: what is before, between and behind its parts, and what its headers say."""
+    given = atheris.FuzzedDataProvider(data)
+    other, at = archives.OTHER, archives.DIRECTORY
+    parts = [b"", other, other[:-22], other[:at], other[at:], given.ConsumeBytes(30)]
+    before, between, comment, behind = (given.PickValueInList(parts) for _ in range(4))
+    sizes = "local_size", "size", "packed", "offset"
+    lies = {field: given.ConsumeIntInRange(0, 1000) for field in sizes if given.ConsumeBool()}
+    lies |= {field: given.ConsumeIntInRange(0, 9) for field in ("method", "flags") if given.ConsumeProbability() < 0.1}
+    lies |= {field: f"data/{given.ConsumeIntInRange(0, 1)}" for field in ("local", "central") if given.ConsumeBool()}
+    entries = {name: archives.ENTRIES[name] for name in archives.ENTRIES if not given.ConsumeProbability() < 0.05}
+    shift = given.PickValueInList([0, min(len(before), given.ConsumeIntInRange(0, 1000))])
+    path = folder / "checkpoint.pt"
+    path.write_bytes(archives.archive(entries, shift, before, between, comment, **lies) + behind)
+    try:
+        ours = load_states(path)
+    except CheckpointError:
+        return
+    assert archives.contents(ours) == archives.contents(torch.load(path, weights_only=True))
+
+
+def instructions():
+    yield bytes(100)
+    generator = random.Random(0)
+    for _ in range(50):
+        yield generator.randbytes(100)
 
 
 def checkpoints():
@@ -103,7 +138,7 @@ def pickles():
 # The other entries of a file of torch.save: two storages, and how they are written.
 REST = {"archive/data/0": bytes(12), "archive/data/1": bytes(16), "archive/version": b"3\n", "archive/byteorder": b"little"}
 TARGETS = {"pack": (pack, packs), "verification": (verification, verification_sets), "checkpoint": (checkpoint, checkpoints),
-           "states": (states, pickles)}
+           "states": (states, pickles), "archive": (archive, instructions)}
 
 
 def main():

@@ -19,7 +19,7 @@ def test_a_minute_of_fuzzing_finds_no_crash_no_hang_and_nothing_read_or_done_tha
             return subprocess.Popen([sys.executable, str(script), target, *limits, str(tmp_path / target)], cwd=tmp_path,
                                     stdout=subprocess.DEVNULL, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    running = {target: start(target) for target in ("pack", "verification", "checkpoint", "states")}
+    running = {target: start(target) for target in ("pack", "verification", "checkpoint", "states", "archive")}
     for target, process in running.items():
         code = process.wait(timeout=300)
         log = (tmp_path / f"{target}.log").read_text(errors="replace")

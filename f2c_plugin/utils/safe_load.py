@@ -114,7 +114,7 @@ def _entries(mapped: mmap.mmap) -> dict[str, slice]:
 
 
 def _require_adjacent(end: int, begin: int, name: str) -> None:
-    if not 0 <= begin - end <= _DESCRIPTOR:
+    if not 0 <= begin - end <= (_DESCRIPTOR if end else 0):
         raise Refused(f"{name} does not follow what is before it: the file is damaged or malicious")
 
 
@@ -178,8 +178,8 @@ class _StatesUnpickler(PlainUnpickler):
     }
 
     def __init__(self, mapped: mmap.mmap, entries: Mapping[str, slice]):
-        if "data.pkl" not in entries:
-            raise Refused("holds no data.pkl: not a file of torch.save")
+        if missing := {"data.pkl", "version"} - entries.keys():
+            raise Refused(f"holds no {min(missing)}: not a file of torch.save")
         pickled = mapped[entries["data.pkl"]]
         super().__init__(pickled)
         self.mapped, self.entries = mapped, entries
