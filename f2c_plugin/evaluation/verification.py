@@ -17,7 +17,7 @@ from f2c_plugin.evaluation.safe_pickle import load_pickle
 from f2c_plugin.utils.atomic import written_whole
 
 FOLDS = 10
-MAX_SIZE = 4096  # pixels; a small file can announce a huge picture
+MAX_SIZE = 2048  # pixels; a small file can announce a huge picture
 THRESHOLDS = np.arange(0, 4, 0.01)  # on squared distances of unit vectors, as in arcface_torch
 
 

@@ -188,7 +188,7 @@ BAD_IMAGES = {
     "no jpeg": (b"no jpeg", "neither a JPEG nor a PNG"), "empty": (b"", "it is empty"), "cut": (IMAGES[7][:-200], ""),
     "flat": (simplejpeg.encode_jpeg(np.zeros((112, 160, 3), np.uint8)), "it has 160×112 pixels: only square images"),
     "high": (simplejpeg.encode_jpeg(np.zeros((113, 112, 3), np.uint8)), "it has 112×113 pixels: only square images"),
-    "png": (png(100, 50), "it has 100×50 pixels"), "huge": (png(5000, 5000), "only square images up to 4096"),
+    "png": (png(100, 50), "it has 100×50 pixels"), "huge": (png(2049, 2049), "only square images up to 2048"),
 }
 
 
