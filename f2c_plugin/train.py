@@ -15,8 +15,8 @@ Exit codes:
 130: Ctrl-C (SIGINT).
 143: SIGTERM. If it came between the first and the last step, the step that it came in is saved.
 
-torchrun and torch.distributed.launch exit with 1 whenever a rank does not exit with 0, and when they are
-signalled themselves; the rank's own code is in what they print.
+torchrun and torch.distributed.launch exit with 1 if a rank does not exit with 0, whose code they print, and if
+they are signalled themselves: they hand SIGTERM and SIGINT on to all ranks.
 """
 
 import argparse

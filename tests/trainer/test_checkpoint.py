@@ -113,13 +113,16 @@ def test_a_signal_to_the_whole_process_group_leaves_the_loader_workers_at_work(c
     try:
         while not Path("out/history.jsonl").is_file() or len(losses()) < 3:
             assert process.poll() is None, process.communicate()
+        if ranks == 1:  # torchrun itself would end
+            os.killpg(process.pid, signal.SIGUSR1)
+            while not checkpoints():
+                assert process.poll() is None, process.communicate()
         os.killpg(process.pid, number)
         printed, _ = process.communicate(timeout=120)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == (128 + number if ranks == 1 else 1) and "DataLoader worker" not in printed, printed
-    assert ranks == 1 or printed.count(f"exitcode  : {128 + number}") == ranks, printed
     if number == signal.SIGTERM:
         assert printed.count("stopped by a signal after step") == ranks, printed
         assert load_states(checkpoints()[-1])["step"] == max(losses()) // 12

@@ -9,10 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from f2c_plugin import train
 from f2c_plugin.trainer import logger, loop
 from f2c_plugin.trainer.logger import TrainingLog
+from f2c_plugin.trainer.output import write_states
 from f2c_plugin.utils.safe_load import load_states
 from tests.runs import history
 from tests.trainer.test_checkpoint import checkpoints, small_disk  # noqa: F401  # a fixture
@@ -116,3 +118,11 @@ def test_a_terminal_that_has_gone_does_not_end_a_training(config):
     process.stdout.close()
     assert process.wait(timeout=120) == 0, process.stderr.read()
     assert Path("out/report.json").is_file() and "step 10: loss" in Path("out/training.log").read_text()
+
+
+def test_a_file_of_states_is_named_whatever_torch_makes_of_a_full_disk(small_disk):  # noqa: F811
+    fill(small_disk)
+    os.truncate(small_disk / "rest", (small_disk / "rest").stat().st_size - (1 << 16))
+    with pytest.raises(OSError, match="No space left on device: '.*/states.pt'"):
+        write_states({"weight": torch.zeros(1 << 20)}, small_disk / "states.pt")
+    assert [path.name for path in small_disk.iterdir()] == ["rest"]
