@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from f2c_plugin.data.exif import exif_orientation, turned_upright
 from f2c_plugin.data.image_sizes import IMAGE_SIZE
 from f2c_plugin.data.index import open_index
-from f2c_plugin.data.recordio import Buffer, Int64s, RecordFile, image_of_record
+from f2c_plugin.data.recordio import FLOAT32_EXACT, Buffer, Int64s, RecordFile, image_of_record
 from f2c_plugin.errors import RecordError
 from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
@@ -133,7 +133,24 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         faces = torch.as_tensor(self.face(i))[None]
-        return normalize_faces(faces, torch.rand(1) < 0.5)[0], torch.tensor(int(self.index.identity[i]))
+        return normalize_faces(faces, torch.rand(1) < 0.5)[0], torch.tensor(int(self.labels(i)))
+
+    @property
+    def num_classes(self) -> int:
+        """One past the last label: ``config.num_classes``."""
+        last = int(self.index.numbers[-1])
+        return last + 1 if last < FLOAT32_EXACT else len(self.index.numbers)
+
+    def labels(self, positions: int | Int64s) -> NDArray[np.int64]:
+        """Labels of the images at ``positions`` (B,), int64 (B,).
+
+        They are the identities, as in arcface_torch. But where these go beyond 2**24, and may leave any gaps, they are
+        their positions among the numbers that occur, so that ``num_classes`` is the number of identities.
+        """
+        identities = self.index.identity[positions].astype(np.int64)
+        if self.index.numbers[-1] < FLOAT32_EXACT:
+            return identities
+        return np.asarray(np.searchsorted(self.index.numbers, identities), np.int64)
 
     def face(self, i: int, out: Pixels | None = None) -> Pixels:
         """Image ``i``, as from ``decode_face``. Raises RecordError if its record or JPEG is damaged."""
@@ -144,7 +161,7 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
                               f"cannot be decoded: {error}") from error
 
     def faces(self, positions: Int64s) -> tuple[Tensor, Tensor]:
-        """Images uint8 (B, 112, 112, 3) RGB and identities int64 (B,) at ``positions`` (B,).
+        """Images uint8 (B, 112, 112, 3) RGB and labels int64 (B,) at ``positions`` (B,).
 
         Raises RecordError if an image is damaged and, with ``skip_damaged``, so is every other one of its identity.
         """
@@ -152,7 +169,7 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
         decode = self._face_or_another if self.skip_damaged else self.face
         for out, i in zip(batch, positions.tolist(), strict=True):
             decode(i, out)
-        return torch.as_tensor(batch), torch.as_tensor(self.index.identity[positions].astype(np.int64))
+        return torch.as_tensor(batch), torch.as_tensor(self.labels(positions))
 
     def _face_or_another(self, i: int, out: Pixels) -> Pixels:
         try:

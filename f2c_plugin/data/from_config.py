@@ -35,9 +35,9 @@ def open_pack(cfg: Config) -> RecordDataset:
     dataset = RecordDataset(cfg["rec"], skip_damaged=bool(cfg.get("f2c_skip_damaged")))
     problems: list[str] = []
     left_out = len(dataset.index.unusable)
-    num_classes, num_image = int(dataset.index.numbers[-1]) + 1, len(dataset) + left_out
+    num_classes, num_image = dataset.num_classes, len(dataset) + left_out
     if cfg["num_classes"] != num_classes:
-        problems.append(f"num_classes={cfg['num_classes']}, but the last identity with an image in {dataset.records.path} is "
+        problems.append(f"num_classes={cfg['num_classes']}, but the last label of an image in {dataset.records.path} is "
                         f"{num_classes - 1}: set num_classes={num_classes}")
     if cfg["num_image"] != num_image:
         problems.append(f"num_image={cfg['num_image']}, but {dataset.records.path} holds {num_image} images: "

@@ -42,7 +42,7 @@ def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
                                 f"{(per_identity == 1).mean():.1%} with one image"),
         ("bytes per image", f"{mean_bytes:,.0f} on average (of {len(encoded)} images)"),
         ("image sizes", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(5)) + f" (of {len(sample)} images)"),
-        ("config", f'config.rec = "{dataset.root_dir}"; config.num_classes = {index.numbers[-1] + 1}; '
+        ("config", f'config.rec = "{dataset.root_dir}"; config.num_classes = {dataset.num_classes}; '
                    f"config.num_image = {len(index) + unusable}"),
     ]
 
