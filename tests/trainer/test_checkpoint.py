@@ -128,7 +128,7 @@ def test_a_signal_to_the_whole_process_group_leaves_the_loader_workers_at_work(c
         assert load_states(checkpoints()[-1])["step"] == max(losses()) // 12
     else:
         assert "f2c_plugin.train: interrupted" in printed, printed
-        assert ranks > 1 or "Traceback" not in printed, printed  # torchrun prints one of its own
+        assert ranks > 1 or "KeyboardInterrupt" not in printed, printed  # torchrun and dying workers print tracebacks
 
 
 class Sized:

@@ -11,6 +11,7 @@ import torch
 
 from f2c_plugin import train
 from f2c_plugin.trainer import loop, output
+from f2c_plugin.trainer.signals import Stopped, listening
 from f2c_plugin.utils.safe_load import load_states
 from tests.runs import hear_interrupts, history, refusal, start
 from tests.trainer.test_checkpoint import checkpoints
@@ -30,12 +31,15 @@ def main(path):
 
 @pytest.fixture
 def signalled(monkeypatch):
-    """The exit code of a training in which a function, whenever it is called, first sends a signal to this process."""
+    """The exit code of a training in which a function, when it is first called, sends a signal to this process."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
     def run(path, module, name, number):
+        unsent = [number]
+
         def function(*arguments, original=getattr(module, name), **options):
-            os.kill(os.getpid(), number)
+            if unsent:
+                os.kill(os.getpid(), unsent.pop())
             return original(*arguments, **options)
         with monkeypatch.context() as patch:
             patch.setattr(module, name, function)
@@ -79,6 +83,21 @@ def test_a_signal_within_torchs_writer_is_still_that_signal(config, monkeypatch,
     Path("out").mkdir()
     assert main(config(**KEYS)) == 128 + signal.SIGTERM
     assert SENTENCES[signal.SIGTERM] in capsys.readouterr().err and len(list(Path("out").glob("model.pt*"))) == 1
+
+
+def test_sigterm_behind_the_last_step_ends_the_training_before_the_final_verification(config, signalled, capsys):
+    assert signalled(config(**KEYS), loop, "write_states", signal.SIGTERM) == 128 + signal.SIGTERM
+    assert "stopped by a signal after the last step" in capsys.readouterr().err
+    assert Path("out/model.pt").is_file() and not Path("out/report.json").exists()
+
+
+def test_an_error_that_a_signal_has_caused_is_that_signal():
+    with pytest.raises(Stopped) as stopped, listening():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Stopped:
+            raise RuntimeError("Connection closed by peer") from None
+    assert isinstance(stopped.value.__cause__, RuntimeError)
 
 
 @pytest.mark.parametrize("module, name, steps", [(train, "check", [1, 10]), (loop, "export_checked", [10])])
