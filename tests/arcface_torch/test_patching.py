@@ -89,10 +89,11 @@ def test_a_file_that_does_not_fit_is_named_with_the_patch_and_the_line_and_all_s
     checkout, _ = made_up
     if patched:
         cli(["install", str(checkout)])
-    (checkout / "train_v2.py").write_text((checkout / "train_v2.py").read_text().replace("setup", "prepare"))
+    text = (checkout / "train_v2.py").read_text()
+    (checkout / "train_v2.py").write_text(text.replace("setup", "prepare").replace("import os", "import sys"))
     before = tree(checkout)
     for options in [], ["--reverse"]:
-        with pytest.raises(SystemExit, match=r"0002.patch does not fit train_v2.py:\d+\. Nothing was changed"):
+        with pytest.raises(SystemExit, match=rf"000{1 + patched}.patch does not fit train_v2.py:\d+\. Nothing was changed"):
             cli(["install", str(checkout), *options])
     assert tree(checkout) == before
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,15 @@ def test_nothing_is_written_through_a_link(tmp_path: Path):
         file.write(b"new")
     assert precious.read_bytes() == b"precious"
     assert (folder / "file").read_bytes() == b"new" and not (folder / "file").is_symlink()
+
+
+def test_a_partial_file_whose_name_was_guessed_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "01234567")
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "file.01234567.partial").symlink_to(tmp_path / "precious")
+    with pytest.raises(FileExistsError), written_whole(tmp_path / "file"):
+        pass
+    assert (tmp_path / "precious").read_bytes() == b"precious" and (tmp_path / "file.01234567.partial").is_symlink()
 
 
 def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path):

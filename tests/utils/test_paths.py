@@ -107,6 +107,15 @@ def test_what_another_user_has_planted_there_is_not_used(anyone, planted):
     assert not (anyone / "elsewhere").is_dir() or not list((anyone / "elsewhere").iterdir())
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="NOT TRIED AS THE SUPERUSER")
+def test_the_superuser_uses_no_other_users_folder(anyone, monkeypatch):
+    monkeypatch.setenv("HOME", os.devnull)
+    (anyone / "f2c-plugin-0").mkdir(mode=0o700)
+    os.chown(anyone / "f2c-plugin-0", UID, -1)
+    with pytest.raises(F2CError, match="F2C_CACHE"):
+        cache_folder()
+
+
 def test_a_pack_of_another_user_is_indexed_without_a_home(anyone):
     pack = shutil.copytree(FIXTURES / "insightface", anyone / "pack", ignore=shutil.ignore_patterns("*.f2c-index*"))
     pack.chmod(0o555)
