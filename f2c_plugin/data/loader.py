@@ -4,7 +4,7 @@ import atexit
 import logging
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from f2c_plugin.data.dataset import RecordDataset, normalize_faces
 from f2c_plugin.data.sampler import DualSampler
+from f2c_plugin.errors import RecordError
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,6 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end_workers(iterator: weakref.ref[Any]) -> None:
-    """Multiprocessing ends workers by SIGTERM when this process exits, and would wait for those that ignore it."""
-    if (alive := iterator()) is not None:
-        alive._shutdown_workers()
-
-
 class DualLoader(DataLoader[Decoded]):
     """Yields ``(images, labels)`` on ``device``, as arcface_torch's own loader does.
 
@@ -66,13 +61,9 @@ class DualLoader(DataLoader[Decoded]):
     # DataLoader declares its private iterator class as the return type.
     def __iter__(self) -> Iterator[Batch]:  # pyright: ignore[reportIncompatibleMethodOverride]
         sampler, steps = self.dual_sampler, self.dual_sampler.steps
-        starts_workers = self.num_workers > 0 and self._iterator is None
-        batches = super().__iter__()
-        if starts_workers:
-            atexit.register(_end_workers, weakref.ref(batches))
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         ahead = None
-        for (faces, labels, damaged), step in zip(batches, steps, strict=True):
+        for (faces, labels, damaged), step in zip(self._decoded(), steps, strict=True):
             for error in damaged:
                 self.num_damaged += 1
                 log.warning("%s; replaced by another image of the identity (%d so far)", error, self.num_damaged)
@@ -88,6 +79,22 @@ class DualLoader(DataLoader[Decoded]):
             ahead = batch, copied
         if ahead is not None:
             yield self._ready(*ahead)
+
+    def _decoded(self) -> Iterator[Decoded]:
+        starts_workers = self.num_workers > 0 and self._iterator is None
+        batches: Any = super().__iter__()
+        if starts_workers:  # PyTorch and multiprocessing end them by SIGTERM where they do not end by themselves
+            for worker in batches._workers:
+                worker.terminate = worker.kill
+            alive: Callable[[], Any] = weakref.ref(batches)
+            atexit.register(lambda: (batches := alive()) and batches._shutdown_workers())
+        try:
+            yield from batches
+        except RecordError:
+            if self.num_workers:
+                batches._shutdown_workers()
+                self._iterator = None
+            raise
 
     def _ready(self, batch: Batch, copied: torch.cuda.Event | None) -> Batch:
         """The batch, once the current stream may use it."""

@@ -74,8 +74,9 @@ def test_a_damaged_image_stops_the_epoch_and_the_error_names_pack_record_and_ide
             list(make_loader(num_workers, folder))
 
 
-@pytest.mark.parametrize("end", ["", "raise KeyboardInterrupt", "raise SystemExit(7)"])
-def test_a_process_ends_at_once_while_its_loader_is_alive(end):
+@pytest.mark.parametrize("end", ["", "raise KeyboardInterrupt", "raise SystemExit(7)",
+                                 "import gc; ring = [iterator]; ring.append(ring); del iterator, ring; gc.collect()"])
+def test_a_process_ends_however_its_loader_ends(end):
     """Its workers ignore the SIGTERM that multiprocessing would end them with."""
     script = ("import sys, torch; from f2c_plugin import DualLoader, DualSampler, RecordDataset\n"
               "dataset = RecordDataset(sys.argv[1]); sampler = DualSampler(dataset.index, 4, 2, 0.5, 0, 0, 1)\n"
