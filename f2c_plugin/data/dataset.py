@@ -79,7 +79,10 @@ def _decode_by_pillow(encoded: bytes, out: Pixels) -> None:
         image = pillow.open(BytesIO(encoded), formats=("JPEG", "PNG"))
         width, height = image.size
         _check_size(width, height, out)  # before decoding: a small file can announce a huge picture
-        out[:] = np.asarray(image.convert("RGB"))
+        if image.mode.startswith("I"):  # gray of 16 bits, of which OpenCV takes the upper eight
+            out[:] = (np.asarray(image) >> 8)[..., None]
+        else:
+            out[:] = np.asarray(image.convert("RGB"))
     except pillow.UnidentifiedImageError:
         raise ValueError(f"neither a JPEG nor a PNG: it begins with {encoded[:4]!r}") from None
     except (OSError, SyntaxError, pillow.DecompressionBombError) as error:  # what Pillow raises for a damaged file

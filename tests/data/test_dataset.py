@@ -2,12 +2,14 @@
 
 import json
 import pickle
+from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.data.dataset import RecordDataset, decode_face
 from tests.conftest import FIXTURES, PACKS
 
 IDENTITIES = {
@@ -67,3 +69,10 @@ def test_the_fixtures_cover_every_variant():
              for name in PACKS}
     assert flags["array_labels"] == {1, 2, 3} and flags["insightface"] == {1, 2}
     assert RecordDataset(FIXTURES / "multipart").records.bytes.tobytes().count(b"\x0a\x23\xd7\xce") > 5
+
+
+def test_a_png_of_16_bits_gives_its_upper_bytes_as_in_mxnet():
+    gray = np.random.default_rng(0).integers(0, 1 << 16, (112, 112), np.uint16)
+    file = BytesIO()
+    Image.fromarray(gray).save(file, "PNG")
+    assert np.array_equal(decode_face(file.getvalue()), (gray >> 8)[..., None].repeat(3, 2))
