@@ -18,20 +18,23 @@ Every error is an ``F2CError``; ``f2c_plugin.errors`` lists them. In arcface_tor
 """
 
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if sys.platform == "win32":
     raise ImportError("f2c_plugin runs on Linux and macOS: on Windows, install it in WSL 2")
 
-from f2c_plugin.build import build_head
-from f2c_plugin.data import DualLoader, DualSampler, IdentityIndex, RecordDataset, RecordWriter
-from f2c_plugin.errors import F2CError
-from f2c_plugin.evaluation.monitor import Monitor
-from f2c_plugin.evaluation.verification import VerificationSet
-from f2c_plugin.method.gallery import GalleryNet
-from f2c_plugin.method.head import F2CHead
-from f2c_plugin.method.margin import Margin
-from f2c_plugin.method.pool import DynamicClassPool
-from f2c_plugin.method.schedule import Schedule
+if TYPE_CHECKING:
+    from f2c_plugin.build import build_head
+    from f2c_plugin.data import DualLoader, DualSampler, IdentityIndex, RecordDataset, RecordWriter
+    from f2c_plugin.errors import F2CError
+    from f2c_plugin.evaluation.monitor import Monitor
+    from f2c_plugin.evaluation.verification import VerificationSet
+    from f2c_plugin.method.gallery import GalleryNet
+    from f2c_plugin.method.head import F2CHead
+    from f2c_plugin.method.margin import Margin
+    from f2c_plugin.method.pool import DynamicClassPool
+    from f2c_plugin.method.schedule import Schedule
 
 __version__ = "0.2.0"
 
@@ -39,3 +42,20 @@ __all__ = [
     "DualLoader", "DualSampler", "DynamicClassPool", "F2CError", "F2CHead", "GalleryNet", "IdentityIndex", "Margin", "Monitor",
     "RecordDataset", "RecordWriter", "Schedule", "VerificationSet", "build_head",
 ]
+
+# Imported at first use: PyTorch takes seconds, in which a training must already hear signals.
+_HOMES = {name: module for module, names in {
+    "build": ["build_head"], "errors": ["F2CError"], "evaluation.monitor": ["Monitor"], "method.head": ["F2CHead"],
+    "evaluation.verification": ["VerificationSet"], "method.gallery": ["GalleryNet"], "method.margin": ["Margin"],
+    "method.pool": ["DynamicClassPool"], "method.schedule": ["Schedule"],
+    "data": ["DualLoader", "DualSampler", "IdentityIndex", "RecordDataset", "RecordWriter"]}.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,5 +1,17 @@
 """``python -m f2c_plugin`` is the command ``f2c-plugin``."""
 
-from f2c_plugin.cli import main
+import signal
+import sys
 
-main()
+
+def main() -> None:
+    try:
+        from f2c_plugin.cli import main  # takes seconds, in which Ctrl-C may come
+    except KeyboardInterrupt:
+        print("f2c-plugin: interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    main()
+
+
+if __name__ == "__main__":
+    main()

@@ -28,11 +28,6 @@ from pathlib import Path
 
 from f2c_plugin.config import load_config
 from f2c_plugin.errors import F2CError
-from f2c_plugin.trainer.check import check
-from f2c_plugin.trainer.logger import logging_to
-from f2c_plugin.trainer.loop import train
-from f2c_plugin.trainer.output import sole_user
-from f2c_plugin.trainer.rendezvous import process_group
 from f2c_plugin.trainer.signals import Stopped, listening
 from f2c_plugin.utils.terminal import tolerate_any_terminal
 
@@ -58,6 +53,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _train(config: str) -> None:
+    # Signals are heard already: this imports PyTorch, which takes seconds.
+    from f2c_plugin.trainer.check import check
+    from f2c_plugin.trainer.logger import logging_to
+    from f2c_plugin.trainer.loop import train
+    from f2c_plugin.trainer.output import sole_user
+    from f2c_plugin.trainer.rendezvous import process_group
+
     cfg = load_config(config)
     check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     rank, folder = int(os.environ.get("RANK", 0)), Path(cfg.output)

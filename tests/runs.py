@@ -11,6 +11,8 @@ import pytest
 
 from f2c_plugin import train
 from f2c_plugin.config import load_config
+from f2c_plugin.trainer.loop import train as run_training
+from f2c_plugin.trainer.rendezvous import process_group
 
 IDENTITIES, IMAGES = 12, 10
 
@@ -27,8 +29,8 @@ def losses(folder="out"):
 def run(path):
     cfg = load_config(path)
     Path(cfg.output).mkdir(exist_ok=True)
-    with train.process_group():
-        return train.train(cfg)
+    with process_group():
+        return run_training(cfg)
 
 
 def refusal(path):

@@ -1,4 +1,4 @@
-"""Signals to a training: save, or save and stop."""
+"""Signals to a training: save, or save and stop. Imports PyTorch only for the steps, so that it can listen before."""
 
 import signal
 from collections.abc import Iterator
@@ -6,11 +6,6 @@ from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 from typing import Any
-
-import torch
-from torch import distributed
-
-from f2c_plugin.utils.distributed import this_rank
 
 
 class Request(IntEnum):
@@ -61,6 +56,10 @@ class Requests:
     @contextmanager
     def in_steps(self) -> Iterator[None]:
         """While this lasts, requests wait for ``agreed``. All ranks enter together."""
+        from torch import distributed
+
+        from f2c_plugin.utils.distributed import this_rank
+
         self._group = distributed.new_group(backend="gloo") if this_rank()[1] > 1 else None
         self._in_steps = True
         try:
@@ -73,6 +72,9 @@ class Requests:
         """The largest request of any rank since the last ``done``; all ranks call this together."""
         if self._group is None:
             return self._pending
+        import torch
+        from torch import distributed
+
         largest = torch.tensor(int(self._pending))
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._group)
         return Request(int(largest))

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from f2c_plugin import train
 from f2c_plugin.config import load_config
 from f2c_plugin.errors import CheckpointError, TrainingDiverged
 from f2c_plugin.synthetic.dataset import write_dataset
 from f2c_plugin.trainer.checkpoint import Checkpoints
 from f2c_plugin.trainer.logger import TrainingLog
+from f2c_plugin.trainer.loop import train as run_training
+from f2c_plugin.trainer.rendezvous import process_group
 from f2c_plugin.trainer.signals import Stopped
 from f2c_plugin.utils.safe_load import load_states
 from tests.runs import IDENTITIES, IMAGES, history, launch, losses, refusal, run, start
@@ -182,8 +183,8 @@ def load_on_a_rank(rank, world_size, config_path, folder):
         torch.save(states, f"{folder}/loaded_{rank}.pt")
         raise KeyboardInterrupt
     Checkpoints.begin = keep
-    with pytest.raises(KeyboardInterrupt), train.process_group():
-        train.train(load_config(config_path))
+    with pytest.raises(KeyboardInterrupt), process_group():
+        run_training(load_config(config_path))
 
 
 @pytest.mark.parametrize("shard_pool", [False, True])

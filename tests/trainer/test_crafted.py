@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from f2c_plugin import train
 from f2c_plugin.config import load_config
 from f2c_plugin.data.from_config import steps_per_epoch, training_device
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.trainer import build
 from f2c_plugin.trainer.checkpoint import Checkpoints
 from f2c_plugin.trainer.loop import build_state
+from f2c_plugin.trainer.rendezvous import process_group
 from tests.runs import run
 
 KEYS = {"adamw": dict(optimizer="adamw", lr=1e-3, fp16=True), "sgd": {}}
@@ -41,7 +41,7 @@ def altered(config, trained, tmp_path_factory):
         alter(saved)
         torch.save(saved, newest)
         cfg = load_config(config(resume=True, **keys))
-        with train.process_group():
+        with process_group():
             loader = build.build_loader(cfg, build.head_factory(cfg.head), 0)
             state = build_state(cfg, training_device(0), steps_per_epoch(cfg, 1))
             step, _ = Checkpoints(cfg, state.parts(), loader.sampler).begin()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from f2c_plugin import train
-from f2c_plugin.trainer import loop, output
+from f2c_plugin.trainer import check, loop, output, rendezvous
 from f2c_plugin.trainer.signals import Stopped, listening
 from f2c_plugin.utils.safe_load import load_states
 from tests.runs import hear_interrupts, history, refusal, start
@@ -49,7 +49,7 @@ def signalled(monkeypatch):
 
 
 @pytest.mark.parametrize("number", SENTENCES)
-@pytest.mark.parametrize("module, name", [(train, "check"), (train, "process_group"), (loop, "build_state")])
+@pytest.mark.parametrize("module, name", [(check, "check"), (rendezvous, "process_group"), (loop, "build_state")])
 def test_sigterm_and_ctrl_c_at_the_start_end_it_with_a_sentence(config, signalled, capsys, module, name, number):
     assert signalled(config(**KEYS), module, name, number) == 128 + number
     assert SENTENCES[number] in capsys.readouterr().err and not checkpoints()
@@ -65,6 +65,20 @@ def test_sigterm_and_ctrl_c_at_the_end_leave_the_last_checkpoint_from_which_the_
     assert load_states(checkpoints()[-1])["step"] == 10
     assert not list(Path("out").glob("report.json*")) and not list(Path("out").glob("*.partial"))
     assert main(config(resume=True, **keys)) == 0 and Path("out/report.json").is_file() and len(history()) == 5
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGUSR1, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_are_heard_while_pytorch_is_imported(config, number, code):
+    path = config(**KEYS)
+    process = subprocess.Popen([sys.executable, "-X", "importtime", "-m", "f2c_plugin.train", path], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts)
+    assert process.stderr is not None
+    next(line for line in process.stderr if "| " in line and line.split("|")[-1].strip().startswith("torch."))
+    process.send_signal(number)
+    errors = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.wait() == code and not any("Traceback" in line for line in errors), errors
+    if code:
+        assert SENTENCES[number] in "".join(errors)
 
 
 def test_a_signal_within_torchs_writer_is_still_that_signal(config, monkeypatch, capsys):
@@ -100,7 +114,7 @@ def test_an_error_that_a_signal_has_caused_is_that_signal():
     assert isinstance(stopped.value.__cause__, RuntimeError)
 
 
-@pytest.mark.parametrize("module, name, steps", [(train, "check", [1, 10]), (loop, "export_checked", [10])])
+@pytest.mark.parametrize("module, name, steps", [(check, "check", [1, 10]), (loop, "export_checked", [10])])
 def test_sigusr1_at_the_start_saves_after_the_first_step_and_at_the_end_changes_nothing(config, signalled, module, name, steps):
     path = config(f2c_save_every=10, **KEYS)
     assert signalled(path, module, name, signal.SIGUSR1) == 0 and Path("out/report.json").is_file()
