@@ -114,3 +114,11 @@ def test_where_no_lock_can_be_had_it_goes_on_and_changes_nothing(tmp_path: Path,
     with locked(path, 0):
         pass
     assert precious.read_bytes() == b"precious"
+
+
+def test_on_a_file_system_without_locks_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_locks(*_: object):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    with locked(tmp_path / "lock", 0):
+        pass
