@@ -1,5 +1,6 @@
 """The command ``f2c-plugin``: ``@command`` adds a function and its arguments to ``COMMANDS``."""
 
+import os
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
@@ -139,7 +140,7 @@ def export(args: Namespace) -> None:
     """Write a trained net as ONNX for the insightface package."""
     from f2c_plugin.evaluation.onnx_export import export_checked, load_net  # doctor must run without onnx
 
-    if Path(args.model).resolve() == Path(args.out).resolve():
+    if os.path.realpath(args.model) == os.path.realpath(args.out):
         raise ExportError(f"{args.out} is the trained model itself and is not overwritten: name another file")
     net = load_net(args.model, args.net)
     cosine = export_checked(net, args.out)

@@ -125,17 +125,18 @@ def _is_margin_list(values: Any) -> bool:
     return len(values) == 3 and all(_NUMBER.problem("", value) is None for value in values)
 
 
+_LARGE = 1e38  # float32 holds it
 _POSITIVE_INT = _Values((int,), lambda v: v > 0, "a whole number above 0")
 _POSITIVE_INT_OR_NONE = _Values((int, type(None)), lambda v: v is None or v > 0, "a whole number above 0, or None")
 _SIZE = _Values((int,), lambda v: 0 < v <= 1 << 16, "a whole number from 1 to 65536")
 _NON_NEGATIVE_INT = _Values((int,), lambda v: v >= 0, "a whole number from 0")
-_NUMBER = _Values((int, float), math.isfinite, "a number")
-_POSITIVE = _Values((int, float), lambda v: 0 < v < math.inf, "a number above 0")
-_NON_NEGATIVE = _Values((int, float), lambda v: 0 <= v < math.inf, "a number from 0")
+_NUMBER = _Values((int, float), lambda v: abs(v) < _LARGE, "a number")
+_POSITIVE = _Values((int, float), lambda v: 0 < v < _LARGE, "a number above 0, and below 1e38")
+_NON_NEGATIVE = _Values((int, float), lambda v: 0 <= v < _LARGE, "a number from 0 to below 1e38")
 _UNIT_INTERVAL_OPEN = _Values((int, float), lambda v: 0 <= v < 1, "from 0 to below 1")
 _FLAG = _Values((bool,), lambda v: True, "True or False")
-_NAME = _Values((str,), bool, "a name")
-_NAME_OR_NONE = _Values((str, type(None)), lambda v: v != "", "a name, or None")
+_NAME = _Values((str,), lambda v: v and "\0" not in v, "a name")
+_NAME_OR_NONE = _Values((str, type(None)), lambda v: v is None or _NAME.valid(v), "a name, or None")
 
 _KEYS = {
     "rec": _NAME, "output": _NAME_OR_NONE, "head": _NAME_OR_NONE, "sampler": _NAME_OR_NONE, "network": _NAME,
@@ -149,7 +150,7 @@ _KEYS = {
     "resume": _Values((bool, str), lambda v: v in (True, False, "auto"), "True, False or 'auto'"),
     "dali": _Values((bool,), lambda v: not v, "False: this package's loader decodes by itself"),
     "margin_list": _Values((list, tuple), _is_margin_list, "three numbers, (m1, m2, m3)"),
-    "val_targets": _Values((list, tuple), lambda v: all(isinstance(name, str) and name for name in v), "a list of names"),
+    "val_targets": _Values((list, tuple), lambda v: all(_NAME.problem("", name) is None for name in v), "a list of names"),
     "f2c_pool_rate": _Values((int, float), lambda v: 0 < v <= 1, "above 0, up to 1"),
     "f2c_momentum": _UNIT_INTERVAL_OPEN,
     "f2c_symmetric": _FLAG, "f2c_skip_damaged": _FLAG, "f2c_shard_pool": _FLAG,

@@ -26,7 +26,6 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from f2c_plugin.config import load_config
 from f2c_plugin.errors import F2CError
 from f2c_plugin.trainer.signals import Stopped, listening
 from f2c_plugin.utils.terminal import tolerate_any_terminal
@@ -47,6 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"f2c_plugin.train: {stopped}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the end of the loader workers
         print("f2c_plugin.train: interrupted. Where there are checkpoints (f2c_save_every, save_all_states), resume=True goes "
               "on from the last", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _train(config: str) -> None:
     # Signals are heard already: this imports PyTorch, which takes seconds.
+    from f2c_plugin.config import load_config
     from f2c_plugin.trainer.check import check
     from f2c_plugin.trainer.logger import logging_to
     from f2c_plugin.trainer.loop import train

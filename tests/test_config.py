@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from f2c_plugin import train
 from f2c_plugin.arcface_torch.patching import arcface_torch_configs
 from f2c_plugin.config import F2CConfig, load_config
 from f2c_plugin.errors import ConfigError
+from f2c_plugin.trainer.check import check
 
 GOOD = dict(batch_size=128, num_classes=10_000, dali=False)
 
@@ -140,7 +140,7 @@ def test_whatever_a_config_says_each_wrong_key_is_named_with_its_value_and_nothi
     given = {key: data.draw(st.sampled_from(WRONG[key]), label=key) for key in wrong}
     cfg.update({key: data.draw(st.sampled_from(RIGHT[key]), label=key) for key in right} | given)
     try:
-        train.check(cfg, world_size=data.draw(st.sampled_from([1, 2])))
+        check(cfg, world_size=data.draw(st.sampled_from([1, 2])))
         said = ""
     except ConfigError as error:
         said = str(error)
@@ -160,7 +160,7 @@ def test_nonsense_in_any_key_ends_in_a_config_error_or_in_a_config_that_is_right
     cfg = load_config(config(num_epoch=2))
     cfg[key] = value
     try:
-        train.check(cfg)
+        check(cfg)
         said = key
     except ConfigError as error:
         said = str(error)
@@ -201,7 +201,7 @@ def test_values_of_numpys_types_are_those_of_python(config):
         file.write("\nimport numpy as np\nconfig.update(batch_size=np.int64(12), lr=np.float32(0.5), fp16=np.bool_(False), "
                    "margin_list=np.array([1.0, 0.0, 0.2]), f2c_momentum=np.float64(0.9), val_targets=(np.str_('synth'),))\n")
     cfg = load_config(path)
-    train.check(cfg)
+    check(cfg)
     types = dict(batch_size=int, lr=float, fp16=bool, margin_list=list, f2c_momentum=float)
     assert {key: type(cfg[key]) for key in types} == types
     assert type(cfg.val_targets[0]) is str

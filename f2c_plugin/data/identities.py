@@ -99,8 +99,8 @@ def index_identities(records: RecordFile, keys: Int64s, offsets: Int64s) -> Iden
     an identity can have several. They are checked against the labels, and decide only where these
     cannot: for damaged images, and where float32 cannot keep the labels distinct.
 
-    Raises RecordError if the pack holds no images of the right size, its bookkeeping contradicts itself, its labels
-    are too large for float32 to keep them distinct, or they are not identities.
+    Raises RecordError if the pack holds no images of the right size, lacks images that record 0 announces or has
+    a damaged identity record, its labels are not identities, or are too large for float32 to keep them distinct.
     """
     table = _KeyTable(records, keys, offsets)
     ordered = np.sort(offsets)
@@ -113,30 +113,29 @@ def index_identities(records: RecordFile, keys: Int64s, offsets: Int64s) -> Iden
         raise RecordError(f"{records.path}: record 0 announces identity records {header[0]} to {header[1]}: "
                           "the pack's bookkeeping is damaged")
     first, end = int(header[0]), int(header[1])
-    has_identity_records = end >= first  # else the second number is that of the identities
-    rounding = np.spacing(np.float32(max(first, end)))
-    if has_identity_records and not 1 < first < end <= len(keys) + rounding:
-        raise RecordError(f"{records.path}: record 0 announces images 1 to {first - 1} and identity records {first} to "
-                          f"{end - 1}, but there are {len(keys)} records: the pack is empty, or its bookkeeping is damaged")
-    if not 1 < first <= len(keys) + rounding:
-        raise RecordError(f"{records.path}: record 0 announces images 1 to {first - 1}, but there are {len(keys)} records: the "
-                          "pack is empty, or its bookkeeping is damaged")
+    if not 1 < first <= len(keys) + np.spacing(np.float32(first)):
+        missing = np.setdiff1d(np.arange(1, len(keys) + 1), keys)
+        raise RecordError(f"{records.path}: record 0 announces images 1 to {first - 1}, but there are {len(keys)} records" + (
+                          f", without record {missing[0]}" if len(missing) else "") +
+                          ": the pack is empty, incomplete or damaged. Make it again")
     # Numbers in the bookkeeping are float32 and round above 2**24: record 0 may be a few records off,
     # and identity records may name the wrong neighbour. The labels of the images are exact, because
     # identities are smaller numbers.
     exact = first < FLOAT32_EXACT
     if not exact:
-        first = _first_identity_record(table, first) if has_identity_records else len(keys)
+        first = _first_identity_record(table, first) if end >= first else len(keys)
     images = np.arange(1, first)
     position = table.positions(images)
-    of_records = _identities_by_range(table, first, end) if has_identity_records and exact else None
-    identity, conflict = _identities(records, offsets[position], of_records)
+    # Elsewhere, the second number is that of the identities, here or in the pack of which this is a part.
+    ranges = _identities_by_range(table, first, end) if exact and table.is_identity_record(first) else None
+    identity, conflict = _identities(records, offsets[position], ranges)
     return _index(records, images, offsets[position], lengths[position], identity, conflict)
 
 
 def _index(records: RecordFile, keys: Int64s, offsets: Int64s, lengths: Int64s, identity: Int64s,
            conflict: Int64s) -> IdentityIndex:
     _refuse_detection_labels(records, offsets)
+    _refuse_bookkeeping(records, keys, offsets)
     other_size = has_other_size(records, offsets)
     identity = np.where(other_size, UNUSABLE, identity)
     if (identity == UNUSABLE).all():
@@ -151,30 +150,50 @@ def _refuse_detection_labels(records: RecordFile, offsets: Int64s) -> None:
     mxnet's are [length of the header, length of an object, …, objects]; others are [number of objects, objects].
     """
     sample = offsets[np.linspace(0, len(offsets) - 1, min(len(offsets), 100)).astype(int)].tolist()
-    labels = [records.image_record(offset).labels.tolist() for offset in sample if not records.damage(offset)]
-    if not labels or min(map(len, labels)) <= 5:
+    labels: list[list[float]] = [records.image_record(offset).labels.tolist() for offset in sample
+                                 if not records.damage(offset)]
+    if max(map(len, labels), default=0) <= 5:
         return
-    beginnings = {(count, width) for count, width, *_ in labels}
-    of_mxnet = len(beginnings) == 1 and all(2 <= count < len(each) and width >= 5 and (len(each) - count) % width == 0
-                                            for each in labels for count, width in beginnings)
-    counted = len({*map(len, labels)}) > 1 and all(each[0] >= 1 for each in labels) and len(
-        widths := {(len(each) - 1) / each[0] for each in labels}) == 1 and widths.pop() >= 4
+    longest = max(labels, key=len)
+    count, width = longest[:2]
+    of_mxnet = count >= 2 and width >= 5 and all(each[:2] == [count, width] and (len(each) - count) % width == 0
+                                                 for each in labels)
+    width = (len(longest) - 1) / (count or np.inf)
+    counted = width >= 4 and len({*map(len, labels)}) > 1 and all(len(each) - 1 == each[0] * width for each in labels)
     if of_mxnet or counted:
         raise RecordError(f"{records.path}: the labels are those of object detection: they begin with a count (the first with "
                           f"{labels[0][0]:g}), where packs for recognition have the identity. Pack one face per image")
 
 
-def _identities(records: RecordFile, offsets: Int64s, of_records: Int64s | None) -> tuple[Int64s, Int64s]:
+def _refuse_bookkeeping(records: RecordFile, keys: Int64s, offsets: Int64s) -> None:
+    """Raise RecordError if there is bookkeeping among the images, because record 0 is missing or announces too many."""
+    has_image = np.zeros(len(offsets), bool)
+    for positions, _, _ in records.image_spans(offsets):
+        has_image[positions] = True
+    for i in np.flatnonzero(~has_image).tolist():
+        if records.damage(int(offsets[i])):
+            continue
+        record = records.image_record(int(offsets[i]))
+        if len(record.labels) > 1 and not len(record.image):
+            raise RecordError(f"{records.path}: record {keys[i]} is bookkeeping ({len(record.labels)} labels, no image), but "
+                              "stands where images should: record 0 or the .idx is damaged. Move the .idx away, and "
+                              "`f2c-plugin reindex` makes another one")
+
+
+def _identities(records: RecordFile, offsets: Int64s, ranges: tuple[int, Int64s | None] | None) -> tuple[Int64s, Int64s]:
     """Identity of each image, and the conflict of labels and identity records (see IdentityIndex).
 
-    ``of_records`` (images,) is the number of each image's identity record, if there are any.
+    ``ranges`` are the identity records, if there are any, as from ``_identities_by_range``.
     """
-    if of_records is None:
-        return _identities_by_label(records, offsets), NO_CONFLICT
+    count, of_records = ranges or (0, None)
     try:
         labels = _identities_by_label(records, offsets)
-    except RecordError:  # the labels are no identities
+    except _RoundedLabels:
+        if of_records is None:
+            raise
         return of_records, NO_CONFLICT
+    if of_records is None:
+        return labels, np.array([count, len(labels) if count else 0])
     readable = labels != UNUSABLE
     differ = np.count_nonzero(labels[readable] != of_records[readable])
     if not differ:
@@ -183,6 +202,10 @@ def _identities(records: RecordFile, offsets: Int64s, of_records: Int64s | None)
     label_of_record = np.full(of_records.max() + 1, UNUSABLE)
     label_of_record[of_records[readable][::-1]] = labels[readable][::-1]
     return np.where(readable, labels, label_of_record[of_records]), np.array([len(np.unique(of_records)), differ])
+
+
+class _RoundedLabels(RecordError):
+    """Float32 has rounded the labels, so they do not tell identities apart."""
 
 
 class _KeyTable:
@@ -198,36 +221,46 @@ class _KeyTable:
         ordered = keys[self.order]
         repeated = ordered[1:][ordered[1:] == ordered[:-1]]
         if len(repeated):
-            raise RecordError(f"{self.idx_path}: key {repeated[0]} occurs twice")
+            raise RecordError(f"{self.idx_path}: key {repeated[0]} occurs twice: move the file away, and "
+                              "`f2c-plugin reindex` makes another one from the .rec")
 
     def positions(self, wanted: Int64s) -> Int64s:
         """Where the keys ``wanted`` (n,) stand in the ``.idx``, int64 (n,). Raises RecordError if one is missing."""
-        position, found = self._find(wanted)
+        position, found = self.find(wanted)
         if not found.all():
-            raise RecordError(f"{self.idx_path}: lacks record {wanted[~found][0]}, which the pack's bookkeeping announces")
+            raise RecordError(f"{self.idx_path}: lacks record {wanted[~found][0]} ({np.count_nonzero(~found)} such records), "
+                              "which record 0 announces. Make the pack again, without images that cannot be read: "
+                              "face2rec2 counts them, but does not write them")
         return position
 
     def header(self) -> Float32s | None:
         """The first two labels of record 0 if it is bookkeeping; None if it is an image or missing.
 
-        Bookkeeping has two labels or more and, as a rule, no image. With one, its numbers must fit the pack.
+        Bookkeeping has two labels or more and, as a rule, no image. With one, it has a number that fits the pack, or
+        not as many labels as the images.
         """
-        position, found = self._find(np.array([0]))
+        position, found = self.find(np.array([0]))
         if not found[0]:
             return None
         record = self.records.image_record(int(self.offsets[position[0]]))
         labels = record.labels[:2]
-        if len(labels) < 2 or (len(record.image) and len(self.keys) not in labels):
+        if len(labels) < 2 or (len(record.image) and len(self.keys) not in labels
+                               and len(record.labels) in self._label_counts(without=position[0])):
             return None
         return labels
 
-    def is_identity_record(self, key: int) -> bool:
-        """Whether a record has two labels and no image."""
-        position, found = self._find(np.array([key]))
-        record = self.records.image_record(int(self.offsets[position[0]])) if found[0] else None
-        return record is not None and len(record.labels) == 2 and not len(record.image)
+    def _label_counts(self, without: np.int64) -> set[int]:
+        """How many labels intact records have, in a sample that leaves out the one at position ``without``."""
+        offsets = np.delete(self.offsets[:9], without if without < 9 else []).tolist()
+        return {len(self.records.image_record(offset).labels) for offset in offsets if not self.records.damage(offset)}
 
-    def _find(self, wanted: Int64s) -> tuple[Int64s, NDArray[np.bool_]]:
+    def is_identity_record(self, key: int) -> bool:
+        """Whether a record has two labels or more and no image. Raises RecordError if it is damaged."""
+        position, found = self.find(np.array([key]))
+        record = self.records.image_record(int(self.offsets[position[0]])) if found[0] else None
+        return record is not None and len(record.labels) >= 2 and not len(record.image)
+
+    def find(self, wanted: Int64s) -> tuple[Int64s, NDArray[np.bool_]]:
         """Positions, and which of them are valid because the key exists."""
         if self.order is None:
             return wanted, (wanted >= 0) & (wanted < len(self.keys))
@@ -246,10 +279,15 @@ def _first_identity_record(table: _KeyTable, rounded: int) -> int:
                       "the pack's bookkeeping is damaged")
 
 
-def _identities_by_range(table: _KeyTable, first: int, end: int) -> Int64s:
-    """Identities of images 1 … first − 1, from the image ranges in the identity records first … end − 1."""
-    keys = np.arange(first, end)
-    offsets = table.offsets[table.positions(keys)]
+def _identities_by_range(table: _KeyTable, first: int, end: int) -> tuple[int, Int64s | None]:
+    """The number of identity records, first … end − 1, and the identities of images 1 … first − 1 from their image ranges.
+
+    Without identities if a record is missing, or the ranges do not cover the images exactly once. Raises RecordError if
+    a record is damaged.
+    """
+    keys = np.arange(first, min(end, first + len(table.keys)))
+    position, found = table.find(keys)
+    keys, offsets = keys[found], table.offsets[position[found]]
     ranges = table.records.labels(offsets, count=2)
     for i in np.flatnonzero(np.isnan(ranges[:, 0])):
         if error := table.records.damage(int(offsets[i])):
@@ -261,11 +299,9 @@ def _identities_by_range(table: _KeyTable, first: int, end: int) -> Int64s:
     order = np.argsort(start, kind="stable")
     order = order[sizes[order] > 0]
     # Valid ranges follow on one another, from the first image to the last.
-    if (sizes < 0).any() or not np.array_equal(np.append(start[order], first), np.append([1], stop[order])):
-        raise RecordError(f"{table.records.path}: the ranges of the {len(sizes)} identity records do not cover images 1 to "
-                          f"{first - 1} exactly once (they hold {np.maximum(sizes, 0).sum()} images): the pack's "
-                          "bookkeeping is damaged")
-    return np.repeat(order, sizes[order])
+    if not found.all() or (sizes < 0).any() or not np.array_equal(np.append(start[order], first), np.append([1], stop[order])):
+        return len(keys), None
+    return len(keys), np.repeat(order, sizes[order])
 
 
 def _identities_by_label(records: RecordFile, offsets: Int64s) -> Int64s:
@@ -276,16 +312,18 @@ def _identities_by_label(records: RecordFile, offsets: Int64s) -> Int64s:
     if unreadable.mean() > 0.5:  # too many for damage: the .idx is wrong
         records.image_record(int(offsets[unreadable][0]))  # raises what is wrong
     labels[unreadable] = UNUSABLE
-    bad = labels[~unreadable & ~(np.isfinite(labels) & (labels >= 0) & (labels == np.floor(labels)))]
+    bad = np.flatnonzero(~unreadable & ~(np.isfinite(labels) & (labels >= 0) & (labels == np.floor(labels))))
     if len(bad):
-        raise RecordError(f"{records.path}: found the label {bad[0]}; identities must be whole numbers from 0")
+        raise RecordError(f"{records.path}: the record at offset {offsets[bad[0]]} has the label {labels[bad[0]]} ({len(bad)} "
+                          "such records), but identities must be whole numbers from 0: `f2c-plugin convert` writes others, "
+                          "from a list")
     identities = labels.astype(np.int64)
     rounded = np.flatnonzero(labels >= FLOAT32_EXACT)
     if len(rounded):
         identities[rounded] = wide = records.wide_identities(offsets[rounded])
         lost = wide.astype(np.float32) != labels[rounded]
         if lost.any():
-            raise RecordError(f"{records.path}: labels go up to {labels.max():.0f}, but float32 cannot keep identities from "
+            raise _RoundedLabels(f"{records.path}: labels go up to {labels.max():.0f}, but float32 cannot keep identities from "
                               f"{FLOAT32_EXACT} on apart, and {np.count_nonzero(lost)} images lack the identity in the "
                               "header's id2: `f2c-plugin convert` adds it, from the list that the pack was made of")
     return identities

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from f2c_plugin.data.recordio import Int64s, RecordFile
 
 IMAGE_SIZE = 112  # pixels, in both directions
-_MOST_SEGMENTS = 32  # of a JPEG before its size
+_MOST_SEGMENTS = 1024  # of a JPEG before its size; a colour profile alone can have 255
 _START_OF_SCAN = 0xDA
 # Markers of the frame headers, which hold the size: SOF0 to SOF15 without DHT, JPG and DAC.
 _IS_FRAME = np.isin(np.arange(256), [marker for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC)])
@@ -52,5 +52,5 @@ def _jpeg_sizes(content: NDArray[np.uint8], start: Int64s, end: Int64s) -> Int64
         framed = jpeg[_IS_FRAME[marker]]
         size[framed, 0], size[framed, 1] = two_bytes(framed, 5), two_bytes(framed, 7)
         jpeg = jpeg[~_IS_FRAME[marker] & (marker != _START_OF_SCAN)]
-        at[jpeg] += 2 + two_bytes(jpeg, 2)
+        at[jpeg] += np.where(content[at[jpeg] + 1] == 0xFF, 1, 2 + two_bytes(jpeg, 2))  # markers may have fill bytes before
     return size

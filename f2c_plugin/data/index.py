@@ -25,7 +25,7 @@ from f2c_plugin.utils.paths import cache_folder
 
 log = logging.getLogger(__name__)
 
-VERSION = 4  # of the folder's format
+VERSION = 5  # of the folder's format
 _WAIT = 3600.0  # seconds for another process that builds the same index
 _META_LIMIT = 1 << 16  # bytes; a real meta.json has a few hundred
 Stamp = dict[str, list[int]]  # file name -> [bytes, modification time in ns]

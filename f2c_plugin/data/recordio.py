@@ -285,7 +285,8 @@ def _read_lines(text: bytes, path: Path, lines_before: int) -> Int64s:
                 table.append((key, offset))
         except (ValueError, OverflowError):
             raise RecordError(f"{path}: not an index: line {number} is {line[:40]!r}, but every line must be a key and an "
-                              "offset, two whole numbers") from None
+                              "offset, two whole numbers: move the file away, and `f2c-plugin reindex` makes another "
+                              "one from the .rec") from None
     return np.array(table, np.int64).reshape(-1, 2)
 
 

@@ -38,6 +38,8 @@ class _PickledArray:
         _, shape, dtype, _, content = state
         if not isinstance(shape, tuple) or not all(type(each) is int and each >= 0 for each in shape):
             raise Refused("holds a NumPy array without a shape")
+        if math.prod(shape) != max(shape, default=1):  # by rows or by columns, other images would make a pair
+            raise Refused(f"holds a NumPy array of shape {str(shape)[:40]}, but images and answers stand in a row")
         values: Any = content if isinstance(content, list) else np.frombuffer(content, dtype.dtype)
         if len(values) != math.prod(shape):
             raise Refused("holds a NumPy array whose content does not match its shape")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from f2c_plugin.errors import CheckpointError, OverwriteError
 from f2c_plugin.method.pool import NOT_IN_POOL
+from f2c_plugin.trainer.output import write_states
 from f2c_plugin.trainer.schema import COUNTERS, FORMAT, problems, problems_of_arcface_torch
-from f2c_plugin.utils.atomic import written_whole
-from f2c_plugin.utils.finite import some
+from f2c_plugin.utils.finite import not_finite, some
 from f2c_plugin.utils.safe_load import load_states
 
 States = dict[str, Any]
 _NAME = "checkpoint_gpu_{}.pt"
+_STATES = ("state_dict_backbone", "state_dict_softmax_fc", "state_optimizer")
+_MAX_RANKS = 1 << 16
 _POOL = {"pool.rows": 3, "pool.slot_identity": 1, "pool.clock": 0}  # dimensions of what is described
 
 
@@ -74,18 +77,20 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
     joined and split again. The batch size per GPU is assumed to stay the same, so with more ranks an epoch
     has fewer steps; steps are rescaled.
 
-    Raises CheckpointError if a file is missing, damaged or from another step than the others, the pools differ, or
+    Raises CheckpointError if a file is missing, damaged, not finite or from another step than the others, the pools differ, or
     the head is unknown; OverwriteError if ``out`` already holds a checkpoint.
     """
     folder, out = Path(folder), Path(out)
-    if num_ranks < 1:
-        raise CheckpointError(f"--ranks {num_ranks}: must be at least 1")
+    if not 1 <= num_ranks <= _MAX_RANKS:
+        raise CheckpointError(f"--ranks {num_ranks}: must be from 1 to {_MAX_RANKS}")
     paths = _files_of_all_ranks(folder)
     states = [load_states(path) for path in paths]
     for path, state in zip(paths, states, strict=True):
         if "state_dict_backbone" not in state:
             raise CheckpointError(f"{path}: not a checkpoint of arcface_torch; it holds {_some_keys(state)}")
         _require_none(problems_of_arcface_torch(state), path)
+        if found := not_finite({name: state[name] for name in _STATES}):
+            raise CheckpointError(f"{path}: {some(found)} not finite: merge an earlier checkpoint")
         if (state["epoch"], state["global_step"]) != (states[0]["epoch"], states[0]["global_step"]):
             raise CheckpointError(f"{path}: is from step {state['global_step']}, but {paths[0].name} is from step "
                                   f"{states[0]['global_step']}: give files of the same step")
@@ -105,9 +110,11 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
 
     out.mkdir(parents=True, exist_ok=True)
     rescaled = _rescale_steps(states[0], len(states), num_ranks)
-    for rank, target in enumerate(targets):
-        with written_whole(target) as file:
-            torch.save(rescaled | _split(states[0], whole, rank, num_ranks), file)
+    with ExitStack() as on_error:  # a part of the files is of no use
+        for rank, target in enumerate(targets):
+            write_states(rescaled | _split(states[0], whole, rank, num_ranks), target)
+            on_error.callback(target.unlink)
+        on_error.pop_all()
     return targets
 
 

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,7 @@ class Run:
             history = _history_of_log(lines, config.get("total_batch_size", ""))
         if not history:
             raise ReportError(f"{folder}: the training has not logged a step yet")
-        run = cls(name or folder.resolve().name, history, config)
+        run = cls(name or Path(os.path.realpath(folder)).name, history, config)
         for path in sorted(folder.glob("*_scores.npz")):
             with _reading(path), np.load(path) as saved:
                 run.scores[path.name.removesuffix("_scores.npz")] = saved["scores"], saved["same"]
@@ -153,7 +154,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
 
 def _distinct_names(folders: Sequence[str | Path]) -> list[str]:
     """The folders' names, each with as many parent folders as make it unique."""
-    paths = [Path(folder).resolve() for folder in folders]
+    paths = [Path(os.path.realpath(folder)) for folder in folders]
 
     def name(path: Path) -> str:
         for depth in range(1, len(path.parts)):

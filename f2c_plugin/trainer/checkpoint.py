@@ -178,9 +178,9 @@ class Checkpoints:
         try:
             write_states(states, path)
         except OSError as error:
-            room = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            raise CheckpointError(f"{path}: cannot be written: {error.strerror} ({_free(self.folder)} free): {room}"
-                                  + self.remedy()) from error
+            first = {errno.ENOSPC: "make room and ", errno.EDQUOT: "make room and ", errno.EEXIST: "move it away and "}
+            raise CheckpointError(f"{path}: cannot be written: {error.strerror} ({_free(self.folder)} free): "
+                                  + first.get(error.errno or 0, "") + self.remedy()) from error
         self.good = sorted({*self.good, path})[-KEPT:]
         for old in checkpoints_in(self.folder) if len(self.good) == KEPT else ():
             if old < self.good[0]:
@@ -216,6 +216,8 @@ def _check(saved: dict[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path}: not a checkpoint of f2c_plugin.train")
     if wrong := problems(saved) or [name for name in ["random"] if not all(map(_is_random_state, saved[name]))]:
         raise CheckpointError(f"{path}: not a whole checkpoint: {some(wrong)} not as it should be")
+    if path.name != (name := _NAME.format(saved["images"])):  # it would count as newer than it is
+        raise CheckpointError(f"{path}: a checkpoint after {saved['images']} images is named {name}: rename it")
     if wrong := not_finite({name: value for name, value in saved.items() if name != "settings"}):
         raise CheckpointError(f"{path}: {some(wrong)} not finite")
 

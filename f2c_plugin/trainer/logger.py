@@ -40,10 +40,12 @@ class TrainingLog:
         self.folder = Path(cfg.output)
         self._keep_history(step * self.images_per_step)
         self.history = PatientFile(self.folder / "history.jsonl")
-        if not step:  # a run's scalars do not mix with those of the run it replaces
-            for events in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
-                events.unlink()
-        self.writer = ScalarWriter(self.folder / "tensorboard", step)
+        scalars = self.folder / "tensorboard"
+        if not step and not scalars.is_symlink():  # a run's scalars do not mix with those of the run it replaces
+            for events in scalars.glob("events.out.tfevents.*"):
+                with suppress(IsADirectoryError):
+                    events.unlink()
+        self.writer = ScalarWriter(scalars, step)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, file=sys.stdout)
         self._start_interval(step)
 

@@ -1,5 +1,6 @@
 """The folder ``config.output``: who may write into it, and how files of states are written."""
 
+import errno
 import logging
 import os
 import shutil
@@ -17,7 +18,8 @@ from f2c_plugin.utils.locks import locked
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoint_" + 12 * "[0-9]" + ".pt"
-_WRITTEN_WHOLE = (CHECKPOINTS, "model.pt", "model.onnx", "history.jsonl", "report.json", "*_scores.npz")
+_RESULTS = ("model.pt", "model.onnx", "history.jsonl", "report.json")
+_WRITTEN_WHOLE = (CHECKPOINTS, *_RESULTS, "*_scores.npz")
 _RESTART_SECONDS = 10  # that a rank 0 may take to die after torchrun has started the next
 
 
@@ -34,12 +36,16 @@ def sole_user(folder: Path, rank: int) -> Iterator[None]:
     process's: within another ``sole_user`` this one only ends it together with the training.
 
     Raises:
-        ConfigError: another training is at work there.
+        ConfigError: another training is at work there, it cannot be a folder, or something else than a file has the
+            name of a result.
     """
     if rank:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={str(folder)!r}: cannot be made a folder: {error.strerror}: choose another") from error
     with ExitStack() as held:
         try:
             held.enter_context(locked(folder / ".lock", _RESTART_SECONDS))
@@ -49,6 +55,8 @@ def sole_user(folder: Path, rank: int) -> Iterator[None]:
         for name in _WRITTEN_WHOLE:
             for partial in partials_of(folder / name):
                 shutil.rmtree(partial) if partial.is_dir() and not partial.is_symlink() else partial.unlink()
+        if wrong := [str(path) for name in _RESULTS if (path := folder / name).exists() and not path.is_file()]:
+            raise ConfigError(f"{', '.join(wrong)}: not a file, and not replaced by one: move it away or choose another output")
         yield
 
 
@@ -61,8 +69,11 @@ def write_states(states: dict[str, Any], path: Path) -> None:
             raise error.__context__ or error from None
 
 
-def _follow_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+def _only_a_file(path: str, flags: int) -> int:
+    """Opens nothing through a link, and no pipe, which would wait for its reader."""
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path)):
+        raise FileExistsError(errno.EEXIST, "Not a file, and not written to: move it away", path)
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 class PatientFile:
@@ -70,7 +81,7 @@ class PatientFile:
 
     def __init__(self, path: Path, mode: Literal["ab", "wb"] = "ab"):
         self.path, self._waiting, self._failed = path, b"", False
-        self._file = open(path, mode, buffering=0, opener=_follow_no_link)  # noqa: SIM115  # closed by close()
+        self._file = open(path, mode, buffering=0, opener=_only_a_file)  # noqa: SIM115  # closed by close()
 
     def write(self, lines: str) -> None:
         self._waiting += lines.encode(errors="backslashreplace")

@@ -49,7 +49,7 @@ def load_states(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         if not path.is_file():
-            raise Refused("no such file")
+            raise Refused("not a file" if path.exists() else "no such file")
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # kept by the tensors
         states = _StatesUnpickler(mapped, _entries(mapped)).load()

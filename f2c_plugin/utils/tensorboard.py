@@ -47,6 +47,7 @@ class ScalarWriter:
     def _reported(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # TensorBoard takes no name outside of UTF-8
             self._writer = None
-            log.warning("%s: %s: no more scalars are written there, and training goes on", self._folder, error.strerror)
+            reason = error.strerror if isinstance(error, OSError) else error
+            log.warning("%s: %s: no more scalars are written there, and training goes on", self._folder, reason)

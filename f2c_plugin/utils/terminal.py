@@ -11,7 +11,11 @@ from f2c_plugin.utils.atomic import naming
 
 
 def tolerate_any_terminal() -> None:
-    """Escape characters that the terminal's encoding lacks; printing them would raise UnicodeEncodeError."""
+    """Escape characters that the terminal's encoding lacks, which would raise UnicodeEncodeError; drop what a stream that is
+    closed, as by ``>&-``, would show."""
+    for name in "stdin", "stdout", "stderr":  # in the order of their descriptors, so that no other file gets one of these
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  # to the end
     for stream in sys.stdout, sys.stderr:
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
             stream.reconfigure(errors="backslashreplace")

@@ -97,8 +97,41 @@ def test_record_0_may_announce_images_without_identity_records(tmp_path, header_
 
 def test_record_0_that_announces_more_images_than_there_are_is_refused(tmp_path):
     write(tmp_path, [0, 1], header=[9, 2])
-    with pytest.raises(RecordError, match="record 0 announces images 1 to 8, but there are 3 records"):
+    with pytest.raises(RecordError, match="record 0 announces images 1 to 8, but there are 3 records, without record 3: "):
         RecordDataset(tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["record 0", "true count"])
+def test_bookkeeping_is_never_counted_as_an_image(tmp_path, lost):
+    write(tmp_path, [0, 0, 1], runs_of([0, 0, 1]), header=[5, 6] if lost == "true count" else None)
+    if lost == "record 0":
+        lines = (tmp_path / "train.idx").read_text().splitlines(keepends=True)
+        (tmp_path / "train.idx").write_text("".join(lines[1:]))
+    with pytest.raises(RecordError, match=r"record 4 is bookkeeping \(2 labels, no image\), but .*f2c-plugin reindex"):
+        RecordDataset(tmp_path)
+
+
+def test_images_that_face2rec2_counted_but_could_not_read_are_named(tmp_path):
+    write(tmp_path, [0, 0, 1], runs_of([0, 0, 1]))
+    lines = (tmp_path / "train.idx").read_text().splitlines(keepends=True)
+    (tmp_path / "train.idx").write_text("".join(lines[:2] + lines[3:]))
+    with pytest.raises(RecordError, match=r"train.idx: lacks record 2 \(1 such records\).* Make the pack again"):
+        RecordDataset(tmp_path)
+
+
+@pytest.mark.parametrize("header", [[5, 100], [5, 5], [5, 1000, 0], [5, 0]], ids=str)
+@pytest.mark.parametrize("header_last", [False, True])
+@pytest.mark.parametrize("header_image", [b"", JPEG], ids=["no picture", "picture"])
+def test_record_0_may_name_the_identities_of_the_pack_that_this_one_is_a_part_of(tmp_path, header, header_last, header_image):
+    write(tmp_path, [0, 3, 3, 7], header=header, header_image=header_image, header_last=header_last)
+    index = RecordDataset(tmp_path).index
+    assert index.keys.tolist() == [1, 2, 3, 4] and index.identity.tolist() == [0, 3, 3, 7] and not index.conflict.any()
+
+
+@pytest.mark.parametrize("header_last", [False, True])
+def test_record_0_with_a_picture_is_known_by_another_number_of_labels(tmp_path, header_last):
+    write(tmp_path, [0, 1, 1, 2], header=[4, 3], header_image=JPEG, header_last=header_last)  # announces one image less
+    assert RecordDataset(tmp_path).index.identity.tolist() == [0, 1, 1]
 
 
 def test_a_damaged_image_takes_the_label_of_its_identity_record(tmp_path):
@@ -112,9 +145,20 @@ def test_a_damaged_image_takes_the_label_of_its_identity_record(tmp_path):
     assert RecordDataset(tmp_path).index.identity.tolist() == labels
 
 
-def test_where_labels_are_no_identities_the_identity_records_decide(tmp_path):
-    write(tmp_path, [0.5, 0.25, -1.0], records_of=[(1, 3), (3, 4)])
-    assert RecordDataset(tmp_path).index.identity.tolist() == [0, 0, 1]
+@pytest.mark.parametrize("bad", [-1.0, 2.5], ids=str)
+def test_labels_that_are_no_identities_are_refused_also_where_there_are_identity_records(tmp_path, bad):
+    labels = [2, 0, bad, 1, 0]  # as from an unsorted list: by the records there would be five people
+    write(tmp_path, labels, runs_of(labels))
+    with pytest.raises(RecordError, match=rf"the record at offset \d+ has the label {bad} .1 such records.*convert"):
+        RecordDataset(tmp_path)
+
+
+def test_where_float32_has_rounded_the_labels_the_identity_records_decide(tmp_path):
+    labels = [2**25, 2**25 + 1, 2**25 + 1]
+    write(tmp_path, np.float32(labels), runs_of(labels))
+    content = (tmp_path / "train.rec").read_bytes()  # as mxnet writes it, without the identity in id2
+    (tmp_path / "train.rec").write_bytes(content.replace(id2_of(2**25).to_bytes(8, "little"), bytes(8)))
+    assert RecordDataset(tmp_path).index.identity.tolist() == [0, 1, 1]
 
 
 def in_parts(shift):
@@ -220,8 +264,11 @@ def test_a_record_that_is_damaged_has_no_wide_identity(tmp_path):
 @pytest.mark.parametrize("labels_of", [
     lambda number: [2, 5, *[number, .1, .2, .3, .4] * (number % 3 + 1)],  # mxnet's, of ImageDetIter
     lambda number: [4, 6, 112, 112, number, .1, .2, .3, .4, 0],
-    lambda number: [number % 3 + 1, *[.1, .2, .3, .4, number] * (number % 3 + 1)]],
-    ids=["mxnet", "mxnet with a longer header", "number of objects"])
+    lambda number: [2, 5, *[number, .1, .2, .3, .4] * (number % 3)],
+    lambda number: [number % 3 + 1, *[.1, .2, .3, .4, number] * (number % 3 + 1)],
+    lambda number: [number % 3, *[.1, .2, .3, .4, number] * (number % 3)]],
+    ids=["mxnet", "mxnet with a longer header", "mxnet, some without objects", "number of objects",
+         "number of objects, some without"])
 def test_a_detection_pack_is_refused_because_its_labels_begin_with_a_count(tmp_path, labels_of):
     with RecordWriter(tmp_path / "train.rec") as writer:
         for key in range(9):

@@ -28,7 +28,9 @@ RIGHT = {"JPEG": FACE, "PNG": encoded(112, 112, "PNG"), "progressive": encoded(1
          "with ICC profile": encoded(112, 112, icc_profile=bytes(70_000)), "grayscale": simplejpeg.encode_jpeg(
              np.zeros((112, 112, 1), np.uint8), colorspace="GRAY")}
 OTHER = {"JPEG": encoded(160, 160), "PNG": encoded(96, 112, "PNG"), "progressive": encoded(112, 113, progressive=True),
-         "with ICC profile": encoded(1320, 504, icc_profile=bytes(70_000)), "tiny": encoded(1, 1), "large": encoded(112, 3000)}
+         "with ICC profile": encoded(1320, 504, icc_profile=bytes(70_000)), "tiny": encoded(1, 1), "large": encoded(112, 3000),
+         "with a long ICC profile": encoded(50, 50, icc_profile=bytes(3_000_000)),
+         "with fill bytes": encoded(50, 50).replace(b"\xff\xdb", b"\xff\xff\xff\xdb", 1)}
 UNKNOWN = {"nothing": b"", "a word": b"face", "start of a JPEG": FACE[:100], "start of a PNG": RIGHT["PNG"][:20],
            "no frame": FACE[:20] + FACE[FACE.index(b"\xff\xda"):], "segments without end": b"\xff\xd8" + b"\xff\xe0\0\2" * 99,
            "a bitmap": encoded(50, 50, "BMP"), "in parts": encoded(50, 50, comment=4 * (MAGIC_BYTES + b"\0"))}

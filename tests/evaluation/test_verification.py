@@ -178,6 +178,16 @@ def test_malformed_sets_are_refused_with_the_value_found(tmp_path):
             VerificationSet(path)
 
 
+def test_arrays_whose_items_do_not_stand_in_a_row_are_refused(tmp_path):
+    path = tmp_path / "set.bin"
+    for shape in (4, 2), (2, 4):  # pairs in rows or in columns: which, the file does not show
+        path.write_bytes(pickle.dumps((objects(IMAGES).reshape(shape), SAME)))
+        with pytest.raises(VerificationSetError, match=rf"of shape \({shape[0]}, {shape[1]}\), but images and answers stand in a"):
+            VerificationSet(path)
+    path.write_bytes(pickle.dumps((objects(IMAGES)[:, None], np.array(SAME)[None])))
+    assert VerificationSet(path).same.tolist() == SAME and VerificationSet(path).images == IMAGES
+
+
 def png(width, height):
     file = io.BytesIO()
     Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(file, "PNG")

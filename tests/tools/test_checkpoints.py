@@ -1,5 +1,6 @@
 """Summaries of checkpoints, and converting arcface_torch's to another number of ranks."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from f2c_plugin.cli import main as cli
 from f2c_plugin.errors import CheckpointError, OverwriteError
 from f2c_plugin.method.head import F2CHead
 from f2c_plugin.method.pool import DynamicClassPool
+from f2c_plugin.tools import checkpoints as checkpoint_tools
 from f2c_plugin.tools.checkpoints import describe, merge
 from f2c_plugin.utils.safe_load import load_states
 from tests.conftest import FIXTURES
@@ -100,7 +102,7 @@ def test_files_that_do_not_belong_together_are_refused_with_the_reason_and_nothi
         merge(tmp_path, tmp_path / "new", 2)
     heads = [Head(torch.randn(3, 4)) for _ in range(3)]
     write_checkpoints(tmp_path, heads)
-    for ranks, message in (0, "--ranks 0"), (-1, "--ranks -1"):
+    for ranks, message in (0, "--ranks 0"), (-1, "--ranks -1"), (10**9, "--ranks 1000000000: must be from 1 to 65536"):
         with pytest.raises(CheckpointError, match=message):
             merge(tmp_path, tmp_path / "new", ranks)
     with pytest.raises(OverwriteError, match="checkpoint_gpu_0.pt exists and is not overwritten"):
@@ -117,7 +119,26 @@ def test_files_that_do_not_belong_together_are_refused_with_the_reason_and_nothi
     (tmp_path / "other.pt").replace(tmp_path / "checkpoint_gpu_1.pt")
     with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: is from step 7, but checkpoint_gpu_0.pt is from step 120"):
         merge(tmp_path, tmp_path / "new", 2)
+    saved["state_optimizer"]["state"][0]["momentum_buffer"][0] = torch.nan
+    torch.save(saved, tmp_path / "checkpoint_gpu_1.pt")
+    with pytest.raises(CheckpointError, match=r"checkpoint_gpu_1.pt: state_optimizer.state.0.momentum_buffer not finite"):
+        merge(tmp_path, tmp_path / "new", 2)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_merge_that_cannot_write_all_files_leaves_none(tmp_path, monkeypatch):
+    write_checkpoints(tmp_path, [Head(torch.randn(3, 4))])
+
+    def write(states, path, original=checkpoint_tools.write_states):
+        if path.name == "checkpoint_gpu_2.pt":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        original(states, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_tools, "write_states", write)
+        with pytest.raises(OSError, match=r"No space left on device: .*checkpoint_gpu_2.pt"):
+            merge(tmp_path, tmp_path / "new", 3)
+    assert not list((tmp_path / "new").iterdir())
+    assert len(merge(tmp_path, tmp_path / "new", 3)) == 3
 
 
 THEIRS = {

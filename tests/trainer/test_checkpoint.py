@@ -279,6 +279,34 @@ def test_damaged_checkpoints_of_higher_numbers_cost_no_good_one_and_go_once_two_
     assert seen[3:] == [[20, 24, 500], [24, 28, 500], [28, 30, 500]]
 
 
+def test_a_copy_under_a_higher_number_is_not_taken_for_a_newer_checkpoint(config, caplog):
+    keys = dict(val_targets=[], f2c_save_every=4)
+    run(config(num_epoch=1, **keys))
+    shutil.copy(checkpoints()[-1], "out/checkpoint_000000000999.pt")
+    Path("out/checkpoint_000000000998.pt").symlink_to(checkpoints()[0].name)
+    run(config(num_epoch=2, resume="auto", **keys))
+    for name in "999", "998":
+        assert f"checkpoint_000000000{name}.pt: a checkpoint after " in caplog.text
+    assert [load_states(file)["step"] for file in checkpoints()[:2]] == [16, 20]
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_in_the_way_of_a_result_is_found_before_training_and_of_a_checkpoint_is_named(config, make):
+    keys = dict(num_epoch=1, val_targets=[])
+    Path("out").mkdir()
+    names = ["history.jsonl", "model.onnx", "model.pt", "report.json"]
+    for name in names:
+        make(f"out/{name}")
+    message = refusal(config(**keys))
+    assert all(f"out/{name}" in message for name in names) and "not a file, and not replaced by one: move it away" in message
+    assert sorted(os.listdir("out")) == [".lock", *names]
+    shutil.rmtree("out")
+    Path("out").mkdir()
+    make("out/checkpoint_000000000120.pt")
+    message = refusal(config(f2c_save_every=4, resume="auto", **keys))
+    assert "120.pt: cannot be written: Not a file" in message and "move it away and go on from checkpoint_" in message
+
+
 def test_states_that_are_not_finite_are_not_saved(config, monkeypatch):
     keys = dict(num_epoch=1, val_targets=[], f2c_save_every=4)
 

@@ -81,6 +81,16 @@ def test_signals_are_heard_while_pytorch_is_imported(config, number, code):
         assert SENTENCES[number] in "".join(errors)
 
 
+def test_nothing_but_small_modules_is_imported_before_signals_are_heard():
+    code = "import sys; from f2c_plugin import train; print({'numpy', 'torch', 'easydict'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_a_second_ctrl_c_does_not_disturb_the_end(config, signalled, capsys):
+    assert signalled(config(**KEYS), check, "check", signal.SIGINT) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 def test_a_signal_within_torchs_writer_is_still_that_signal(config, monkeypatch, capsys):
     class Spoiled:
         def __init__(self, file):

@@ -106,6 +106,23 @@ def test_a_run_that_replaces_another_does_not_mix_with_it(config):
         assert len(list(Path("out/tensorboard").glob("events*"))) == 2 and len(history()) == 5
 
 
+def test_scalars_elsewhere_and_folders_stay_where_a_run_replaces_another(config):
+    Path("elsewhere").mkdir()
+    Path("elsewhere/events.out.tfevents.1").write_text("precious")
+    Path("out").mkdir()
+    Path("out/tensorboard").symlink_to("../elsewhere")
+    run(config(num_epoch=1, val_targets=[]))
+    assert Path("elsewhere/events.out.tfevents.1").read_text() == "precious"
+    Path("other/tensorboard/events.out.tfevents.2").mkdir(parents=True)
+    run(config(num_epoch=1, val_targets=[], output="other"))
+    assert Path("other/tensorboard/events.out.tfevents.2").is_dir()
+
+
+def test_an_output_folder_whose_name_is_not_utf_8_costs_the_scalars_only(config, caplog):
+    run(config(num_epoch=1, val_targets=[], output="out\udcff"))
+    assert Path("out\udcff/report.json").is_file() and "no more scalars are written there" in caplog.text
+
+
 def test_a_run_that_diverges_ships_nothing_and_says_what_to_do(config, caplog):
     Path("out").mkdir()
     Path("out/model.pt").write_bytes(b"of before")
@@ -147,7 +164,12 @@ def test_the_baseline_takes_odd_batches(config):
     (dict(rec="nowhere"), "rec='nowhere': there is no train.rec in"),
     (dict(dali=True), "dali=True: must be False: this package's loader decodes by itself"),
     (dict(head="softmax", f2c_pol_rate=0.1), "f2c_pol_rate: unknown key; did you mean f2c_pool_rate?"),
-    (dict(output="config.py"), "config.py"),
+    (dict(output="config.py"), "output='config.py': cannot be made a folder: File exists: choose another"),
+    (dict(output="config.py/out"), "output='config.py/out': cannot be made a folder: Not a directory: choose another"),
+    (dict(output="a\0b"), r"output='a\x00b': must be a name, or None"),
+    (dict(rec="a\0b"), r"rec='a\x00b': must be a name"), (dict(val_targets=["\0"]), r"val_targets=['\x00']: must be a list"),
+    (dict(lr=1e308), "lr=1e+308: must be a number above 0, and below 1e38"), (dict(weight_decay=10**400), "weight_decay=1000"),
+    (dict(margin_list=(1.0, 10**400, 0.0)), "must be three numbers"),
     (dict(margin_list=(1.0, 0.5, 0.2, 0.1)), "margin_list"),
     (dict(margin_list=(2.0, 0.5, 0.0)), r"margin_list=(2.0, 0.5, 0.0) is neither ArcFace"),
 ], ids=str)

@@ -50,6 +50,16 @@ def test_a_pipe_that_its_reader_has_closed_ends_the_command_quietly(command):
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+@pytest.mark.parametrize("module", ["f2c_plugin.train", "f2c_plugin"])
+def test_streams_that_are_closed_are_replaced(module, tmp_path):
+    code = (f"import os, sys; from runpy import run_module; run_module({module!r}, run_name='x')\n"
+            "from f2c_plugin.utils.terminal import tolerate_any_terminal; tolerate_any_terminal()\n"
+            "file = open('opened', 'w'); print('x'); print('x', file=sys.stderr, flush=True); file.write(str(file.fileno()))")
+    (tmp_path / "code.py").write_text(code)
+    done = subprocess.run(["sh", "-c", f"exec {sys.executable} code.py <&- >&- 2>&-"], cwd=tmp_path)
+    assert done.returncode == 0 and int((tmp_path / "opened").read_text()) > 2
+
+
 def test_a_report_is_written_though_its_summary_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "training.log").write_text("")
     (tmp_path / "history.jsonl").write_text('{"step": 1, "images": 8, "loss": 5}')

@@ -1,6 +1,7 @@
 """Whatever the package writes, it writes whole and through no link: one function opens files for writing."""
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,13 @@ EXCEPTIONS = {
     ("utils/atomic.py", "_folder_to_disk", "os.open"): "for reading",
     ("utils/locks.py", "locked", "os.open"): "follows no link and writes nothing",
     ("utils/terminal.py", "_flush", "os.open"): "/dev/null",
+    ("utils/terminal.py", "tolerate_any_terminal", "open"): "/dev/null",
     ("data/index.py", "_save", "open"): "in a new folder",
     ("data/index.py", "_save", "save"): "in a new folder",
     ("data/index.py", "_save", "dump"): "in a new folder",
     ("data/index.py", "_save", "os.rename"): "moves a folder, over no file",
     ("trainer/output.py", "__init__", "open"): "a log, appended to while the training runs; not through a link",
-    ("trainer/output.py", "_follow_no_link", "os.open"): "of that log",
+    ("trainer/output.py", "_only_a_file", "os.open"): "of that log",
     ("trainer/logger.py", "emit", "os.open"): "/dev/null",
     ("trainer/loop.py", "_run", "save"): "the method of Checkpoints, not a file",
     ("tools/image_files.py", "_encoded", "save"): "into memory",
@@ -81,13 +83,17 @@ def test_files_are_opened_for_writing_in_one_place():
     assert set(EXCEPTIONS) - found == set(), "these are no more"
 
 
-def test_logs_that_are_appended_to_are_no_links(tmp_path: Path):
+@pytest.mark.parametrize("mode", ["ab", "wb"])
+def test_logs_that_are_appended_to_are_files_and_no_links_nor_pipes(tmp_path: Path, mode):
     (tmp_path / "precious").write_text("precious")
-    (tmp_path / "training.log").symlink_to(tmp_path / "precious")
-    for mode in "ab", "wb":
-        with pytest.raises(OSError, match=r"symbolic links: .*training.log"):
-            PatientFile(tmp_path / "training.log", mode)
-    assert (tmp_path / "precious").read_text() == "precious"
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    (tmp_path / "dangling").symlink_to(tmp_path / "new")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")  # would wait for its reader
+    for name in "link", "dangling", "folder", "pipe":
+        with pytest.raises(FileExistsError, match=rf"Not a file, and not written to: move it away: .*{name}"):
+            PatientFile(tmp_path / name, mode)
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("code, call", [
