@@ -182,7 +182,7 @@ def test_arrays_whose_items_do_not_stand_in_a_row_are_refused(tmp_path):
     path = tmp_path / "set.bin"
     for shape in (4, 2), (2, 4):  # pairs in rows or in columns: which, the file does not show
         path.write_bytes(pickle.dumps((objects(IMAGES).reshape(shape), SAME)))
-        with pytest.raises(VerificationSetError, match=rf"of shape \({shape[0]}, {shape[1]}\), but images and answers stand in a"):
+        with pytest.raises(VerificationSetError, match=rf"of shape \({shape[0]}, {shape[1]}\), but images and answers stand"):
             VerificationSet(path)
     path.write_bytes(pickle.dumps((objects(IMAGES)[:, None], np.array(SAME)[None])))
     assert VerificationSet(path).same.tolist() == SAME and VerificationSet(path).images == IMAGES
