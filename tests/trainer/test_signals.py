@@ -192,3 +192,12 @@ def test_the_old_launcher_an_ascii_terminal_and_no_docstrings_nor_asserts(config
                           PYTHONIOENCODING="ascii", PYTHONOPTIMIZE="2")
     assert code == 0 and "F\\xb2C step 2" in printed and "--- Logging error" not in printed, printed
     assert "F²C step 2" in Path("out/training.log").read_text(encoding="utf-8")
+
+
+def test_a_signal_during_the_save_that_another_has_asked_for_is_not_lost():
+    with listening() as requests, pytest.raises(Stopped), requests.in_steps():
+        requests.receive(signal.SIGUSR1, None)
+        assert requests.agreed() == 1
+        requests.receive(signal.SIGTERM, None)  # while the checkpoint is written
+        requests.done()
+        assert requests.agreed() == 2
