@@ -38,18 +38,25 @@ class Requests:
     """
 
     def __init__(self):
-        self._pending = Request.NOTHING
+        # Signals so far, of which some are seen by ``agreed`` and some of these are done. The handler, which can run
+        # between any two operations, writes the first alone; so no signal is lost.
+        self._received = dict.fromkeys(_SIGNALS, 0)
+        self._seen = self._done = dict(self._received)
         self._group: Any = None  # a ProcessGroup; torch's annotations say otherwise
         self._in_steps = False
         self._otherwise = _BEFORE
         self.raised: Stopped | None = None
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
-        self._pending = max(self._pending, _SIGNALS[number])
+        self._received[number] += 1
         self._stop_outside_steps()
 
+    def _pending(self, received: dict[int, int]) -> Request:
+        return max((request for number, request in _SIGNALS.items() if received[number] > self._done[number]),
+                   default=Request.NOTHING)
+
     def _stop_outside_steps(self) -> None:
-        if self._pending is Request.SAVE_AND_STOP and not self._in_steps and not self.raised:
+        if self._pending(self._received) is Request.SAVE_AND_STOP and not self._in_steps and not self.raised:
             self.raised = Stopped(self._otherwise)  # once: a second signal must not disturb what the first has begun
             raise self.raised
 
@@ -69,18 +76,20 @@ class Requests:
         self._stop_outside_steps()  # it came after the last step
 
     def agreed(self) -> Request:
-        """The largest request of any rank since the last ``done``; all ranks call this together."""
+        """The largest request of any rank that is not done; all ranks call this together."""
+        self._seen = dict(self._received)
         if self._group is None:
-            return self._pending
+            return self._pending(self._seen)
         import torch
         from torch import distributed
 
-        largest = torch.tensor(int(self._pending))
+        largest = torch.tensor(int(self._pending(self._seen)))
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._group)
         return Request(int(largest))
 
     def done(self) -> None:
-        self._pending = Request.NOTHING
+        """What ``agreed`` has returned is done; later requests are not."""
+        self._done = self._seen
 
 
 _listening: Requests | None = None
