@@ -176,8 +176,8 @@ def _refuse_bookkeeping(records: RecordFile, keys: Int64s, offsets: Int64s) -> N
         record = records.image_record(int(offsets[i]))
         if len(record.labels) > 1 and not len(record.image):
             raise RecordError(f"{records.path}: record {keys[i]} is bookkeeping ({len(record.labels)} labels, no image), but "
-                              "stands where images should: record 0 or the .idx is damaged. Move the .idx away, and "
-                              "`f2c-plugin reindex` makes another one")
+                              "stands where images should: record 0 is wrong, or the .idx lacks it. Move the .idx away, and "
+                              "`f2c-plugin reindex` makes another one; if it is of no help, make the pack again")
 
 
 def _identities(records: RecordFile, offsets: Int64s, ranges: tuple[int, Int64s | None] | None) -> tuple[Int64s, Int64s]:

@@ -1,16 +1,18 @@
 """Gives a pack new identities, from a list: exact also beyond 2**24, where float32 labels are not."""
 
 from array import array
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from f2c_plugin.data.image_sizes import IMAGE_SIZE
-from f2c_plugin.data.recordio import Int64s, RecordFile, read_idx
+from f2c_plugin.data.recordio import IDENTITY_BITS, Int64s, RecordFile, read_idx
 from f2c_plugin.data.writer import RecordWriter, pack_image_record, refuse_to_overwrite
 from f2c_plugin.errors import RecordError
 from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
 
 
 def convert(source: str | Path, labels: str | Path, out: str | Path) -> tuple[int, int]:
@@ -67,18 +69,21 @@ def _read_list(path: Path) -> tuple[Int64s, Int64s]:
         raise RecordError(f"{path}: no such file")
     keys, identities = array("q"), array("q")
     with open(path, "rb") as file:
+        if is_lfs_pointer(file.peek()):
+            raise RecordError(f"{path}: {NOT_FETCHED}")
         for number, line in enumerate(file, 1):
+            line = line.removeprefix(BOM_UTF8) if number == 1 else line
             if line.isspace():
                 continue
             try:
                 key, identity = (float(word) for word in line.split(b"\t", 2)[:2])
-                if not (key.is_integer() and identity.is_integer() and 0 <= identity < 1 << 40):
+                if not (key.is_integer() and identity.is_integer() and 0 <= identity < 1 << IDENTITY_BITS):
                     raise ValueError
                 keys.append(int(key))
                 identities.append(int(identity))
             except (ValueError, OverflowError):
                 raise RecordError(f"{path}: line {number} is {line[:40]!r}, but must be the number of a record and its "
-                                  "identity, two whole numbers, separated by a tab") from None
+                                  f"identity, from 0 to below 2**{IDENTITY_BITS}, whole numbers, separated by a tab") from None
     order = np.argsort(keys, kind="stable")
     ordered = np.asarray(keys)[order]
     if not len(ordered):

@@ -70,7 +70,7 @@ def _of_other(encoded: bytes, resize: bool, quality: int | None) -> bytes | str:
     if image.size != _FACE and not resize:
         return _wrong_size(*image.size)
     if (image.format == "PNG" and image.size == _FACE and quality is None and not image.mode.startswith("I")
-            and _orientation(image) == 1):
+            and _orientation(image) == 1 and b"IEND\xaeB`\x82" in encoded):  # mxnet needs the end, Pillow does not
         decode_face(encoded)
         return encoded
     return _encoded(image, quality)
@@ -110,5 +110,5 @@ def _encoded(image: Any, quality: int | None) -> bytes | str:
     if quality is not None:
         return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "444")
     out = BytesIO()
-    image.save(out, "PNG")
+    pillow.fromarray(np.asarray(image)).save(out, "PNG")  # without a colour profile, which Pillow may refuse to read
     return out.getvalue()

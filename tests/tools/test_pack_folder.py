@@ -116,6 +116,17 @@ def test_jpegs_and_pngs_are_stored_as_they_are_whatever_their_suffix(tmp_path):
     assert all(image.startswith(b"\xff\xd8") for image in stored(tmp_path / "jpegs"))
 
 
+def test_a_png_is_stored_anew_where_mxnet_or_pillow_may_refuse_it(tmp_path):
+    folder = tmp_path / "faces" / "a"
+    folder.mkdir(parents=True)
+    (folder / "0.png").write_bytes(encoded("PNG")[:-12])  # without its end, which Pillow reads and mxnet does not
+    picture(1).resize((160, 160)).save(folder / "1.jpg", icc_profile=bytes(3_000_000))  # too much text for a PNG
+    assert pack_folder(tmp_path / "faces", tmp_path / "pack", resize=True, processes=1).sizes == {"a": 2}
+    dataset = RecordDataset(tmp_path / "pack")
+    assert [dataset.face(i).shape for i in range(2)] == [(112, 112, 3)] * 2
+    assert all(image.endswith(encoded("PNG")[-12:]) for image in stored(tmp_path / "pack"))
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_16_bit_grays_keep_their_upper_8_bits(tmp_path, suffix):
     deep = np.random.default_rng(0).integers(0, 1 << 16, (112, 112)).astype(np.uint16)
