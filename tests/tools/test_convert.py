@@ -64,10 +64,11 @@ def test_every_kind_of_pack_can_be_converted(tmp_path, name):
 @pytest.mark.parametrize("text, message", [
     ("", "the list is empty"), ("0\t1\nword\n", r"line 2 is b'word\\n'"), ("0 1\n", "line 1"), ("0\t-1\n", "line 1"),
     ("0\t1.5\n", "line 1"), (f"0\t{2**40}\n", "line 1"), ("0\tinf\n", "line 1"), ("1e99\t0\n", "line 1"),
-    ("version https://git-lfs.github.com/spec/v1\n", "a Git-LFS pointer"), ("0\t1\n0\t2\n", "lists record 0 twice"), ("0\t1\n", "lacks record 1 of .*, which is an image"),
+    ("version https://git-lfs.github.com/spec/v1\n", "a Git-LFS pointer"),
+    ("0\t1\n0\t2\n", "lists record 0 twice"), ("0\t1\n", "lacks record 1 of .*, which is an image"),
     ("".join(f"{key}\t5\n" for key in range(99)), "lists 99 images, but .* has only 6")],
-    ids=["empty", "a word", "a space", "negative", "a fraction", "too large", "infinite", "a huge number", "LFS", "twice", "too few",
-         "too many"])
+    ids=["empty", "a word", "a space", "negative", "a fraction", "too large", "infinite", "a huge number", "LFS", "twice",
+         "too few", "too many"])
 def test_a_list_that_does_not_fit_is_refused_and_nothing_is_left(tmp_path, text, message):
     (tmp_path / "list").write_text(text)
     with pytest.raises(RecordError, match=f"list: .*{message}"):
