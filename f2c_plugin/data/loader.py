@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from f2c_plugin.data.dataset import RecordDataset, normalize_faces
 from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.errors import RecordError
+from f2c_plugin.utils.workers import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,11 @@ class _Batches(Dataset[Decoded]):
         return faces, labels, damaged
 
 
-def _ignore_signals(_: int) -> None:
+def _start_worker(_: int) -> None:
     """Signals to a whole process group are for the ranks, which save and then end their workers."""
     for number in signal.SIGTERM, signal.SIGINT:
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()  # PyTorch's watch on the parent begins later, and does not see one that has died before
 
 
 class DualLoader(DataLoader[Decoded]):
@@ -53,7 +55,7 @@ class DualLoader(DataLoader[Decoded]):
     def __init__(self, dataset: RecordDataset, sampler: DualSampler, device: torch.device, num_workers: int = 0):
         super().__init__(  # pyright: ignore[reportUnknownMemberType]
             _Batches(dataset), sampler=sampler, batch_size=None, num_workers=num_workers, pin_memory=device.type == "cuda",
-            persistent_workers=num_workers > 0, worker_init_fn=_ignore_signals,
+            persistent_workers=num_workers > 0, worker_init_fn=_start_worker,
             generator=torch.Generator())  # DataLoader draws from it each epoch, which leaves the global generator alone
         self.dual_sampler, self.device = sampler, device
         self.num_damaged = 0

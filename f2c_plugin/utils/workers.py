@@ -76,15 +76,18 @@ def _deaf() -> Iterator[None]:
 
 
 def _start(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     if initializer:
         initializer(*initargs)
 
 
-def _end_with_parent() -> None:
-    if parent := parent_process():
-        wait([parent.sentinel])
-        os._exit(1)
+def end_with_parent() -> None:
+    """End this worker process as soon as its parent has ended, in whatever way."""
+    def watch() -> None:
+        if parent := parent_process():
+            wait([parent.sentinel])
+            os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _apply(function: Callable[[Item], Result], chunk: list[Item]) -> list[Result]:

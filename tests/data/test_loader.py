@@ -84,3 +84,19 @@ def test_a_process_ends_however_its_loader_ends(end):
     run = subprocess.run([sys.executable, "-c", script, str(FIXTURES / "insightface")], capture_output=True, text=True,
                          timeout=600)
     assert run.returncode == {"raise KeyboardInterrupt": -2, "raise SystemExit(7)": 7}.get(end, 0), run.stderr
+
+
+def test_workers_end_when_their_process_is_killed():
+    script = ("import os, signal, sys, torch; from f2c_plugin import DualLoader, DualSampler, RecordDataset\n"
+              "from f2c_plugin.data import loader\n"
+              "parent, start = os.getpid(), loader._start_worker\n"
+              "def killed(number):\n"  # before PyTorch looks who the parent is
+              "    print(os.getpid(), flush=True); os.kill(parent, signal.SIGKILL)\n"
+              "    while os.getppid() == parent: pass\n"
+              "    start(number)\n"
+              "loader._start_worker = killed\n"
+              "dataset = RecordDataset(sys.argv[1]); sampler = DualSampler(dataset.index, 4, 2, 0.5, 0, 0, 1)\n"
+              "next(iter(DualLoader(dataset, sampler, torch.device('cpu'), num_workers=1)))\n")
+    run = subprocess.Popen([sys.executable, "-c", script, str(FIXTURES / "insightface")], stdout=subprocess.PIPE, text=True)
+    printed, _ = run.communicate(timeout=300)  # the worker holds the pipe open while it lives
+    assert run.returncode == -9 and printed.strip().isdigit()
