@@ -141,8 +141,9 @@ _NAME_OR_NONE = _Values((str, type(None)), lambda v: v is None or _NAME.valid(v)
 _KEYS = {
     "rec": _NAME, "output": _NAME_OR_NONE, "head": _NAME_OR_NONE, "sampler": _NAME_OR_NONE, "network": _NAME,
     "num_classes": _POSITIVE_INT, "num_image": _POSITIVE_INT, "batch_size": _POSITIVE_INT, "num_epoch": _POSITIVE_INT,
-    "gradient_acc": _POSITIVE_INT,    "verbose": _POSITIVE_INT, "frequent": _POSITIVE_INT, "embedding_size": _SIZE,
-    "num_workers": _NON_NEGATIVE_INT, "warmup_epoch": _NON_NEGATIVE_INT,
+    "gradient_acc": _POSITIVE_INT, "verbose": _POSITIVE_INT, "frequent": _POSITIVE_INT, "embedding_size": _SIZE,
+    "num_workers": _Values((int,), lambda v: 0 <= v <= 1024, "a whole number from 0 to 1024"),
+    "warmup_epoch": _NON_NEGATIVE_INT,
     "seed": _Values((int,), lambda v: 0 <= v < 1 << 32, "a whole number from 0 to below 2**32"),
     "lr": _POSITIVE, "scale": _POSITIVE, "weight_decay": _NON_NEGATIVE, "momentum": _UNIT_INTERVAL_OPEN,
     "interclass_filtering_threshold": _Values((int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),

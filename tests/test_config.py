@@ -115,7 +115,7 @@ WRONG = dict(
     head=["f2c_dpc", 3], sampler=["f2c_daul", 1.5], network=["r51", None],
     embedding_size=[0, 1 << 40, True], batch_size=[0, 3, 1.5, 10**9],
     num_classes=[5, 13, 10**15, "12"], num_image=[1, 121, 10**12, None], num_epoch=[0, "2"], gradient_acc=[0],
-    num_workers=[-1, None],
+    num_workers=[-1, None, 1025],
     warmup_epoch=[-1, 10**7], seed=[-1, 2**32, "a"], lr=[0, "0.1", float("nan")], scale=[0, float("inf")],
     weight_decay=[-1, None],
     momentum=[1.0, "0.9"], interclass_filtering_threshold=[2], fp16=["True", 1], save_all_states=[1], resume=["yes", 1],
