@@ -20,7 +20,7 @@ $(DEMO)/train.rec: | .venv/ready-demo
 	$(BIN)/f2c-plugin synth $(DEMO) --identities 800 --images-per-identity 20 --pairs 2000
 
 test: .venv/ready-test lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .

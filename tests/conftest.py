@@ -27,6 +27,16 @@ def few_threads():
     torch.set_num_threads(1)  # the tensors here are small, and tests start processes beside this one
 
 
+# Files that take minutes come first, so that no process is left alone with one of them at the end.
+SLOWEST = ("trainer/test_checkpoint.py", "test_examples.py", "trainer/test_kills.py", "trainer/test_two_nodes.py",
+           "trainer/test_signals.py", "method/test_head.py", "trainer/test_train.py", "test_fuzz.py")
+
+
+def pytest_collection_modifyitems(items):
+    order = {Path(__file__).parent / name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 @pytest.fixture(scope="session")
 def mxnet_python():
     """An interpreter that can import mxnet."""
