@@ -170,12 +170,11 @@ def _refuse_bookkeeping(records: RecordFile, keys: Int64s, offsets: Int64s) -> N
     has_image = np.zeros(len(offsets), bool)
     for positions, _, _ in records.image_spans(offsets):
         has_image[positions] = True
-    for i in np.flatnonzero(~has_image).tolist():
-        if records.damage(int(offsets[i])):
-            continue
-        record = records.image_record(int(offsets[i]))
-        if len(record.labels) > 1 and not len(record.image):
-            raise RecordError(f"{records.path}: record {keys[i]} is bookkeeping ({len(record.labels)} labels, no image), but "
+    without = np.flatnonzero(~has_image)
+    several = without[~np.isnan(records.labels(offsets[without], count=2)[:, 1])]
+    for i in several.tolist():
+        if not records.damage(int(offsets[i])) and not len(records.image_record(int(offsets[i])).image):
+            raise RecordError(f"{records.path}: record {keys[i]} is bookkeeping (several labels, no image), but "
                               "stands where images should: record 0 is wrong, or the .idx lacks it. Move the .idx away, and "
                               "`f2c-plugin reindex` makes another one; if it is of no help, make the pack again")
 
