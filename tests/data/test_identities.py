@@ -107,7 +107,7 @@ def test_bookkeeping_is_never_counted_as_an_image(tmp_path, lost):
     if lost == "record 0":
         lines = (tmp_path / "train.idx").read_text().splitlines(keepends=True)
         (tmp_path / "train.idx").write_text("".join(lines[1:]))
-    with pytest.raises(RecordError, match=r"record 4 is bookkeeping \(2 labels, no image\), but .*f2c-plugin reindex"):
+    with pytest.raises(RecordError, match=r"record 4 is bookkeeping \(several labels, no image\), but .*f2c-plugin reindex"):
         RecordDataset(tmp_path)
 
 
