@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _APP1, _SCAN = 0xE1, 0xDA
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112  # the tag; 1 is upright
 
 
 def exif_orientation(jpeg: bytes) -> int:
@@ -29,7 +29,7 @@ def exif_orientation(jpeg: bytes) -> int:
         count, = struct.unpack_from(order + "H", tiff, start)
         for entry in range(start + 2, start + 2 + 12 * count, 12):
             tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, entry)
-            if tag == _ORIENTATION:
+            if tag == ORIENTATION:
                 return value if 1 <= value <= 8 else 1
     except (IndexError, KeyError, struct.error):
         pass

@@ -112,19 +112,8 @@ class RecordFile:
 
     def read(self, offset: int) -> Buffer:
         """Payload of the record at byte ``offset``. Raises RecordError if no whole record starts there."""
-        cflag, payload, end = self._part(offset)
-        if cflag == WHOLE:
-            return payload
-        if cflag != FIRST:
-            raise RecordError(f"{self.path}: offset {offset} is inside a record (part flag {cflag}), not at its start")
-        parts = [payload]
-        while cflag != LAST:
-            part_offset = end
-            cflag, payload, end = self._part(part_offset)
-            if cflag not in (MIDDLE, LAST):
-                raise RecordError(self._breaks_off(offset, part_offset, cflag))
-            parts.append(payload)
-        return MAGIC_BYTES.join(parts)
+        parts = [payload for payload, _ in self._parts(offset)]
+        return parts[0] if len(parts) == 1 else MAGIC_BYTES.join(parts)
 
     def scan(self) -> Iterator[tuple[int, int]]:
         """(offset, offset of the next) of each record, from the start of the file to its end.
@@ -133,19 +122,23 @@ class RecordFile:
         """
         offset = 0
         while offset < self.size:
-            cflag, _, end = self._part(offset)
-            if cflag not in (WHOLE, FIRST):
-                raise RecordError(f"{self.path}: a part of a record (part flag {cflag}) at offset {offset} has no beginning")
-            while cflag not in (WHOLE, LAST):
-                part_offset = end
-                cflag, _, end = self._part(part_offset)
-                if cflag not in (MIDDLE, LAST):
-                    raise RecordError(self._breaks_off(offset, part_offset, cflag))
+            *_, (_, end) = self._parts(offset)
             yield offset, end
             offset = end
 
-    def _breaks_off(self, offset: int, part_offset: int, cflag: int) -> str:
-        return (f"{self.path}: the record at offset {offset} breaks off at {part_offset} (part flag {cflag} instead of 2 or 3)")
+    def _parts(self, offset: int) -> Iterator[tuple[memoryview, int]]:
+        """(payload, offset of the next part) of each part of the record at ``offset``."""
+        cflag, payload, end = self._part(offset)
+        if cflag not in (WHOLE, FIRST):
+            raise RecordError(f"{self.path}: offset {offset} is inside a record (part flag {cflag}), not at its start")
+        yield payload, end
+        while cflag not in (WHOLE, LAST):
+            part_offset = end
+            cflag, payload, end = self._part(part_offset)
+            if cflag not in (MIDDLE, LAST):
+                raise RecordError(f"{self.path}: the record at offset {offset} breaks off at {part_offset} "
+                                  f"(part flag {cflag} instead of 2 or 3)")
+            yield payload, end
 
     def _part(self, offset: int) -> tuple[int, memoryview, int]:
         """(cflag, payload, offset of the next part)."""

@@ -1,5 +1,6 @@
 """Writes packs: RecordIO byte for byte as mxnet does, in InsightFace's layout."""
 
+import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from itertools import accumulate, chain, pairwise, repeat
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from f2c_plugin.data.image_sizes import IMAGE_SIZE
 from f2c_plugin.data.recordio import (
     FIRST,
     IMAGE_HEADER,
@@ -81,10 +83,17 @@ class RecordWriter:
             self._rec.write(PART_HEADER.pack(MAGIC, cflag << 29 | length) + payload[start:end] + bytes(-length % 4))
 
 
-def refuse_to_overwrite(folder: Path) -> None:
-    """Raise OverwriteError if ``folder`` holds a pack."""
-    if (folder / "train.rec").exists():
-        raise OverwriteError(f"{folder / 'train.rec'} exists and is not overwritten: choose another folder or remove it")
+def refuse_to_overwrite(folder: Path, names: Iterable[str] = ("train.rec",)) -> None:
+    """Raise OverwriteError if ``folder`` holds a file of one of these names; by default, if it holds a pack."""
+    for path in map(folder.joinpath, names):
+        if os.path.lexists(path):
+            raise OverwriteError(f"{path} exists and is not overwritten: choose another folder or remove it")
+
+
+def write_property(folder: Path, num_identities: int) -> None:
+    """Write the ``property`` file of InsightFace's packs: identities, height, width."""
+    with written_whole(folder / "property") as file:
+        file.write(f"{num_identities},{IMAGE_SIZE},{IMAGE_SIZE}\n".encode())
 
 
 def write_insightface_pack(path: str | Path, images: Iterable[bytes], sizes: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from f2c_plugin.data.writer import refuse_to_overwrite, write_insightface_pack
+from f2c_plugin.data.writer import refuse_to_overwrite, write_insightface_pack, write_property
 from f2c_plugin.errors import InputError
 from f2c_plugin.evaluation.verification import save_bin
 from f2c_plugin.synthetic.face import draw_face, draw_identity
@@ -43,8 +43,7 @@ def write_dataset(folder: str | Path, num_identities: int, images_per_identity: 
         unseen = pool.imap(partial(_draw_jpegs, seed, _VERIFICATION, _IMAGES_PER_UNSEEN_IDENTITY), range(num_unseen), 4)
         unseen = tqdm(unseen, f"drawing {VERIFICATION_NAME}.bin", num_unseen, unit=" identities", disable=None)
         save_bin(folder / f"{VERIFICATION_NAME}.bin", *_pairs(list(unseen), num_pairs, seed))
-        with written_whole(folder / "property") as file:
-            file.write(f"{num_identities},112,112\n".encode())
+        write_property(folder, num_identities)
         seen = pool.imap(partial(_draw_jpegs, seed, _TRAINING, images_per_identity), range(num_identities), 4)
         seen = tqdm(seen, "drawing train.rec", num_identities, unit=" identities", disable=None)
         write_insightface_pack(folder / "train.rec", chain.from_iterable(seen), [images_per_identity] * num_identities)

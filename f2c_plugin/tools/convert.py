@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from f2c_plugin.data.image_sizes import IMAGE_SIZE
 from f2c_plugin.data.recordio import IDENTITY_BITS, Int64s, RecordFile, read_idx
-from f2c_plugin.data.writer import RecordWriter, pack_image_record, refuse_to_overwrite
+from f2c_plugin.data.writer import RecordWriter, pack_image_record, refuse_to_overwrite, write_property
 from f2c_plugin.errors import RecordError
-from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
 
 
@@ -58,8 +56,7 @@ def convert(source: str | Path, labels: str | Path, out: str | Path) -> tuple[in
             pack.write(written, pack_image_record(several if len(several) > 1 else several[0], bytes(record.image), record.id))
         if written != len(listed):
             raise RecordError(f"{labels}: lists {len(listed)} images, but {records.path} has only {written} of them")
-    with written_whole(out / "property") as file:
-        file.write(f"{number_of_identities},{IMAGE_SIZE},{IMAGE_SIZE}\n".encode())
+    write_property(out, number_of_identities)
     return written, number_of_identities
 
 

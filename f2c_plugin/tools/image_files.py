@@ -9,14 +9,13 @@ import numpy as np
 import simplejpeg
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, decode_face
-from f2c_plugin.data.exif import exif_orientation
+from f2c_plugin.data.exif import ORIENTATION, exif_orientation
 from f2c_plugin.errors import F2CError
 from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
 
 _LARGEST_FILE = 1 << 26  # bytes; no picture of a face is larger
 _FACE = IMAGE_SIZE, IMAGE_SIZE
-_ORIENTATION = 0x0112  # EXIF; 1 is upright
 
 
 def storable(path: Path, resize: bool, quality: int | None) -> bytes | str:
@@ -77,7 +76,7 @@ def _of_other(encoded: bytes, resize: bool, quality: int | None) -> bytes | str:
 
 
 def _orientation(image: Any) -> int:
-    return image.getexif().get(_ORIENTATION, 1)
+    return image.getexif().get(ORIENTATION, 1)
 
 
 def _wrong_size(width: int, height: int) -> str:

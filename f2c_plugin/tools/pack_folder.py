@@ -13,8 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from f2c_plugin.data.dataset import IMAGE_SIZE
-from f2c_plugin.data.writer import write_insightface_pack
-from f2c_plugin.errors import InputError, OverwriteError, RecordError
+from f2c_plugin.data.writer import refuse_to_overwrite, write_insightface_pack, write_property
+from f2c_plugin.errors import InputError, RecordError
 from f2c_plugin.tools.image_files import storable
 from f2c_plugin.utils.atomic import naming, written_whole
 from f2c_plugin.utils.workers import worker_pool
@@ -93,7 +93,7 @@ def pack_folder(source: str | Path, out: str | Path, resize: bool = False, quali
         raise RecordError(f"{source}: no such folder")
     if out.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{out} is inside {source}: choose a folder outside, or the pack would be part of what is packed")
-    _refuse_to_overwrite(out)
+    refuse_to_overwrite(out, _NAMES)
     packed = Packed(out)
     count = sum(1 for _ in _walk(source))  # also finds links that lead out, before the work begins
     with (_appearing_together(out) as folder, tempfile.TemporaryFile(dir=folder) as images,
@@ -122,17 +122,10 @@ def pack_folder(source: str | Path, out: str | Path, resize: bool = False, quali
         with written_whole(folder / IDENTITIES) as file:  # a name that is not UTF-8 has surrogates, which JSON escapes
             names = json.dumps(list(packed.sizes), ensure_ascii=False, indent=0) + "\n"
             file.write(names.encode("utf-8", "backslashreplace"))
-        with written_whole(folder / "property") as file:
-            file.write(f"{len(packed.sizes)},{IMAGE_SIZE},{IMAGE_SIZE}\n".encode())
+        write_property(folder, len(packed.sizes))
         stored = (images.read(length) for length in tqdm(lengths, "writing", unit=" images", disable=None))
         write_insightface_pack(folder / "train.rec", stored, list(packed.sizes.values()))
     return packed
-
-
-def _refuse_to_overwrite(out: Path) -> None:
-    for path in map(out.joinpath, _NAMES):
-        if os.path.lexists(path):
-            raise OverwriteError(f"{path} exists and is not overwritten: choose another folder or remove it")
 
 
 @contextmanager
@@ -143,7 +136,7 @@ def _appearing_together(out: Path) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory(prefix=".packing-", dir=out) as folder:
             yield Path(folder)
-            _refuse_to_overwrite(out)  # another process may have packed meanwhile
+            refuse_to_overwrite(out, _NAMES)  # another process may have packed meanwhile
             for name in _NAMES:
                 if name != LEFT_OUT or Path(folder, name).exists():
                     os.replace(Path(folder, name), out / name)

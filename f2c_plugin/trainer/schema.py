@@ -38,7 +38,7 @@ def is_plain(value: Any, depth: int = _PLAIN_DEPTH) -> bool:
 
 
 def _is_scaler(value: Any) -> bool:
-    return value == {} if isinstance(value, dict) and not value else not violations(value, {
+    return (isinstance(value, dict) and not value) or not violations(value, {
         "scale": _is_positive, "growth_factor": _is_positive, "backoff_factor": _is_positive,
         "growth_interval": lambda interval: _is_count(interval) and interval > 0, "_growth_tracker": _is_count})
 

@@ -2,6 +2,8 @@
 
 import shutil
 from collections import OrderedDict
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -51,22 +53,18 @@ def altered(config, trained, tmp_path_factory):
 
 def setting(*path):
     """Sets, in nested containers, the value that the last of ``path`` is at the place that the others name."""
-    *places, value = path
+    *places, last, value = path
 
     def alter(saved):
-        each = saved
-        for place in places[:-1]:
-            each = each[place]
-        each[places[-1]] = value
+        reduce(getitem, places, saved)[last] = value
     return alter
 
 
 def deleting(*path):
+    *places, last = path
+
     def alter(saved):
-        each = saved
-        for place in path[:-1]:
-            each = each[place]
-        del each[path[-1]]
+        del reduce(getitem, places, saved)[last]
     return alter
 
 
