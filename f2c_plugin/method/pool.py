@@ -1,4 +1,4 @@
-"""The Dynamic Class Pool (paper, section 3.3): which identities are in memory, and their gallery features."""
+"""The Dynamic Class Pool as published (paper, section 3.3): slots that hold the last two gallery features of an identity."""
 
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from f2c_plugin.errors import PoolStateError
+from f2c_plugin.method.slots import NOT_IN_POOL, Slots
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.sharded_rows import ShardedRows
-from f2c_plugin.utils.tensors import all_different, lengths, occurrences
+from f2c_plugin.utils.tensors import lengths, occurrences
 
-NOT_IN_POOL = -1
 _UNIT_TOLERANCE = 0.02  # of the length of a row; bfloat16 rounds by less
 
 
@@ -86,90 +84,37 @@ class PoolView:
         rows[row, index] = torch.where(self.finite[:, None], self.features.to(rows.dtype), fallback)
 
 
-class DynamicClassPool(ShardedRows):
-    """K slots, each of one identity with its last two gallery features; assigned by exact LRU.
+class DynamicClassPool(Slots):
+    """K slots, each of one identity with its last two gallery features.
 
-    All state is in buffers. Operations work on whole tensors of fixed shapes on the pool's device, so
-    none makes the CPU wait for the GPU. Only ``slot_of`` grows with the number of identities. Equal
-    commits on equal states give equal states, bit for bit, so all ranks keep equal pools.
+    Equal commits on equal states give equal states, bit for bit, so all ranks keep equal pools.
 
-    Args:
-        num_slots: K.
-        num_identities: identities are numbered 0 … num_identities − 1.
-        embedding_size: D.
-        seed: of the random vectors in slots not yet taken; the same on all ranks.
-        dtype: of the rows; float32, bfloat16 or float16.
-        shard: the slots whose rows this rank holds. Everything else is the same on all ranks.
+    Args: see ``Slots``.
 
     Attributes:
         rows: (2, K', D), unit vectors; K' is K unless sharded. Slots not yet taken hold random ones.
-        slot_identity: int64 (K,) the identity in the slot, or NOT_IN_POOL.
-        last_used: int64 (K,) time of the last write. Slots not yet taken have times before 0, the
-            lowest slot the earliest, so "least recently used" is the one rule for both.
         next_row: int64 (K,) the row that the slot's next feature goes to.
-        clock: int64 () features written so far.
     """
 
-    slot_identity: Tensor
-    last_used: Tensor
     next_row: Tensor
-    clock: Tensor
-    slot_of: Tensor
 
     def __init__(self, num_slots: int, num_identities: int, embedding_size: int, seed: int = 0,
                  dtype: torch.dtype = torch.float32, shard: Shard = WHOLE):
-        super().__init__(2, num_slots, embedding_size, seed, dtype, shard)
-        self.register_buffer("slot_identity", torch.full((num_slots,), NOT_IN_POOL))
-        self.register_buffer("last_used", torch.arange(-num_slots, 0))
+        super().__init__(2, num_slots, num_identities, embedding_size, seed, dtype, shard)
         self.register_buffer("next_row", torch.zeros(num_slots, dtype=torch.int64))
-        self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
-        # Derived from slot_identity. The last entry stands for NOT_IN_POOL and takes the writes
-        # that are meant for no identity.
-        self.register_buffer("slot_of", torch.full((num_identities + 1,), NOT_IN_POOL, dtype=torch.int32),
-                             persistent=False)
-        self.register_load_state_dict_post_hook(DynamicClassPool._after_loading)  # pyright: ignore[reportUnknownMemberType]
-
-    @property
-    def num_identities(self) -> int:
-        return len(self.slot_of) - 1
-
-    @property
-    def embedding_size(self) -> int:
-        return self.rows.size(2)
-
-    def lookup(self, identities: Tensor) -> Tensor:
-        """Slots of identities (B,), int64 (B,); NOT_IN_POOL where there is none."""
-        return self.slot_of[identities].long()
-
-    def fill(self) -> Tensor:
-        """Share of the slots that are taken, float ()."""
-        return (self.slot_identity != NOT_IN_POOL).float().mean()
 
     def assign_slots(self, identities: Tensor) -> SlotAssignment:
         """Decide where gallery features of ``identities`` go: which slot, which row, who is evicted.
 
-        An identity that is not in the pool takes the least recently used slot, and row 0; one that
-        is takes the slot's next row. Of more than two features of one identity the last two remain.
-        A batch never evicts its own identities.
+        A new identity's feature goes to row 0, a known one's to the slot's next row. Of more than two features of one
+        identity the last two remain.
 
         Args:
             identities: int64 (B,), at most K different ones.
         """
-        batch = len(identities)
-        occurrence, count, first, last = occurrences(identities)
-        known_slot = self.lookup(identities)
-        was_in_pool = known_slot != NOT_IN_POOL
-
-        # The k-th new identity takes the k-th least recently used slot. The slots of this batch are
-        # touched first, which puts them out of reach.
-        touched = torch.where(was_in_pool, self.clock + batch, torch.iinfo(torch.int64).min)
-        recency = self.last_used.scatter_reduce(0, known_slot.clamp(min=0), touched, "amax")  # (K,)
-        oldest = recency.topk(min(batch, self.num_slots), largest=False, sorted=True).indices
-        turn = (~was_in_pool & (occurrence == 0)).cumsum(0) - 1
-        slot = torch.where(was_in_pool, known_slot, oldest[turn.clamp(min=0)])[first]
-
+        occurrence, count, _, last = occurrences(identities)
+        slot, was_in_pool, evicted = self.places(identities)
         row = torch.where(was_in_pool, self.next_row[slot], 0)  # of the identity's first feature
-        evicted = torch.where(was_in_pool | (occurrence > 0), NOT_IN_POOL, self.slot_identity[slot])
         return SlotAssignment(identities, slot, (row + occurrence) % 2, (row + count) % 2, was_in_pool,
                               was_in_pool | (count > 1), evicted, last)
 
@@ -191,56 +136,19 @@ class DynamicClassPool(ShardedRows):
     def commit(self, view: PoolView):
         """Make the pool what ``view`` shows. The pool must not have changed since the preview."""
         new = view.assignment
-        batch = len(new.slot)
-        # Entries for the same place all hold the same value, so their order does not matter.
-        self.slot_of.index_fill_(0, new.evicted, NOT_IN_POOL)
-        self.slot_of[new.identities] = new.slot.int()
-        self.slot_identity[new.slot] = new.identities
-        self.last_used.scatter_reduce_(0, new.slot, self.clock + torch.arange(batch, device=new.slot.device), "amax")
+        self.occupy(new.identities, new.slot, new.evicted)
         self.next_row[new.slot] = new.next_row
-        self.clock += batch
         entry, index, any_own = self.own_entries(new.slot)
         view = view.entries(entry)
         kept = self.rows[view.assignment.row, index]
         view.write_into(self.rows, index)
         self.rows[view.assignment.row, index] = torch.where(any_own, self.rows[view.assignment.row, index], kept)
 
-    def validate(self):
-        """Check the invariants that hold between any two operations. Reads everything: not for every step.
-
-        Raises:
-            PoolStateError: lists the broken invariants.
-        """
-        taken = self.slot_identity != NOT_IN_POOL
-        slots = torch.arange(self.num_slots, device=taken.device)
-        identities, recency = self.slot_identity[taken], self.last_used[taken]
-        table = self.slot_of[identities.clamp(0, self.num_identities)]
-        holds = {
-            "the clock is not negative": self.clock >= 0,
-            "identities of slots are numbers from 0 to num_identities": (
-                (identities >= 0) & (identities < self.num_identities)).all(),
-            "no identity has two slots": all_different(identities),
-            "every slot was used at a different time, before the clock": (
-                all_different(recency) and bool(((recency >= 0) & (recency < self.clock)).all())),
-            "slots not yet taken are in the order of their numbers": (
-                self.last_used[~taken] == (slots - self.num_slots)[~taken]).all(),
+    def invariants(self) -> dict[str, Tensor | bool]:
+        return super().invariants() | {
             "next rows are 0 or 1": ((self.next_row == 0) | (self.next_row == 1)).all(),
-            "rows are finite": self.rows.isfinite().all(),
             "rows are unit vectors or 0": (
-                ((lengths(self.rows.float()) - 1).abs() < _UNIT_TOLERANCE) | (self.rows == 0).all(2)).all(),
-            "the table finds every identity in its slot": (table == slots[taken]).all(),
-            "the table finds no other": (self.slot_of != NOT_IN_POOL).sum() == len(identities),
-        }
-        if broken := [what for what, true in holds.items() if not true]:
-            raise PoolStateError(f"the pool is damaged; it does not hold that {'; that '.join(broken)}")
-
-    def _after_loading(self, _: Any = None):
-        """Derive ``slot_of`` from ``slot_identity``, and check what was loaded."""
-        taken = (self.slot_identity >= 0) & (self.slot_identity < self.num_identities)
-        slots = torch.arange(self.num_slots, dtype=torch.int32, device=taken.device)
-        self.slot_of.fill_(NOT_IN_POOL)
-        self.slot_of[self.slot_identity[taken]] = slots[taken]
-        self.validate()
+                ((lengths(self.rows.float()) - 1).abs() < _UNIT_TOLERANCE) | (self.rows == 0).all(2)).all()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any):
         if prefix + "due_row" in state_dict:  # its name in version 0.1
