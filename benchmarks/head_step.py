@@ -47,6 +47,7 @@ from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.loss import default_hard_negatives
 from f2c_plugin.method.margin import Margin
 from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool
+from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.models import NETWORKS, get_model
 from f2c_plugin.tools.plan import Plan
 from f2c_plugin.trainer.full_fc import FullFC, margin_softmax
@@ -106,7 +107,7 @@ def plain_f2c(net, identities, arguments):
 
 
 def full_fc(net, identities, arguments):
-    return FullFC(EMBEDDING_SIZE, identities, MARGIN)
+    return FullFC(EMBEDDING_SIZE, identities, Schedule(MARGIN))
 
 
 def arcface_torch_modules(checkout):

@@ -147,7 +147,7 @@ _KEYS = {
     "seed": _Values((int,), lambda v: 0 <= v < 1 << 32, "a whole number from 0 to below 2**32"),
     "lr": _POSITIVE, "scale": _POSITIVE, "weight_decay": _NON_NEGATIVE, "momentum": _UNIT_INTERVAL_OPEN,
     "interclass_filtering_threshold": _Values((int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
-    "fp16": _FLAG, "save_all_states": _FLAG,
+    "fp16": _FLAG, "save_all_states": _FLAG, "softmax_ramp": _FLAG,
     "resume": _Values((bool, str), lambda v: v in (True, False, "auto"), "True, False or 'auto'"),
     "dali": _Values((bool,), lambda v: not v, "False: this package's loader decodes by itself"),
     "margin_list": _Values((list, tuple), _is_margin_list, "three numbers, (m1, m2, m3)"),
@@ -214,6 +214,7 @@ DEFAULTS: dict[str, Any] = dict(
     head=None, sampler=None, output=None, resume=False, save_all_states=False, seed=2048,
     network="r50", embedding_size=512, fp16=False, margin_list=(1.0, 0.5, 0.0), interclass_filtering_threshold=0,
     scale=64.0,  # fixed in arcface_torch's code
+    softmax_ramp=False,  # of the head "softmax": the ramp of F²C's recipe
     batch_size=128, gradient_acc=1, num_workers=2, dali=False,
     optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, num_epoch=20, warmup_epoch=0,
     val_targets=[], verbose=2000, frequent=10,

@@ -12,10 +12,11 @@ from torch import distributed, nn
 
 from f2c_plugin.build import CombinedMargin, margin_from
 from f2c_plugin.config import Config
-from f2c_plugin.data.from_config import record_loader
+from f2c_plugin.data.from_config import record_loader, steps_per_epoch
 from f2c_plugin.data.loader import DualLoader
 from f2c_plugin.errors import ConfigError, VerificationSetError
 from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.trainer.full_fc import FullFC
 from f2c_plugin.utils.registry import HEADS, SAMPLERS, load_plugin
 
@@ -23,8 +24,13 @@ HeadFactory = Callable[[Any, nn.Module, CombinedMargin], nn.Module]
 
 
 def softmax(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> nn.Module:
-    """Head factory of the full FC layer."""
-    head = FullFC(cfg["embedding_size"], cfg["num_classes"], margin_from(margin_loss))
+    """Head factory of the full FC layer. Scale and margin are in full from the first step, unless ``softmax_ramp``."""
+    margin = margin_from(margin_loss)
+    if cfg["softmax_ramp"]:
+        schedule = Schedule.ramp(margin, cfg["num_epoch"] * steps_per_epoch(cfg, distributed.get_world_size()))
+    else:
+        schedule = Schedule(margin)
+    head = FullFC(cfg["embedding_size"], cfg["num_classes"], schedule)
     return wrap(head.to(next(backbone.parameters()).device))
 
 

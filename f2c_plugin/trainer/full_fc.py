@@ -5,26 +5,37 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from f2c_plugin.method.margin import Margin
+from f2c_plugin.method.schedule import Schedule
 
 
 class FullFC(nn.Module):
-    """Margin softmax over a weight vector for every identity, scale and margin in full from the first step.
+    """Margin softmax over a weight vector for every identity.
 
     Args:
         embedding_size: D.
         num_classes: N.
-        margin: scale and margin.
+        schedule: scale and margin of each step.
+
+    Attributes:
+        steps: batches seen.
     """
 
-    def __init__(self, embedding_size: int, num_classes: int, margin: Margin):
+    def __init__(self, embedding_size: int, num_classes: int, schedule: Schedule):
         super().__init__()
         self.weight = nn.Parameter(torch.normal(0, 0.01, (num_classes, embedding_size)))
-        self.margin = margin
+        self.schedule = schedule
+        self.steps = 0
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """Scalar loss of embeddings (B, D) with labels int64 (B,)."""
         cosine = normalize(local_embeddings) @ normalize(self.weight).T  # (B, D) @ (D, N) -> (B, N)
-        return margin_softmax(cosine, local_labels, self.margin)
+        margin = self.schedule.margin_at(self.steps)
+        self.steps += 1
+        return margin_softmax(cosine, local_labels, margin)
+
+    def continue_at(self, step: int) -> None:
+        """Count on from ``step`` batches."""
+        self.steps = step
 
 
 def margin_softmax(cosine: Tensor, labels: Tensor, margin: Margin) -> Tensor:
