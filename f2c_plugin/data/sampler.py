@@ -1,5 +1,6 @@
 """The dual sampler: which images make up each batch (paper, section 3.2, "dual-data loaders")."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -7,53 +8,110 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from f2c_plugin.data.identities import IdentityIndex, Labels
+from f2c_plugin.data.identities import IdentityIndex, Ints, Labels
 from f2c_plugin.data.recordio import Int64s
 from f2c_plugin.errors import InputError
 from f2c_plugin.utils.distributed import this_rank
+
+log = logging.getLogger(__name__)
+
+UInt64s = NDArray[np.uint64]
+
+_ROUNDS = 8
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
+
+
+def _permuted(positions: Int64s, sizes: Int64s, keys: UInt64s) -> Int64s:
+    """Where random permutations take ``positions`` (n,), int64 (n,).
+
+    Position i goes to a number below ``sizes[i]``, as the round keys ``keys[:, i]`` decide. ``sizes`` (n,) and
+    ``keys`` (_ROUNDS, n) are broadcast. The permutations are not stored but computed: a Feistel network permutes the
+    bits of the position. Results outside the range go through the network again until they are inside (cycle
+    walking), which keeps the mapping one-to-one.
+    """
+    numbers = positions.astype(np.uint64)
+    sizes = np.broadcast_to(sizes, len(numbers))
+    keys = np.broadcast_to(keys, (_ROUNDS, len(numbers)))
+    half_bits = np.maximum(1, (np.frexp(sizes - 1)[1] + 1) // 2).astype(np.uint64)  # frexp gives the length in bits
+    outside = np.arange(len(numbers))
+    while len(outside):
+        numbers[outside] = _network(numbers[outside], half_bits[outside], keys[:, outside])
+        outside = outside[numbers[outside] >= sizes[outside].astype(np.uint64)]
+    return numbers.astype(np.int64)
+
+
+def _network(bits: UInt64s, half_bits: UInt64s, keys: UInt64s) -> UInt64s:
+    half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = bits >> half_bits, bits & half_mask
+    for key in keys:
+        mixed = (right + key) * _GOLDEN
+        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+        left, right = right, left ^ ((mixed >> np.uint64(32)) & half_mask)
+    return left << half_bits | right
+
+
+def _mixed(bits: UInt64s) -> UInt64s:
+    """The output function of SplitMix64: one-to-one, and every bit depends on every other."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
 
 
 class ShuffledPasses:
     """An endless stream of the numbers 0 … size − 1: pass after pass, each in another random order.
 
     Every number comes once in a pass. Any part of the stream can be read directly and depends on the
-    seed alone. The order of a pass is not stored but computed: a Feistel network, keyed by seed and pass,
-    permutes the bits of the position. Results outside the range go through the network again until they
-    are inside (cycle walking), which keeps the mapping one-to-one.
+    seed alone.
     """
-
-    ROUNDS = 8
 
     def __init__(self, size: int, seed: Sequence[int]):
         self.size, self.seed = size, seed
-        self.half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-        self.half_mask = np.uint64((1 << int(self.half_bits)) - 1)
 
-    def take(self, start: int, end: int, step: int = 1) -> Int64s:
-        """Every ``step``-th number of the stream from position ``start`` to before ``end``, int64."""
-        positions = np.arange(start, end, step)
-        taken = np.empty(len(positions), np.int64)
-        for number in range(start // self.size, -(-end // self.size)):
-            inside = positions // self.size == number
-            taken[inside] = self._shuffled(positions[inside] % self.size, number)
+    def take(self, positions: Int64s) -> Int64s:
+        """The numbers at ``positions`` (n,) of the stream, int64 (n,). Those at position p are of pass p // size."""
+        taken = np.empty_like(positions)
+        passes, positions = np.divmod(positions, self.size)
+        for number in np.unique(passes).tolist():
+            keys = np.random.default_rng([*self.seed, number]).integers(1 << 64, size=(_ROUNDS, 1), dtype=np.uint64)
+            inside = passes == number
+            taken[inside] = _permuted(positions[inside], np.array(self.size), keys)
         return taken
 
-    def _shuffled(self, positions: Int64s, number: int) -> Int64s:
-        keys = np.random.default_rng([*self.seed, number]).integers(1 << 64, size=self.ROUNDS, dtype=np.uint64)
-        numbers = positions.astype(np.uint64)
-        outside = np.arange(len(numbers))
-        while len(outside):
-            numbers[outside] = self._network(numbers[outside], keys)
-            outside = outside[numbers[outside] >= self.size]
-        return numbers.astype(np.int64)
 
-    def _network(self, bits: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        left, right = bits >> self.half_bits, bits & self.half_mask
-        for key in keys:
-            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & self.half_mask)
-        return left << self.half_bits | right
+class ShuffledPairs:
+    """Two images of an identity for each of its visits, so that all of its images come equally often.
+
+    The images of an identity form an endless stream of random permutations, from which visit v takes items 2v and
+    2v + 1. After v visits, each of n images has come ⌊2v / n⌋ or ⌈2v / n⌉ times; after n visits, exactly twice.
+
+    The two images of a visit differ: if n is odd, a visit may take the last image of a permutation and the first of
+    the next, and if these are the same, the first two of the next change places. Any visit can be read directly and
+    depends on seed and identity alone.
+    """
+
+    def __init__(self, seed: Sequence[int]):
+        self.key = np.random.default_rng(seed).integers(1 << 64, dtype=np.uint64)
+
+    def take(self, identities: Ints, sizes: Int64s, visits: Int64s) -> Int64s:
+        """Two different numbers below ``sizes[i]`` for visit ``visits[i]`` of ``identities[i]``, int64 (2, n).
+
+        All arguments are (n,); sizes are 2 or more, and an identity always has the same.
+        """
+        identities, sizes = np.tile(identities, 2), np.tile(sizes, 2)
+        numbers, positions = np.divmod(np.concatenate([2 * visits, 2 * visits + 1]), sizes)
+        # The first two items of permutations that begin with the second image of a visit.
+        crossing = np.flatnonzero((numbers * sizes % 2 == 1) & (positions < 2))
+        of, size, number = identities[crossing], sizes[crossing], numbers[crossing]
+        last, first = self._items(np.tile(of, 2), np.tile(size, 2), np.concatenate([number - 1, number]),
+                                  np.concatenate([size - 1, np.zeros_like(size)])).reshape(2, -1)
+        positions[crossing] ^= last == first
+        return self._items(identities, sizes, numbers, positions).reshape(2, -1)
+
+    def _items(self, identities: Ints, sizes: Int64s, numbers: Int64s, positions: Int64s) -> Int64s:
+        """Items ``positions`` of permutations ``numbers``, all (n,)."""
+        state = _mixed(self.key + identities.astype(np.uint64) * _GOLDEN)
+        state = _mixed(state + numbers.astype(np.uint64) * _GOLDEN)
+        return _permuted(positions, sizes, _mixed(state + np.arange(1, _ROUNDS + 1, dtype=np.uint64)[:, None] * _GOLDEN))
 
 
 class Position(NamedTuple):
@@ -74,15 +132,17 @@ class DualSampler(Sampler[list[int]]):
     the same order, from the identity-based loader; III and IV are images from the instance-based
     loader. Over all ranks together, the sampler guarantees that
 
-    - a pass of the identity-based loader takes every identity once, and a pass of the instance-based
-      loader every image once; passes continue across epochs;
+    - a pass of the identity-based loader takes every identity with two images or more once, and a pass
+      of the instance-based loader every image once; passes continue across epochs;
+    - the two images of a pair differ, and over the passes every image of an identity is equally often in
+      its pairs: the counts of two images never differ by more than 1;
     - no identity appears twice among the pairs of a step, on one rank or several;
-    - the two images of a pair differ if their identity has two;
     - batches depend only on (seed, step, rank, world_size) and ``origin``, the Position from which both
       passes continue. It is not the start if a training resumes with another global batch size.
 
     To satisfy the first two together, a pass of the identity-based loader is spread evenly over a
-    whole number of steps, and images of the instance-based loader fill the batches.
+    whole number of steps, and images of the instance-based loader fill the batches. If no identity has
+    two images, they make up all of the batches, and a warning is logged.
 
     Args:
         batch_size: images per rank and step; even, unless ``identity_rate`` is 0.
@@ -116,8 +176,14 @@ class DualSampler(Sampler[list[int]]):
         self.origin = Position(0, 0, 0)
         # The epsilon makes 2/3 of 12 exactly 8, however 2/3 was rounded.
         self.pairs_per_step = int(identity_rate * batch_size / 2 + 1e-6) * world_size
-        self.identities = ShuffledPasses(len(index.numbers), (seed, 0))
+        # Which identities have two images or more, by position in the index.
+        self.paired = np.flatnonzero(np.diff(index.starts) > 1 if self.pairs_per_step else []).astype(index.grouped.dtype)
+        if self.pairs_per_step and not len(self.paired):
+            log.warning("no identity has two images, so there are no pairs: every batch holds random images")
+            self.pairs_per_step = 0
+        self.identities = ShuffledPasses(len(self.paired), (seed, 0))
         self.images = ShuffledPasses(len(index), (seed, 1))
+        self.pairs = ShuffledPairs((seed, 2))
 
     @classmethod
     def from_labels(cls, labels: Labels, batch_size: int, identity_rate: float = 2 / 3, seed: int = 0,
@@ -159,15 +225,14 @@ class DualSampler(Sampler[list[int]]):
         _, first, start = self.position(step)
         if not self.pairs_per_step:
             start += self.batch_size * self.rank
-            return self.images.take(start, start + self.batch_size)
+            return self.images.take(np.arange(start, start + self.batch_size))
         end = self._identities_before(step + 1)
-        chosen = self.identities.take(first + self.rank, end, self.world_size)
-        pairs = self._pairs(chosen, step)  # (2, p)
+        pairs = self._pairs(np.arange(first + self.rank, end, self.world_size))  # (2, p)
 
         # Each rank fills its own batch: ranks with one pair less take two more images.
         per_rank = [self.batch_size - 2 * len(range(first + rank, end, self.world_size)) for rank in range(self.world_size)]
         start += sum(per_rank[:self.rank])
-        instances = np.reshape(self.images.take(start, start + per_rank[self.rank]), (2, -1))
+        instances = self.images.take(np.arange(start, start + per_rank[self.rank])).reshape(2, -1)
         return np.concatenate([pairs, instances], axis=1).ravel()  # I III | II IV
 
     def _identities_before(self, step: int) -> int:
@@ -182,12 +247,9 @@ class DualSampler(Sampler[list[int]]):
         steps_per_pass = -(-self.identities.size // self.pairs_per_step)
         return taken + rest + (step - steps_of_rest) * self.identities.size // steps_per_pass
 
-    def _pairs(self, chosen: Int64s, step: int) -> Int64s:
-        """Positions of two images of each chosen identity, (2, p)."""
-        rng = np.random.default_rng([self.seed, 2, step, self.rank])
+    def _pairs(self, positions: Int64s) -> Int64s:
+        """The images of the pairs at ``positions`` (p,) of the identity-based loader, by position in the dataset, (2, p)."""
+        chosen = self.paired[self.identities.take(positions)]
         start = self.index.starts[chosen]
-        count = self.index.starts[chosen + 1] - start
-        first = rng.integers(count)
-        # The second is any image but the first, counted on from it; an only image comes twice.
-        second = (first + 1 + rng.integers(np.maximum(count - 1, 1))) % count
-        return self.index.grouped[start + np.stack([first, second])].astype(np.int64)
+        images = self.pairs.take(chosen, self.index.starts[chosen + 1] - start, positions // self.identities.size)
+        return self.index.grouped[start + images].astype(np.int64)
