@@ -1,7 +1,4 @@
-"""The F²C head: probe net, gallery net, pool and loss put together (paper, algorithm 1)."""
-
-from dataclasses import dataclass
-from typing import Protocol
+"""The F²C head as published: probe net, gallery net, pool and loss put together (paper, algorithm 1)."""
 
 import torch
 from torch import Tensor, nn
@@ -9,41 +6,16 @@ from torch import Tensor, nn
 from f2c_plugin.errors import InputError
 from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.loss import HalfStep, PoolLoss, default_hard_negatives, pool_loss
-from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool, PoolView
+from f2c_plugin.method.pool import DynamicClassPool, PoolView
+from f2c_plugin.method.pool_head import PoolHead, StepStatistics
 from f2c_plugin.method.schedule import Schedule
-from f2c_plugin.utils.distributed import gather
-from f2c_plugin.utils.inputs import ImageHook, check_batch, check_room, embeddings_in, identities_in, unwrapped
+from f2c_plugin.method.slots import NOT_IN_POOL
+from f2c_plugin.utils.distributed import gather, this_rank
+from f2c_plugin.utils.inputs import ImageHook, check_batch, check_room, embeddings_in, identities_in
 from f2c_plugin.utils.tensors import at_least_float32, without_autocast
 
 
-@dataclass(frozen=True)
-class StepStatistics:
-    """Statistics of one step on this rank; float () tensors on the device, which cost no wait.
-
-    Attributes:
-        pool_hit_rate, positive_cosine, hard_negative_cosine: as in PoolLoss.
-        evictions: identities that lost their slots, over all ranks.
-        not_finite: gallery features that were not finite and so not written, over all ranks.
-        finite: whether the loss is finite, 0 or 1.
-        scale: s of this step, a number.
-    """
-
-    pool_hit_rate: Tensor
-    positive_cosine: Tensor
-    hard_negative_cosine: Tensor
-    evictions: Tensor
-    not_finite: Tensor
-    finite: Tensor
-    scale: float
-
-
-class StepObserver(Protocol):
-    """Receives the statistics of every step, as ``Monitor`` does."""
-
-    def update(self, step: int, statistics: StepStatistics, pool: DynamicClassPool, num_writes: int) -> None: ...
-
-
-class F2CHead(nn.Module):
+class F2CHead(PoolHead):
     """The F²C loss of a batch. It takes the place of the classification layer and its loss.
 
     Called as ``head(embeddings, labels, images=images)``; or, with ``hook=True``, as
@@ -68,36 +40,24 @@ class F2CHead(nn.Module):
 
     Attributes:
         gallery: the GalleryNet.
-        steps: batches seen.
-        statistics: StepStatistics of the last batch, or None.
-        monitor: receives the statistics of every step, if set.
     Raises:
         ConfigError: the backbone already has a head with a hook, or a copy of it would run the original.
     """
 
+    pool: DynamicClassPool
+
     def __init__(self, backbone: nn.Module, pool: DynamicClassPool, schedule: Schedule, symmetric: bool = True,
                  num_hard_negatives: int | None = None, gradient_acc: int = 1, autocast: bool = False,
                  hook: bool = True):
-        super().__init__()
-        # Kept in a tuple so that the probe net is not registered as a submodule.
-        self._probe_net = (unwrapped(backbone),)
+        super().__init__(backbone, pool, schedule)
         self.gallery = GalleryNet(self.probe_net)
-        self.pool = pool
-        self.schedule = schedule
         self.symmetric = symmetric
         self.num_hard_negatives = num_hard_negatives or default_hard_negatives(pool.num_slots)
         self.gradient_acc = gradient_acc
         self.autocast = autocast
-        self.steps = 0
-        self.statistics: StepStatistics | None = None
-        self.monitor: StepObserver | None = None
         self._last_followed = 0  # the step before which the gallery net last followed
         self._hooked: tuple[int, Tensor] | None = None  # number of images and their gallery features
         self._hook = ImageHook(backbone, self._take_images) if hook else None
-
-    @property
-    def probe_net(self) -> nn.Module:
-        return self._probe_net[0]
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor, images: Tensor | None = None) -> Tensor:
         """Loss of a batch.
@@ -119,7 +79,7 @@ class F2CHead(nn.Module):
         if not self.symmetric and len(probes) == num_images:
             probes = probes.chunk(2)[1]
         check_batch(num_images, probes, labels, self.symmetric, self.pool.embedding_size, self.pool.num_identities)
-        check_room(num_images, self.pool.num_identities, self.pool.num_slots)
+        check_room(num_images // 2 * this_rank()[1], self.pool.num_identities, self.pool.num_slots)
         half_steps = self._half_steps(probes, labels, gallery)
         margin = self.schedule.margin_at(self.steps)
         with without_autocast(probes.device.type):  # ``self.autocast`` alone decides
@@ -172,31 +132,19 @@ class F2CHead(nn.Module):
         return at_least_float32(self.gallery(images if self.symmetric else images.chunk(2)[0]))
 
     def remove_hook(self):
-        """Let go of the backbone, so that another head can be built on it."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
     def _report(self, result: PoolLoss, views: list[PoolView], scale: float):
         evicted = views[-1].assignment.evicted
-        self.statistics = StepStatistics(
+        self.report(StepStatistics(
             pool_hit_rate=result.pool_hit_rate, positive_cosine=result.positive_cosine,
             hard_negative_cosine=result.hard_negative_cosine, evictions=(evicted != NOT_IN_POOL).sum().float(),
             not_finite=torch.stack([view.num_not_finite for view in views]).sum().float(),
-            finite=result.loss.detach().isfinite().float(), scale=scale)
-        if self.monitor:
-            self.monitor.update(self.steps, self.statistics, self.pool, len(evicted))
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.steps)
-
-    def set_extra_state(self, state: Tensor):
-        if state < 0:
-            raise InputError(f"the head cannot have seen {int(state)} batches")
-        self.continue_at(int(state))
+            finite=result.loss.detach().isfinite().float(), scale=scale), len(evicted))
 
     def continue_at(self, step: int):
         """Count on from ``step`` batches. The gallery net has yet to follow the last of them."""
-        self.steps = step
+        super().continue_at(step)
         self._last_followed = max(step - 1, 0)
-

@@ -1,20 +1,23 @@
 """Log-sum-exp over the pool, its gradient and the hardest negatives, in one pass over the slots.
 
-The pool takes no gradient, so ∂ log Σ exp(s·cos) / ∂ probe = s · Σ softmax · row is accumulated during
-the pass, chunk by chunk, and nothing of size probes × slots outlives a chunk. Two matrix products:
-the logits of a chunk, and its softmax times its rows.
+∂ log Σ exp(s·cos) / ∂ probe = s · Σ softmax · row is accumulated during the pass, chunk by chunk, and
+nothing of size probes × slots outlives a chunk. Two matrix products: the logits of a chunk, and its
+softmax times its rows. Slots that learn take a second pass, with two more: their logits again, now that
+the whole denominators are known, and their softmax times the probes.
 
 Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867; in chunks with its product,
 Rabe and Staats, arXiv 2112.05682.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.tensors import largest_of_columns, with_gradient
+from f2c_plugin.utils.tensors import at_least_float32, largest_of_columns, rounded_at_random, with_gradient
 
 # The logit of a slot that is left out. Finite, so that a chunk with no other slot has a softmax, too.
 LEFT_OUT = -1e30
@@ -39,7 +42,7 @@ class PoolSoftmax(NamedTuple):
 
 def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, num_hardest: int,
                  filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
-                 first_slot: int = 0) -> PoolSoftmax:
+                 first_slot: int = 0, unit_rows: bool = True) -> PoolSoftmax:
     """Compare probes with one row of every slot, except those that are left out.
 
     Args:
@@ -53,11 +56,12 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, n
         shard: how the slots are split over ranks. Each rank passes its own probes, the same number as
             the others, and gets the result over the slots of all ranks.
         first_slot: the number of the first of this rank's slots.
+        unit_rows: whether the rows are unit vectors. If not, their directions are compared.
     """
     all_probes = shard.gather(probes.detach()).flatten(0, 1)  # (W·B, D)
     bias = torch.where(left_out, LEFT_OUT, 0.0).to(probes.dtype)
     log_sum_exp, mean_row, hardest, values = _one_pass(all_probes * scale, rows, bias, scale * filter_threshold,
-                                                       num_hardest, dtype or probes.dtype)
+                                                       num_hardest, dtype or probes.dtype, unit_rows)
     if shard.world_size > 1:
         local = slice(shard.rank * len(probes), (shard.rank + 1) * len(probes))
         every = shard.gather(log_sum_exp)  # (W, W·B)
@@ -71,23 +75,64 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, n
     return PoolSoftmax(with_gradient(probes, log_sum_exp, scale * mean_row), hardest, values / scale)
 
 
-def _one_pass(queries: Tensor, rows: Tensor, bias: Tensor, filter_threshold: float, num_hardest: int,
-              dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.no_grad()
+def learn(rows: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tensor, scale: float, rate: float,
+          filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE) -> None:
+    """A step of plain SGD of the rows, in place: the mean of the probes' losses falls at ``rate``.
+
+    A probe's loss is log Σ exp(s·cos) over all slots, those left out among them, so that a slot's gradient is
+    s · softmax · probe, less its part along the row, over the row's norm. Probes that are not finite are left out.
+
+    Args:
+        rows: (K', D) of this rank's slots; only their directions are compared.
+        probes: (B, D) unit vectors of this rank.
+        log_denominator: (B,) log Σ exp(s·cos) over the slots of all ranks, as it counts for the slots of ``rows``.
+        left_out: bool (K',) slots that take no step.
+        scale, filter_threshold, dtype, shard: as of ``pool_softmax``.
+    """
+    all_probes = shard.gather(probes).flatten(0, 1)  # (W·B, D)
+    log_denominator = shard.gather(log_denominator).flatten()
+    finite = log_denominator.isfinite() & all_probes.isfinite().all(1)
+    all_probes = torch.where(finite[:, None], all_probes, 0)
+    log_denominator = torch.where(finite, log_denominator, torch.inf)
+    dtype = dtype or probes.dtype
+    factors = (all_probes * scale).to(dtype).T.contiguous()  # (D, W·B)
+    for chunk in _chunks(rows, len(all_probes)):
+        row = at_least_float32(rows[chunk])
+        unit = normalize(row)
+        logits = (unit.to(dtype) @ factors).to(probes.dtype)  # (C, D) @ (D, W·B) -> (C, W·B)
+        softmax = (logits - log_denominator).exp_()
+        if filter_threshold > 0:
+            softmax.masked_fill_(logits > scale * filter_threshold, 0)
+        softmax.masked_fill_(left_out[chunk, None], 0)
+        gradient = (softmax.to(dtype) @ factors.T).to(probes.dtype) / len(all_probes)  # (C, W·B) @ (W·B, D) -> (C, D)
+        gradient -= (gradient * unit).sum(1, keepdim=True) * unit
+        rows[chunk] = rounded_at_random(row - rate * gradient / row.norm(dim=1, keepdim=True), rows.dtype)
+
+
+def _chunks(rows: Tensor, num_probes: int) -> Iterator[slice]:
+    """Slices of the rows whose logits fit in a chunk."""
+    size = max(1, CHUNK_ENTRIES[rows.device.type] // num_probes)
+    return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
+
+
+def _one_pass(queries: Tensor, rows: Tensor, bias: Tensor, filter_threshold: float, num_hardest: int, dtype: torch.dtype,
+              unit_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-sum-exp (B,), softmax · rows (B, D), indices (B, h) and values (B, h) of the largest logits)."""
     log_sum_exp = queries.new_full((len(queries),), -torch.inf)
     mean_row = torch.zeros_like(queries)
     values = [queries.new_full((num_hardest, len(queries)), LEFT_OUT)]  # of each chunk
     hardest = [torch.zeros_like(values[0], dtype=torch.int64)]
     factors = queries.to(dtype).T.contiguous()  # (D, B)
-    chunk = max(1, CHUNK_ENTRIES[queries.device.type] // len(queries))
-    for start in range(0, len(rows), chunk):
-        part = rows[start:start + chunk].to(dtype)  # (C, D)
+    for chunk in _chunks(rows, len(queries)):
+        part = rows[chunk] if unit_rows else normalize(at_least_float32(rows[chunk]))
+        part = part.to(dtype)  # (C, D)
         # Slots by probes, not the other way round: the CPU's matrix product is a third faster that way.
         logits = (part @ factors).to(queries.dtype)  # (C, D) @ (D, B) -> (C, B)
         filtered = logits > filter_threshold if filter_threshold > 0 else None
         if filtered is not None:
             logits.masked_fill_(filtered, 0)
-        logits += bias[start:start + chunk, None]
+        logits += bias[chunk, None]
 
         top, where = largest_of_columns(logits, num_hardest)  # (h, B)
         softmax = logits.softmax(0)
@@ -100,6 +145,6 @@ def _one_pass(queries: Tensor, rows: Tensor, bias: Tensor, filter_threshold: flo
         mean_row += (softmax.T.to(dtype) @ part).to(queries.dtype) * (here - total).exp()[:, None]  # (B, C) @ (C, D)
         log_sum_exp = total
         values.append(top)
-        hardest.append(where + start)
+        hardest.append(where + chunk.start)
     largest, best = torch.cat(values).topk(num_hardest, dim=0)
     return log_sum_exp, mean_row, torch.cat(hardest).gather(0, best).T, largest.T

@@ -41,6 +41,13 @@ class Schedule:
     own_image_keys: bool = False
     outside_weight: float = 1.0
     second_row: bool = True
+    slot_rate: float = 0.0
+    total_steps: int = 1
+
+    @classmethod
+    def resident(cls, margin: Margin, total_steps: int) -> "Schedule":
+        """The ramp of scale and margin, for class weights that learn."""
+        return cls(margin, ramp_steps=max(1.0, 0.7 * total_steps), slot_rate=1.0, total_steps=total_steps)
 
     @classmethod
     def ramp(cls, margin: Margin, total_steps: int, momentum: float = 0.99) -> "Schedule":
@@ -56,8 +63,10 @@ class Schedule:
     @classmethod
     def named(cls, recipe: str, margin: Margin, total_steps: int, momentum: float = 0.99) -> "Schedule":
         """The schedule of a recipe. Raises ConfigError unless it is "ramp" or "paper"."""
-        if recipe not in ("ramp", "paper"):
-            raise ConfigError(f"recipe={recipe!r}: must be 'ramp' or 'paper'")
+        if recipe not in ("resident", "ramp", "paper"):
+            raise ConfigError(f"recipe={recipe!r}: must be 'resident', 'ramp' or 'paper'")
+        if recipe == "resident":
+            return cls.resident(margin, total_steps)
         return cls.ramp(margin, total_steps, momentum) if recipe == "ramp" else cls.paper(margin, momentum)
 
     def margin_at(self, step: int) -> Margin:
@@ -67,6 +76,10 @@ class Schedule:
         share = min(1.0, step / self.ramp_steps)
         start = min(self.start_scale, self.margin.scale)
         return self.margin.scaled(scale=start + share * (self.margin.scale - start), share=share)
+
+    def slot_rate_at(self, step: int) -> float:
+        """Rate of the class weights' steps: falls linearly to 0 over the run."""
+        return self.slot_rate * max(0.0, 1 - step / self.total_steps)
 
     def momentum_at(self, step: int) -> float:
         """Momentum of the gallery net after ``step`` steps."""

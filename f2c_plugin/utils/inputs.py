@@ -6,7 +6,6 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from f2c_plugin.errors import ConfigError, InputError
-from f2c_plugin.utils.distributed import this_rank
 
 
 def unwrapped(backbone: nn.Module) -> nn.Module:
@@ -63,21 +62,30 @@ def check_batch(num_images: int, probes: Tensor, labels: Tensor, symmetric: bool
     if len(probes) != num_images // (1 if symmetric else 2):
         raise InputError(f"{len(probes)} embeddings for {num_images} images with symmetric={symmetric}: "
                          "the head takes what the backbone made of the same batch")
-    if probes.size(1) != embedding_size:
-        raise InputError(f"embeddings of {probes.size(1)} numbers for a pool of {embedding_size}: set embedding_size to what "
-                         "the backbone returns")
+    check_numbers(probes, labels, embedding_size, num_identities)
+
+
+def check_numbers(embeddings: Tensor, labels: Tensor, embedding_size: int, num_identities: int) -> None:
+    """Check the size of embeddings (…, D), and labels (…,) against the number of identities.
+
+    Raises:
+        InputError: they are wrong.
+    """
+    if embeddings.size(1) != embedding_size:
+        raise InputError(f"embeddings of {embeddings.size(1)} numbers for a pool of {embedding_size}: set embedding_size to "
+                         "what the backbone returns")
     if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < num_identities:
         raise InputError(f"labels from {labels.min()} to {labels.max()}, but num_identities (num_classes) is {num_identities}: "
                          "identities are numbered from 0")
 
 
 def check_room(num_images: int, num_identities: int, num_slots: int) -> None:
-    """Check that the pool has a slot for every identity that a gathered batch may hold.
+    """Check that the pool has a slot for every identity that ``num_images`` gathered images may show.
 
     Raises:
         ConfigError: it does not.
     """
-    gathered = min(num_images // 2 * this_rank()[1], num_identities)
+    gathered = min(num_images, num_identities)
     if gathered > num_slots:
         raise ConfigError(f"a pool of {num_slots} slots, but a gathered batch holds up to {gathered} identities: give the pool "
                           f"at least {gathered} slots (pool_rate={gathered / num_identities:.3g}), or lower the batch size")

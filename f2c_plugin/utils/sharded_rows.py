@@ -36,10 +36,10 @@ class ShardedRows(nn.Module):
         self.shard = shard
         self.num_slots = num_slots
         self.first, self.end = shard.range_of(num_slots)
-        self.register_buffer("rows", self._random_rows(num_rows, size, seed, dtype))
+        self.register_buffer("rows", self._first_rows(num_rows, size, seed, dtype))
 
-    def _random_rows(self, num_rows: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
-        """Drawn in blocks, so that a rank draws little more than its own."""
+    def _first_rows(self, num_rows: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
+        """Random unit vectors, drawn in blocks, so that a rank draws little more than its own."""
         rows = torch.empty(num_rows, self.end - self.first, size, dtype=dtype)
         for block in range(self.first // _BLOCK, -(-self.end // _BLOCK)):
             # Mixed by NumPy: torch's CPU generator takes only 32 bits of its seed.
@@ -73,6 +73,11 @@ class ShardedRows(nn.Module):
         index, own = self._local(slots)
         entry = torch.where(own, torch.arange(len(own), device=own.device), own.to(torch.uint8).argmax())
         return entry, index[entry], own.any()
+
+    def write(self, slots: Tensor, values: Tensor):
+        """Set row 0 of slots (A,) to values (A, D). Entries of the same slot hold the same values."""
+        entry, index, any_own = self.own_entries(slots)
+        self.rows[0, index] = torch.where(any_own, values[entry].to(self.rows.dtype), self.rows[0, index])
 
     def _local(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Index into ``rows`` of slots (A,), and whether this rank holds them; the index of others means nothing."""

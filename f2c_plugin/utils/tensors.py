@@ -14,6 +14,19 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def rounded_at_random(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values (…) in ``dtype``, at least float32: those that half precision cannot hold are rounded up or down at random.
+
+    The mean of many roundings is the value, so that small steps add up; rounded to the nearest, they would be lost.
+    """
+    dropped = {torch.bfloat16: 16, torch.float16: 13}.get(dtype)  # bits of float32's fraction
+    if dropped is None:
+        return values.to(dtype)
+    bits = values.float().view(torch.int32)
+    noise = torch.randint_like(bits, 1 << dropped)
+    return ((bits + noise) & -(1 << dropped)).view(torch.float32).to(dtype)
+
+
 def lengths(vectors: Tensor) -> Tensor:
     """Euclidean lengths of vectors (…, D), (…)."""
     return vectors.norm(dim=-1)

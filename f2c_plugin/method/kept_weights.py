@@ -1,0 +1,96 @@
+"""Class weights of the identities that are not in the pool, outside the GPU's memory."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+
+from f2c_plugin.utils.atomic import naming
+from f2c_plugin.utils.distributed import WHOLE, Shard
+from f2c_plugin.utils.sharded_rows import ShardedRows
+from f2c_plugin.utils.tensors import at_least_float32
+
+_BLOCK = 1 << 24  # numbers that a rank hands over at a time
+
+
+class KeptWeights(ShardedRows):
+    """A class weight for each of N identities, in main memory or in a memory-mapped file; 0 where there is none yet.
+
+    The identities are split over the ranks. The weights stay on the CPU, wherever the head goes.
+
+    A ``state_dict`` of rank 0 holds all of them, and loads on any number of ranks; that of another rank holds its own,
+    and loads on the same rank of as many.
+
+    Args:
+        num_identities, embedding_size: N, D.
+        dtype: of the weights.
+        shard: the identities whose weights this rank keeps.
+        folder: where a file takes the weights instead of main memory. The file has no name, and is gone with the process.
+            Main memory is taken as weights come.
+    Raises:
+        OSError: the folder has no room for the file; names it.
+    """
+
+    def __init__(self, num_identities: int, embedding_size: int, dtype: torch.dtype = torch.float32, shard: Shard = WHOLE,
+                 folder: Path | None = None):
+        self._folder = folder
+        super().__init__(1, num_identities, embedding_size, dtype=dtype, shard=shard)
+
+    def _first_rows(self, num_rows: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
+        return self._zeros((num_rows, self.end - self.first, size), dtype)
+
+    def _zeros(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+        num_bytes = int(np.prod(shape)) * dtype.itemsize
+        if self._folder is None or not num_bytes:
+            memory = np.zeros(num_bytes, np.uint8)  # unlike torch's, their pages come with the first write
+        else:
+            with naming(self._folder), tempfile.TemporaryFile(dir=self._folder) as file:
+                if hasattr(os, "posix_fallocate"):  # not on macOS; a disk that fills up later would end the process
+                    os.posix_fallocate(file.fileno(), 0, num_bytes)
+                memory = np.memmap(file, np.uint8, "r+", shape=(num_bytes,))
+        return torch.from_numpy(memory).view(dtype).view(shape)
+
+    def take(self, identities: Tensor) -> Tensor:
+        """The weights of identities (B,), (B, D), on their device, at least float32. All ranks call this with the same ones.
+
+        Makes the CPU wait for a GPU, as ``put`` does.
+        """
+        index, own = self._local(identities)
+        weights = at_least_float32(self.rows[0, index.cpu()]).to(identities.device)
+        return self.shard.sum(torch.where(own[:, None], weights, 0))
+
+    def put(self, identities: Tensor, weights: Tensor) -> None:
+        """Keep the weights (B, D) of identities (B,), all different except those below 0, which are left out."""
+        index, own = self._local(identities)
+        self.rows[0, index[own].cpu()] = weights[own].to(self.rows.device, self.rows.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "KeptWeights":
+        return self  # neither moved nor converted with the rest of the head
+
+    def _rows_of_all_ranks(self) -> Tensor:
+        """(1, N, D) on rank 0; on others those of their own identities."""
+        num_rows, _, size = self.rows.shape
+        is_first = self.shard.rank == 0
+        whole = self._zeros((num_rows, self.num_slots, size), self.rows.dtype) if is_first else self.rows
+        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"  # where collectives take their tensors from
+        for rank in range(self.shard.world_size):
+            start, end = Shard(rank, self.shard.world_size).range_of(self.num_slots)
+            for first in range(start, end, max(1, _BLOCK // size)):
+                last = min(first + max(1, _BLOCK // size), end)
+                own = rank == self.shard.rank
+                part = (self.rows[0, first - start:last - start] if own else self.rows.new_empty(last - first, size)).to(device)
+                distributed.broadcast(part.contiguous() if own else part, rank)
+                if is_first:
+                    whole[0, first:last] = part.cpu()
+        return whole
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any):
+        rows = state_dict.get(prefix + "rows")
+        if rows is not None and rows.shape == self.rows.shape and self.shard.world_size > 1:
+            self.rows.copy_(rows)  # this rank's own, from a file of its own
+            return
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -1,0 +1,67 @@
+"""The head of the recipe "resident": class weights in the pool, plain shuffled batches, no gallery net."""
+
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from f2c_plugin.errors import InputError
+from f2c_plugin.method.pool_head import PoolHead, StepStatistics
+from f2c_plugin.method.resident import ResidentPool, resident_loss
+from f2c_plugin.method.schedule import Schedule
+from f2c_plugin.method.slots import NOT_IN_POOL
+from f2c_plugin.utils.distributed import gather, this_rank
+from f2c_plugin.utils.inputs import check_numbers, check_room, embeddings_in, identities_in
+from f2c_plugin.utils.tensors import at_least_float32, without_autocast
+
+
+class ResidentHead(PoolHead):
+    """Margin softmax over the identities seen last, each with a class weight that learns.
+
+    Called as ``head(embeddings, labels)``. Batches are of any kind; plain shuffled ones learn best. The class weights
+    take their steps during the call: the head has no parameters, and needs no optimizer.
+
+    Args:
+        backbone, schedule: see ``PoolHead``.
+        pool: class weights; split over the ranks, if there are several.
+        autocast: whether matrix products with the pool run in the autocast type.
+    """
+
+    pool: ResidentPool
+
+    def __init__(self, backbone: nn.Module, pool: ResidentPool, schedule: Schedule, autocast: bool = False):
+        super().__init__(backbone, pool, schedule)
+        self.autocast = autocast
+
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor, images: Tensor | None = None) -> Tensor:
+        """Loss of a batch, and a step of the class weights.
+
+        Args:
+            local_embeddings: (B, D) of this rank's batch.
+            local_labels: int64 (B,) identities.
+            images: not needed; taken because other heads need them.
+        Returns:
+            Scalar, with gradient to the embeddings.
+        Raises:
+            InputError: embeddings or labels that do not fit each other or the pool. Wrong labels are noticed on the CPU
+                only: reading them from a GPU would stall the step.
+            ConfigError: a pool with fewer slots than the gathered batch may hold identities.
+        """
+        labels = identities_in(local_labels)
+        embeddings = at_least_float32(embeddings_in(local_embeddings))
+        if len(embeddings) != len(labels) or not len(labels):
+            raise InputError(f"{len(embeddings)} embeddings and {len(labels)} labels: the head takes what the backbone made of a "
+                             "batch, and a label for each image")
+        check_numbers(embeddings, labels, self.pool.embedding_size, self.pool.num_identities)
+        rank, world_size = this_rank()
+        check_room(len(labels) * world_size, self.pool.num_identities, self.pool.num_slots)
+        margin = self.schedule.margin_at(self.steps)
+        with without_autocast(embeddings.device.type):  # ``self.autocast`` alone decides
+            features = gather(normalize(embeddings.detach())).flatten(0, 1)  # (W·B, D)
+            arrival = self.pool.admit(gather(labels).flatten(), features)
+            own = slice(rank * len(labels), (rank + 1) * len(labels))
+            result = resident_loss(embeddings, own, arrival, self.pool, margin, self.schedule.slot_rate_at(self.steps), self.autocast)
+        self.steps += 1
+        self.report(StepStatistics(
+            arrival.was_in_pool[own].float().mean(), result.positive_cosine, result.hard_negative_cosine,
+            (arrival.evicted != NOT_IN_POOL).sum().float(), arrival.num_not_finite.float(),
+            result.loss.detach().isfinite().float(), margin.scale), len(features))
+        return result.loss
