@@ -14,7 +14,7 @@ from f2c_plugin.arcface_torch import patching
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.index import open_index
 from f2c_plugin.errors import ExportError, F2CError
-from f2c_plugin.synthetic.dataset import draw_contact_sheet, write_dataset
+from f2c_plugin.synthetic.dataset import draw_contact_sheet, power_law, write_dataset
 from f2c_plugin.tools import checkpoints, packs
 from f2c_plugin.tools.convert import convert as convert_pack
 from f2c_plugin.tools.doctor import examine
@@ -197,13 +197,17 @@ def report(args: Namespace) -> None:
 @command(argument("folder", help="folder to write train.rec, train.idx, property, synth.bin and contact_sheet.png into"),
          argument("--identities", type=int, required=True, help="number of identities"),
          argument("--images-per-identity", type=int, default=20, help="default: %(default)s"),
+         argument("--long-tail", action="store_true", help="so many on average, but one or two of every second identity"),
          argument("--pairs", type=int, default=6000, help="verification pairs; default: %(default)s, as in LFW"),
          argument("--seed", type=int, default=0, help="default: %(default)s"),
          argument("--processes", type=int, help="default: one per CPU"))
 def synth(args: Namespace) -> None:
     """Draw a pack of synthetic faces and a verification set."""
     folder = Path(args.folder)
-    write_dataset(folder, args.identities, args.images_per_identity, args.pairs, args.seed, args.processes)
+    images = args.images_per_identity
+    if args.long_tail:
+        images = power_law(args.identities, images, args.seed)
+    write_dataset(folder, args.identities, images, args.pairs, args.seed, args.processes)
     try:
         draw_contact_sheet(folder / "contact_sheet.png", min(8, args.identities), seed=args.seed)
     except F2CError as error:

@@ -1,5 +1,7 @@
 """Writes a pack of synthetic faces, and a verification set of identities that are not in the pack."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -22,17 +24,42 @@ VERIFICATION_NAME = "synth"
 # Identities of the training set and the verification set come from different random streams.
 _TRAINING, _VERIFICATION = 0, 1
 _IMAGES_PER_UNSEEN_IDENTITY = 10
+_TAIL = math.log(2, 3)  # the exponent with which half of the identities have fewer than three images
 
 
-def write_dataset(folder: str | Path, num_identities: int, images_per_identity: int, num_pairs: int = 6000, seed: int = 0,
-                  processes: int | None = None) -> None:
+def power_law(num_identities: int, mean: float, seed: int = 0) -> list[int]:
+    """Numbers of images in a long tail, one for each identity, in random order.
+
+    A share k^-0.63 of the identities has k images or more: half have one or two. The largest numbers are cut to one that
+    gives ``mean`` images of an identity. Raises InputError if none does.
+    """
+    if num_identities < 1:
+        raise InputError(f"--identities {num_identities}: must be at least 1")
+    shares = (np.arange(num_identities) + 0.5) / num_identities
+    counts = (shares ** (-1 / _TAIL)).astype(np.int64)  # from the largest to the smallest
+    total = round(num_identities * mean)
+    if not num_identities <= total <= counts.sum():
+        raise InputError(f"--images-per-identity {mean:g}: must be from 1 to {counts.mean():.3g} in a long tail of "
+                         f"{num_identities} identities")
+    most = bisect_right(range(1, int(counts[0]) + 1), total, key=lambda most: np.minimum(counts, most).sum())
+    counts = np.minimum(counts, most)
+    counts[:total - counts.sum()] += 1  # what is left; all of these were cut
+    return np.random.default_rng(seed).permutation(counts).tolist()
+
+
+def write_dataset(folder: str | Path, num_identities: int, images_per_identity: int | Sequence[int], num_pairs: int = 6000,
+                  seed: int = 0, processes: int | None = None) -> None:
     """Draw ``train.rec``, ``train.idx``, ``property`` and ``synth.bin`` into ``folder``.
 
-    The same arguments give the same bytes with any number of processes; None means one per CPU. Half of the pairs
-    are the same identity. Raises InputError if a count is too small, OverwriteError if the folder holds a pack.
+    ``images_per_identity`` is one number for all identities, or one for each. The same arguments give the same bytes
+    with any number of processes; None means one per CPU. Half of the pairs are the same identity. Raises InputError if a
+    count is too small, OverwriteError if the folder holds a pack.
     """
     folder = Path(folder)
-    for name, value, smallest in (("identities", num_identities, 1), ("images-per-identity", images_per_identity, 1),
+    sizes = [images_per_identity] * num_identities if isinstance(images_per_identity, int) else list(images_per_identity)
+    if len(sizes) != max(num_identities, 0):
+        raise InputError(f"images_per_identity has {len(sizes)} numbers: must have one for each of {num_identities} identities")
+    for name, value, smallest in (("identities", num_identities, 1), ("images-per-identity", min(sizes, default=1), 1),
                                   ("pairs", num_pairs, 2), ("processes", processes, 1)):
         if value is not None and value < smallest:
             raise InputError(f"--{name} {value}: must be at least {smallest}")
@@ -40,24 +67,25 @@ def write_dataset(folder: str | Path, num_identities: int, images_per_identity: 
     folder.mkdir(parents=True, exist_ok=True)
     num_unseen = max(2, -(-num_pairs // _IMAGES_PER_UNSEEN_IDENTITY))
     with worker_pool(processes) as pool:  # train.rec comes last, so that no folder with a pack lacks the rest
-        unseen = pool.imap(partial(_draw_jpegs, seed, _VERIFICATION, _IMAGES_PER_UNSEEN_IDENTITY), range(num_unseen), 4)
+        numbers = ((identity, _IMAGES_PER_UNSEEN_IDENTITY) for identity in range(num_unseen))
+        unseen = pool.imap(partial(_draw_jpegs, seed, _VERIFICATION), numbers, 4)
         unseen = tqdm(unseen, f"drawing {VERIFICATION_NAME}.bin", num_unseen, unit=" identities", disable=None)
         save_bin(folder / f"{VERIFICATION_NAME}.bin", *_pairs(list(unseen), num_pairs, seed))
         write_property(folder, num_identities)
-        seen = pool.imap(partial(_draw_jpegs, seed, _TRAINING, images_per_identity), range(num_identities), 4)
+        seen = pool.imap(partial(_draw_jpegs, seed, _TRAINING), enumerate(sizes), 4)
         seen = tqdm(seen, "drawing train.rec", num_identities, unit=" identities", disable=None)
-        write_insightface_pack(folder / "train.rec", chain.from_iterable(seen), [images_per_identity] * num_identities)
+        write_insightface_pack(folder / "train.rec", chain.from_iterable(seen), sizes)
 
 
 def draw_contact_sheet(path: str | Path, num_identities: int = 8, images_per_identity: int = 10, seed: int = 0) -> None:
     """Draw faces of the training set of ``seed`` into a PNG, one identity per row. Needs Pillow."""
     pillow = require("PIL.Image", extra="plot")
-    rows = [np.hstack(list(_faces(seed, _TRAINING, images_per_identity, i))) for i in range(num_identities)]
+    rows = [np.hstack(list(_faces(seed, _TRAINING, i, images_per_identity))) for i in range(num_identities)]
     with written_whole(path) as file:
         pillow.fromarray(np.vstack(rows)).save(file, "PNG")
 
 
-def _faces(seed: int, stream: int, count: int, identity: int) -> Iterator[np.ndarray]:
+def _faces(seed: int, stream: int, identity: int, count: int) -> Iterator[np.ndarray]:
     """Draws faces, uint8 (112, 112, 3), of one identity. They do not depend on other identities."""
     rng = np.random.default_rng([seed, stream, identity])
     vector = draw_identity(rng)
@@ -65,8 +93,8 @@ def _faces(seed: int, stream: int, count: int, identity: int) -> Iterator[np.nda
         yield draw_face(vector, rng)
 
 
-def _draw_jpegs(seed: int, stream: int, count: int, identity: int) -> list[bytes]:
-    return [simplejpeg.encode_jpeg(face, JPEG_QUALITY, "RGB", "420") for face in _faces(seed, stream, count, identity)]
+def _draw_jpegs(seed: int, stream: int, identity_and_count: tuple[int, int]) -> list[bytes]:
+    return [simplejpeg.encode_jpeg(face, JPEG_QUALITY, "RGB", "420") for face in _faces(seed, stream, *identity_and_count)]
 
 
 def _pairs(identities: Sequence[Sequence[bytes]], num_pairs: int, seed: int) -> tuple[list[bytes], list[bool]]:

@@ -8,8 +8,9 @@ import simplejpeg
 
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.errors import InputError
 from f2c_plugin.evaluation.verification import VerificationSet
-from f2c_plugin.synthetic.dataset import write_dataset
+from f2c_plugin.synthetic.dataset import power_law, write_dataset
 from f2c_plugin.synthetic.face import draw_face, draw_identity
 
 FILES = "train.rec", "train.idx", "property", "synth.bin"
@@ -37,6 +38,40 @@ def test_the_command_writes_a_pack_a_verification_set_and_a_contact_sheet(tmp_pa
     seen = [simplejpeg.decode_jpeg(image).tobytes() for image in verification_set.images]
     assert not trained_on & set(seen)
     assert all(first != second for first, second in zip(seen[::2], seen[1::2], strict=True))
+
+
+def test_identities_may_have_different_numbers_of_images_and_their_faces_stay_the_same(tmp_path):
+    write_dataset(tmp_path / "equal", 3, 4, num_pairs=2, processes=1)
+    write_dataset(tmp_path / "different", 3, [2, 4, 1], num_pairs=2, processes=1)
+    equal, different = (RecordDataset(tmp_path / name) for name in ("equal", "different"))
+    assert different.index.identity.tolist() == [0, 0, 1, 1, 1, 1, 2]
+    for i, same in enumerate([0, 1, 4, 5, 6, 7, 8]):
+        np.testing.assert_array_equal(different.face(i), equal.face(same))
+    with pytest.raises(InputError, match="images_per_identity has 2 numbers: must have one for each of 3 identities"):
+        write_dataset(tmp_path / "new", 3, [2, 4])
+    with pytest.raises(InputError, match="--images-per-identity 0: must be at least 1"):
+        write_dataset(tmp_path / "new", 2, [2, 0])
+
+
+@pytest.mark.parametrize("identities, mean", [(10_000, 20), (1_000, 5), (100_000, 2.5)])
+def test_a_long_tail_has_the_mean_and_half_of_its_identities_have_one_image_or_two(identities, mean):
+    counts = np.array(power_law(identities, mean))
+    assert counts.sum() == identities * mean and (counts <= 2).mean() == 0.5
+    for least in range(2, counts.max() - 1):
+        assert (counts >= least).mean() == pytest.approx(2 ** -(np.log(least) / np.log(3)), abs=1 / identities)
+    assert counts.tolist() == power_law(identities, mean) != power_law(identities, mean, seed=1)
+    assert abs(np.corrcoef(counts, np.arange(identities))[0, 1]) < 0.1
+
+
+def test_the_command_draws_a_long_tail_where_there_can_be_one(tmp_path):
+    arguments = ["--identities", "9", "--images-per-identity", "3", "--long-tail", "--pairs", "2", "--processes", "1"]
+    cli(["synth", str(tmp_path / "drawn"), *arguments])
+    index = RecordDataset(tmp_path / "drawn").index
+    assert np.diff(index.starts).tolist() == power_law(9, 3) and len(index) == 27
+    for option, value, message in (("--images-per-identity", "20", "20: must be from 1 to 14.8 in a long tail of 9 identities"),
+                                   ("--images-per-identity", "0", "0: must be from 1"), ("--identities", "0", "0: must be at")):
+        with pytest.raises(SystemExit, match=f"{option} {message}"):
+            cli(["synth", str(tmp_path / "new"), *arguments, option, value])
 
 
 def test_an_existing_pack_is_not_overwritten(tmp_path):
