@@ -1,6 +1,7 @@
 """A ready F²C head from plain arguments, for the training loops of arcface_torch, of this package and of others."""
 
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -10,34 +11,38 @@ from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.head import F2CHead
 from f2c_plugin.method.margin import Margin
 from f2c_plugin.method.pool import DynamicClassPool
+from f2c_plugin.method.pool_head import PoolHead
+from f2c_plugin.method.resident import ResidentPool
+from f2c_plugin.method.resident_head import ResidentHead
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.utils.distributed import WHOLE, Shard, this_rank
-
-Head = TypeVar("Head", bound=F2CHead)
 
 
 def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, embedding_size: int = 512,
                margin: Margin = Margin(64.0, angular=0.5), pool_rate: float = 0.1, num_slots: int | None = None,
-               pool_dtype: torch.dtype = torch.float32, shard_pool: bool = False, momentum: float = 0.99,
-               recipe: str = "ramp", symmetric: bool = True, num_hard_negatives: int | None = None, seed: int = 0,
-               gradient_acc: int = 1, autocast: bool = False, hook: bool = False,
-               head_class: type[Head] = F2CHead) -> Head:
+               pool_dtype: torch.dtype = torch.float32, recipe: str = "resident", kept_weights: Path | None = None,
+               shard_pool: bool = False, momentum: float = 0.99, symmetric: bool = True,
+               num_hard_negatives: int | None = None, seed: int = 0, gradient_acc: int = 1, autocast: bool = False,
+               hook: bool = False, classes: tuple[type[ResidentHead], type[F2CHead]] = (ResidentHead, F2CHead)) -> PoolHead:
     """A head with its pool and schedule, on the backbone's device. The defaults are those of the config keys.
 
     Args:
         backbone: the probe net, on its device, before or after it is wrapped in DDP.
         num_identities: labels are 0 … num_identities − 1.
-        total_steps: batches of the whole training; the ramp takes the first 70 % of them.
+        total_steps: batches of the whole training; the ramp takes the first 70 % of them, and the rate of the class
+            weights falls to 0 over them.
         embedding_size: D, as the backbone returns it.
         margin: scale and margin.
         pool_rate: slots as a share of the identities, unless ``num_slots`` is given.
         pool_dtype: of the pool's rows.
+        recipe: "resident" (``ResidentHead``; the ranks share the slots), or "paper" or "ramp" (``F2CHead``).
+        kept_weights: the folder whose disk keeps the weights of identities out of the pool; None is main memory. Like
+            ``autocast`` it is for the recipe "resident"; what follows is for the others, ``seed`` and ``autocast`` for both.
         shard_pool: whether the ranks share the rows, instead of each holding all of them.
         momentum: m of the gallery net.
-        recipe: "ramp" or "paper", see ``Schedule``.
         symmetric, num_hard_negatives, gradient_acc, autocast, hook: see ``F2CHead``.
         seed: of the random vectors in slots not yet taken; the same on all ranks.
-        head_class: what to make; a subclass of F2CHead.
+        classes: what to make; subclasses of these.
     Raises:
         ConfigError: an argument out of range, an unknown recipe, a pool without slots or with more than
             there are identities, or a backbone that F2CHead cannot use.
@@ -59,9 +64,14 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
         given = f"pool_rate={pool_rate}" if num_slots is None else f"num_slots={num_slots}"
         raise ConfigError(f"{given}: gives a pool of {slots} slots for {num_identities} identities; it needs 1 to "
                           f"{num_identities}")
-    shard = Shard(*this_rank()) if shard_pool else WHOLE
-    pool = DynamicClassPool(slots, num_identities, embedding_size, seed, pool_dtype, shard)
-    head = head_class(backbone, pool, schedule, symmetric, num_hard_negatives, gradient_acc, autocast, hook)
+    resident_head, f2c_head = classes
+    if recipe == "resident":  # gradients of all slots would cost more to add up over the ranks than the slots are worth
+        pool = ResidentPool(slots, num_identities, embedding_size, seed, pool_dtype, Shard(*this_rank()), kept_weights)
+        head = resident_head(backbone, pool, schedule, autocast)
+    else:
+        shard = Shard(*this_rank()) if shard_pool else WHOLE
+        pool = DynamicClassPool(slots, num_identities, embedding_size, seed, pool_dtype, shard)
+        head = f2c_head(backbone, pool, schedule, symmetric, num_hard_negatives, gradient_acc, autocast, hook)
     return head.to(next(backbone.parameters()).device)
 
 

@@ -26,7 +26,8 @@ class TrainConfig(EasyDict):
 
 
 PREFIX = "f2c_"
-RECIPES = ("ramp", "paper")
+RECIPES = ("resident", "ramp", "paper")
+KEPT_WEIGHTS = ("memory", "file")
 POOL_DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("probe", "gallery", "best")
 
@@ -37,15 +38,18 @@ class F2CConfig:
 
     Attributes:
         pool_rate: slots of the pool as a share of ``num_classes``.
-        momentum: m of the gallery net.
+        recipe: "resident", slots that learn; or "paper", as published, with a gallery net. See ``Schedule``.
+        kept_weights: where the weights of identities out of the pool are, "memory" or "file", a file in
+            ``config.output`` that is gone when the training ends. Recipe "resident".
+        momentum: m of the gallery net. Recipe "paper".
         symmetric: whether a step does both half-steps. If not, it does the second only, with half of
-            the batch as probes.
-        identity_rate: share of a batch that the identity-based loader fills.
-        hard_negatives: h for each probe outside the pool, where hard negatives are used: with the recipe
-            "paper", or if not symmetric. None derives it from the pool's size.
-        recipe: "ramp" or "paper", see ``Schedule``.
+            the batch as probes. Recipe "paper".
+        identity_rate: share of a batch that the identity-based loader fills with pairs. None is 2/3 with the recipe
+            "paper", and no pairs with "resident".
+        hard_negatives: h for each probe outside the pool. None derives it from the pool's size. Recipe "paper".
         pool_dtype: "float32", "bfloat16" or "float16", in which the pool keeps its rows.
-        shard_pool: whether the ranks share the slots' rows, instead of each holding all of them.
+        shard_pool: whether the ranks share the slots' rows, instead of each holding all of them. With the recipe
+            "resident" they always do.
         skip_damaged: whether an image that cannot be decoded is replaced by another of its identity, and
             counted in the log, instead of ending the training. A record so damaged that its identity is
             unknown is left out.
@@ -58,11 +62,12 @@ class F2CConfig:
     """
 
     pool_rate: float = 0.1
+    recipe: str = "resident"
+    kept_weights: str = "memory"
     momentum: float = 0.99
     symmetric: bool = True
-    identity_rate: float = 2 / 3
+    identity_rate: float | None = None
     hard_negatives: int | None = None
-    recipe: str = "ramp"
     pool_dtype: str = "float32"
     shard_pool: bool = False
     skip_damaged: bool = False
@@ -84,6 +89,13 @@ class F2CConfig:
         if found := problems(cfg, world_size):
             raise ConfigError("\n".join(found))
         return cls(**{field.name: cfg[PREFIX + field.name] for field in fields(cls) if PREFIX + field.name in cfg})
+
+    @property
+    def share_of_pairs(self) -> float:
+        """Share of a batch that the identity-based loader fills, 0 to 1."""
+        if self.identity_rate is not None:
+            return self.identity_rate
+        return 0.0 if self.recipe == "resident" else 2 / 3
 
     def num_slots(self, num_identities: int) -> int:
         """K for a training set of ``num_identities``."""
@@ -156,8 +168,8 @@ _KEYS = {
     "f2c_momentum": _UNIT_INTERVAL_OPEN,
     "f2c_symmetric": _FLAG, "f2c_skip_damaged": _FLAG, "f2c_shard_pool": _FLAG,
     "f2c_save_every": _POSITIVE_INT_OR_NONE, "f2c_max_bad_steps": _POSITIVE_INT, "f2c_hard_negatives": _POSITIVE_INT_OR_NONE,
-    "f2c_identity_rate": _Values((int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
-    "f2c_export": _one_of(*EXPORTS), "f2c_pool_dtype": _one_of(*POOL_DTYPES), "f2c_recipe": _one_of(*RECIPES),
+    "f2c_identity_rate": _Values((int, float, type(None)), lambda v: v is None or 0 <= v <= 1, "from 0 to 1, or None"),
+    "f2c_kept_weights": _one_of(*KEPT_WEIGHTS), "f2c_export": _one_of(*EXPORTS), "f2c_pool_dtype": _one_of(*POOL_DTYPES), "f2c_recipe": _one_of(*RECIPES),
 }
 
 
@@ -169,7 +181,7 @@ def problems(cfg: Config, world_size: int = 1) -> list[str]:
     if good.get("warmup_epoch", 0) > good.get("num_epoch", math.inf):
         found.append(f"warmup_epoch={good['warmup_epoch']}: is more than num_epoch={good['num_epoch']}: lower it")
     if cfg.get("head") != "softmax":  # F²C may be installed under another name than f2c_dcp
-        found += _problems_together(good, PREFIX + "pool_rate" in bad, world_size)
+        found += _problems_together(good, not bad.keys().isdisjoint(_TOGETHER), world_size)
     return found
 
 
@@ -178,17 +190,24 @@ def bad_keys(cfg: Config) -> dict[str, str]:
     return {key: problem for key in _KEYS if key in cfg and (problem := _KEYS[key].problem(key, cfg[key]))}
 
 
-def _problems_together(good: Config, no_rate: bool, world_size: int) -> Iterator[str]:
+_TOGETHER = ("f2c_pool_rate", "f2c_recipe", "f2c_identity_rate")  # keys without which the others make no sense together
+
+
+def _problems_together(good: Config, unclear: bool, world_size: int) -> Iterator[str]:
     """What is wrong with F²C's keys together, given those that are right by themselves."""
     batch, classes = good.get("batch_size"), good.get("num_classes")
-    if batch and batch % 2:
+    settings = F2CConfig(**{key.removeprefix(PREFIX): good[key] for key in _TOGETHER if key in good})
+    is_resident = settings.recipe == "resident"
+    if is_resident and good.get(PREFIX + "export", "probe") != "probe":
+        yield (f"{PREFIX}export={good[PREFIX + 'export']!r}: the recipe 'resident' has no gallery net: leave it out, or set "
+               f"{PREFIX}recipe='paper'")
+    if batch and batch % 2 and not (is_resident and not settings.share_of_pairs):
         nearest = "2" if batch < 2 else f"{batch - 1} or {batch + 1}"
         yield f"batch_size={batch}: F²C splits a batch into two halves, gallery and probe: make it even, {nearest}"
-    if not batch or not classes or no_rate:
+    if not batch or not classes or unclear:
         return
-    settings = F2CConfig(pool_rate=good.get(PREFIX + "pool_rate", F2CConfig.pool_rate))
     slots = settings.num_slots(classes)
-    gathered = min(batch // 2 * world_size, classes)
+    gathered = min((batch if is_resident else batch // 2) * world_size, classes)
     if slots < gathered:
         needed = math.ceil(gathered / classes * 1e6) / 1e6
         yield (f"{PREFIX}pool_rate={settings.pool_rate} gives {slots} slots for num_classes={classes}, but a gathered batch "

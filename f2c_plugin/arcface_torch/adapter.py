@@ -10,14 +10,17 @@ from f2c_plugin.errors import ConfigError
 from f2c_plugin.evaluation.model_selection import select_net, verify
 from f2c_plugin.evaluation.monitor import Monitor
 from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.head import F2CHead
+from f2c_plugin.method.pool_head import PoolHead
+from f2c_plugin.method.resident_head import ResidentHead
 from f2c_plugin.utils.distributed import this_rank
 
 log = logging.getLogger(__name__)
 
 
-class ArcFaceTorchHead(F2CHead):
-    """An F²C head with ``verify`` and ``select_net``, which ``train_v2.py`` with patch 0001 calls on rank 0."""
+class ArcFaceTorchHead(PoolHead):
+    """A head with ``verify`` and ``select_net``, which ``train_v2.py`` with patch 0001 calls on rank 0."""
 
     def configure(self, cfg: Config, settings: F2CConfig, total_steps: int) -> None:
         """Take what the head does beside the loss from the config.
@@ -40,14 +43,22 @@ class ArcFaceTorchHead(F2CHead):
                                settings.max_bad_steps)
 
     def verify(self, step: int) -> None:
-        """Verify the gallery net, after arcface_torch has verified the probe net."""
-        if isinstance(self.monitor, Monitor):
-            results = verify({"gallery": self.gallery}, self.verification_sets, step, self.folder)
+        """Verify the gallery net, if there is one, after arcface_torch has verified the probe net."""
+        if isinstance(self.monitor, Monitor) and "gallery" in self.nets:
+            results = verify({"gallery": self.nets["gallery"]}, self.verification_sets, step, self.folder)
             self.monitor.record(step, {f"gallery_{name}": result.accuracy for name, result in results["gallery"].items()})
 
     def select_net(self) -> nn.Module:
-        """Verify both nets at the end of training, and return the one whose weights become ``model.pt``."""
-        nets = {"probe": self.probe_net, "gallery": self.gallery}
-        which = select_net(self.export, verify(nets, self.verification_sets, self.steps, self.folder))
+        """Verify the nets at the end of training, and return the one whose weights become ``model.pt``."""
+        which = select_net(self.export, verify(self.nets, self.verification_sets, self.steps, self.folder))
         log.info("model.pt is the %s net", which)
-        return self.probe_net if which == "probe" else self.gallery.net
+        net = self.nets[which]
+        return net.net if isinstance(net, GalleryNet) else net
+
+
+class ArcFaceTorchResidentHead(ArcFaceTorchHead, ResidentHead):
+    """The head of the recipe "resident" in arcface_torch."""
+
+
+class ArcFaceTorchF2CHead(ArcFaceTorchHead, F2CHead):
+    """The published head in arcface_torch."""

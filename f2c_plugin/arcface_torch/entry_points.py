@@ -1,12 +1,13 @@
 """The factories behind the entry points ``f2c_dcp`` (head) and ``f2c_dual`` (loader). They read arcface_torch's config."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from f2c_plugin.arcface_torch.adapter import ArcFaceTorchHead
+from f2c_plugin.arcface_torch.adapter import ArcFaceTorchF2CHead, ArcFaceTorchHead, ArcFaceTorchResidentHead
 from f2c_plugin.build import CombinedMargin, build_head, margin_from
 from f2c_plugin.config import Config, F2CConfig
 from f2c_plugin.data.from_config import record_loader, steps_per_epoch
@@ -21,12 +22,16 @@ def f2c_dcp(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> Ar
     _, world_size = this_rank()
     settings = F2CConfig.read(cfg, world_size)
     total_steps = steps_per_epoch(cfg, world_size) * cfg["num_epoch"]
+    folder = Path(cfg.get("output") or ".") if settings.kept_weights == "file" else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     head = build_head(
         backbone, cfg["num_classes"], total_steps, embedding_size=cfg["embedding_size"], margin=margin_from(margin_loss),
-        pool_rate=settings.pool_rate, pool_dtype=getattr(torch, settings.pool_dtype), shard_pool=settings.shard_pool,
-        momentum=settings.momentum, recipe=settings.recipe, symmetric=settings.symmetric,
+        pool_rate=settings.pool_rate, pool_dtype=getattr(torch, settings.pool_dtype), recipe=settings.recipe,
+        kept_weights=folder, shard_pool=settings.shard_pool, momentum=settings.momentum, symmetric=settings.symmetric,
         num_hard_negatives=settings.hard_negatives, seed=cfg.get("seed") or 0, gradient_acc=cfg.get("gradient_acc", 1),
-        autocast=bool(cfg.get("fp16")), hook=True, head_class=ArcFaceTorchHead)
+        autocast=bool(cfg.get("fp16")), hook=True, classes=(ArcFaceTorchResidentHead, ArcFaceTorchF2CHead))
+    assert isinstance(head, ArcFaceTorchHead)
     head.configure(cfg, settings, total_steps)
     log.info("F²C head: a pool of %d slots for %d identities, %.1f MB on every rank; recipe %r", head.pool.num_slots,
              cfg["num_classes"], head.pool.rows.nbytes / 2**20, settings.recipe)
@@ -38,4 +43,4 @@ f2c_dcp.sampler = "f2c_dual"  # type: ignore[attr-defined]  # the loader that th
 
 def f2c_dual(cfg: Any, local_rank: int) -> DualLoader:
     """Loader factory, group ``arcface_torch.samplers``. The batches are on the GPU, if any. Raises ConfigError, RecordError."""
-    return record_loader(cfg, local_rank, F2CConfig.read(cfg, this_rank()[1]).identity_rate)
+    return record_loader(cfg, local_rank, F2CConfig.read(cfg, this_rank()[1]).share_of_pairs)

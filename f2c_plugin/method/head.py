@@ -59,6 +59,10 @@ class F2CHead(PoolHead):
         self._hooked: tuple[int, Tensor] | None = None  # number of images and their gallery features
         self._hook = ImageHook(backbone, self._take_images) if hook else None
 
+    @property
+    def nets(self) -> dict[str, nn.Module]:
+        return super().nets | {"gallery": self.gallery}
+
     def forward(self, local_embeddings: Tensor, local_labels: Tensor, images: Tensor | None = None) -> Tensor:
         """Loss of a batch.
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from f2c_plugin.method.margin import Margin
-from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool, PoolView
+from f2c_plugin.method.pool import DynamicClassPool, PoolView
 from f2c_plugin.method.pool_softmax import pool_softmax
+from f2c_plugin.method.slots import NOT_IN_POOL
 
 
 def default_hard_negatives(num_slots: int) -> int:

@@ -69,6 +69,11 @@ class PoolHead(nn.Module):
     def probe_net(self) -> nn.Module:
         return self._probe_net[0]
 
+    @property
+    def nets(self) -> dict[str, nn.Module]:
+        """The nets that can be verified and exported, by name."""
+        return {"probe": self.probe_net}
+
     def report(self, statistics: StepStatistics, num_writes: int):
         """Keep the statistics of a step that wrote ``num_writes`` features over all ranks, and show them to the monitor."""
         self.statistics = statistics

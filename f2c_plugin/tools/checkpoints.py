@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from f2c_plugin.errors import CheckpointError, OverwriteError
-from f2c_plugin.method.pool import NOT_IN_POOL
+from f2c_plugin.method.slots import NOT_IN_POOL
 from f2c_plugin.trainer.output import write_states
 from f2c_plugin.trainer.schema import COUNTERS, FORMAT, problems, problems_of_arcface_torch
 from f2c_plugin.utils.finite import not_finite, some

@@ -62,8 +62,7 @@ class TrainState:
     @property
     def nets(self) -> dict[str, nn.Module]:
         """The nets to verify, by name."""
-        gallery = getattr(self.head, "gallery", None)
-        return {"probe": self.net} if gallery is None else {"probe": self.net, "gallery": gallery}
+        return getattr(self.head, "nets", {"probe": self.net})
 
     @property
     def between_optimizer_steps(self) -> bool:

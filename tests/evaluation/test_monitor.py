@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from f2c_plugin.errors import TrainingDiverged
 from f2c_plugin.evaluation.monitor import Monitor
-from f2c_plugin.method.head import StepStatistics
+from f2c_plugin.method.pool_head import StepStatistics
 from f2c_plugin.method.pool import DynamicClassPool
 
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import normalize
 
-from f2c_plugin.method.pool import NOT_IN_POOL, DynamicClassPool
+from f2c_plugin.method.pool import DynamicClassPool
+from f2c_plugin.method.slots import NOT_IN_POOL
 from f2c_plugin.utils.distributed import Shard
 from tests.reference.pool import SlowPool
 

@@ -1,0 +1,62 @@
+"""Resident classes step by step: a dict for the pool, one matrix of logits, autograd for every gradient."""
+
+import math
+
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+
+class SlowResident:
+    """A full FC layer over the identities in a dict, least recently used first.
+
+    Args:
+        pool: a ResidentPool to begin with, whole, without identities.
+    """
+
+    def __init__(self, pool):
+        self.num_identities, self.num_slots = pool.num_identities, pool.num_slots
+        self.slots = {}  # identity -> slot, least recently used first
+        self.free = list(range(pool.num_slots))
+        self.weights = list(pool.rows[0].clone())
+        self.kept = {}
+
+    def step(self, embeddings, labels, margin, rate):
+        """Mean loss over the batch of all ranks. The weights take their step."""
+        probes = normalize(embeddings)
+        first_images = self.admit(labels.tolist(), probes.detach())
+        weights = torch.stack(self.weights).requires_grad_()
+        cosine = probes @ normalize(weights).T
+        absent = math.log((self.num_identities - 1) / (self.num_slots - 1)) / margin.scale
+        logits = margin.filtered(cosine) + absent
+        target = torch.tensor([self.slots[identity] for identity in labels.tolist()])
+        own = margin.target(cosine.gather(1, target[:, None])[:, 0])
+        for image in first_images:
+            own[image] = probes[image] @ probes[image].detach()
+        loss = cross_entropy(margin.scale * logits.scatter(1, target[:, None], own[:, None]), target)
+        gradient, = torch.autograd.grad(loss, weights, retain_graph=True)
+        self.weights = list(weights.detach() - rate * gradient)
+        return loss
+
+    def admit(self, labels, features):
+        """Give every identity a slot; returns which images are the first of theirs."""
+        for identity in labels:
+            if identity in self.slots:  # before any is evicted
+                self.slots[identity] = self.slots.pop(identity)
+        first_images = []
+        for image, identity in enumerate(labels):
+            if identity not in self.slots:
+                if not self.free:
+                    evicted = next(iter(self.slots))
+                    slot = self.slots.pop(evicted)
+                    self.kept[evicted] = self.weights[slot]
+                    self.free.append(slot)
+                slot = self.free.pop(0)
+                self.slots[identity] = slot
+                if identity in self.kept:
+                    self.weights[slot] = self.kept[identity]
+                else:
+                    self.weights[slot] = 0.2 * features[image]
+                    first_images.append(image)
+            else:
+                self.slots[identity] = self.slots.pop(identity)
+        return first_images
