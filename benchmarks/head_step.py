@@ -47,8 +47,8 @@ from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.loss import default_hard_negatives
 from f2c_plugin.method.margin import Margin
 from f2c_plugin.method.pool import DynamicClassPool
-from f2c_plugin.method.slots import NOT_IN_POOL
 from f2c_plugin.method.schedule import Schedule
+from f2c_plugin.method.slots import NOT_IN_POOL
 from f2c_plugin.models import NETWORKS, get_model
 from f2c_plugin.tools.plan import Plan
 from f2c_plugin.trainer.full_fc import FullFC, margin_softmax

@@ -28,9 +28,9 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from accuracy import unseen
 from PIL import Image, ImageOps
 from tqdm import tqdm
+from worlds import unseen
 
 from f2c_plugin.data.dataset import IMAGE_SIZE
 from f2c_plugin.errors import F2CError, InputError, OverwriteError, RecordError, VerificationSetError

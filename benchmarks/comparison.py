@@ -1,0 +1,426 @@
+"""What `accuracy.py` and `vectors.py` share: heads, runs in processes of their own, learning rates, tables.
+
+Heads are compared at equal images and at equal compute. A forward pass counts 1 unit of compute an image, forward and backward
+count 3. At equal compute, a head takes as many steps as cost what the full FC layer takes in the same number of passes; its
+learning rate and its ramp end with its last step.
+
+Each head has its own learning rate: of those in --lr the one with which it is best on the first seed, in TAR at FAR 1e-3; or,
+where no unseen identities resolve it, in accuracy.
+
+Results go into --work as they come, and none is measured again with the same settings and data, also by a later version:
+each names the commit that it was measured with.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from head_step import arcface_torch_modules
+
+import f2c_plugin
+from f2c_plugin.arcface_torch import patching
+from f2c_plugin.arcface_torch.entry_points import f2c_dcp
+from f2c_plugin.build import margin_from
+from f2c_plugin.config import DEFAULTS, TrainConfig, slots_for
+from f2c_plugin.data.from_config import steps_per_epoch
+from f2c_plugin.errors import F2CError
+from f2c_plugin.evaluation.verification import tar_at_far
+from f2c_plugin.method.schedule import Schedule
+from f2c_plugin.trainer import build
+from f2c_plugin.utils.atomic import written_whole
+
+FARS = "1e-2", "1e-3", "1e-4"
+FULL_FC, PARTIAL_FC, F2C, CHANGED_F2C = "softmax", "partial_fc", "f2c_dcp", "f2c_changed"  # heads
+FORWARD, FORWARD_AND_BACKWARD = 1, 3  # units of compute an image
+
+Keys = dict[str, Any]  # of a config
+Result = dict[str, Any]
+
+
+def changed(**fields: Any) -> Callable[[Schedule], Schedule]:
+    return lambda schedule: dataclasses.replace(schedule, **fields)
+
+
+# What can be changed about the recipe "ramp": config keys, or "schedule", a function that changes its Schedule.
+ABLATIONS: dict[str, Keys] = {
+    "not symmetric": dict(f2c_symmetric=False),
+    "identity-based only": dict(f2c_identity_rate=1.0),
+    "instance-based only": dict(f2c_identity_rate=0.0),
+    "one row": dict(schedule=changed(second_row=False)),
+    "hard negatives instead of own-image keys": dict(schedule=changed(own_image_keys=False)),
+    "nothing learnt outside the pool": dict(schedule=changed(outside_weight=0.0)),
+    "scale in full from the start": dict(schedule=changed(start_scale=1e6)),
+    "ramp over 40 %": dict(schedule=lambda schedule: changed(ramp_steps=schedule.ramp_steps * 4 / 7)(schedule)),
+    "momentum in full from the start": dict(schedule=changed(momentum_start=1.0)),
+    "hard negatives, momentum in full": dict(schedule=changed(own_image_keys=False, momentum_start=1.0)),
+    "momentum 0.9": dict(f2c_momentum=0.9),
+    "momentum 0.999": dict(f2c_momentum=0.999),
+}
+
+
+def variants_at(rates: Iterable[float]) -> dict[str, Keys]:
+    """Config keys of all variants, by name; of those with a pool or a sample rate, one for each rate."""
+    def f2c(recipe: str, rate: float, **keys: Any) -> Keys:
+        return dict(head=CHANGED_F2C if "schedule" in keys else F2C, f2c_recipe=recipe, f2c_pool_rate=rate) | keys
+
+    variants: dict[str, Keys] = {"full FC": dict(head=FULL_FC), "full FC, with the ramp": dict(head=FULL_FC, softmax_ramp=True)}
+    for rate in rates:
+        variants |= {
+            f"Partial FC {rate:g}": dict(head=PARTIAL_FC, sample_rate=rate),
+            f"Partial FC {rate:g}, with the ramp": dict(head=PARTIAL_FC, sample_rate=rate, softmax_ramp=True),
+            f"F²C {100 * rate:g} %": f2c("resident", rate),
+            f"F²C {100 * rate:g} %, as published": f2c("paper", rate),
+            f"F²C {100 * rate:g} %, recipe ramp": f2c("ramp", rate)}
+    return variants | {f"F²C 10 %, recipe ramp, {name}": f2c("ramp", 0.1, **keys) for name, keys in ABLATIONS.items()}
+
+
+def units(keys: Keys) -> float:
+    """Compute of a variant's step over the images of its batch."""
+    if keys.get("f2c_recipe") not in ("ramp", "paper"):
+        return FORWARD_AND_BACKWARD
+    # The gallery net embeds what the probe net embeds; if not symmetric, each of them one half of the batch.
+    return (FORWARD_AND_BACKWARD + FORWARD) * (1 if keys.get("f2c_symmetric", True) else 1 / 2)
+
+
+def steps_of(keys: Keys, passes: float, steps_per_pass: int, equal: str) -> int:
+    """Steps of a variant that sees as many images, or takes as much compute, as the full FC layer in so many passes."""
+    share = 1 if equal == "images" else FORWARD_AND_BACKWARD / units(keys)
+    return max(1, round(passes * steps_per_pass * share))
+
+
+class Run(NamedTuple):
+    """A training."""
+
+    variant: str
+    steps: int
+    lr: float
+    seed: int
+
+
+class Column(NamedTuple):
+    """A column of the tables: key of the results, heading, and how to write the values of the seeds."""
+
+    key: str
+    heading: str
+    text: Callable[[Sequence[float]], str]
+
+    def values(self, runs: Iterable[Result]) -> list[float]:
+        """The values of those runs that have one."""
+        return [run[self.key] for run in runs if run.get(self.key) is not None]
+
+
+def percent(values: Sequence[float]) -> str:
+    spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.2f} %{spread}"
+
+
+def number(values: Sequence[float]) -> str:
+    return f"{values[0]:,.10g}"
+
+
+def about(values: Sequence[float]) -> str:
+    return f"{values[0]:.3g}"
+
+
+def median(values: Sequence[float]) -> str:
+    return f"{np.median(values):,.0f}"
+
+
+SETTING_COLUMNS = [Column("lr", "learning rate", number), Column("classes", "classes in a step", number),
+                   Column("units", "units of compute an image", number), Column("passes", "passes", about)]
+PAIR_COLUMNS = [*(Column(f"tar_{far}", f"TAR at FAR {far}", percent) for far in FARS), Column("auc", "AUC", percent)]
+SPEED_COLUMN = Column("images_per_s", "images/s", median)
+
+
+def pair_metrics(embeddings: torch.Tensor, identity: np.ndarray) -> Result:
+    """TAR at fixed FAR, and AUC, over all pairs of images: unit embeddings float32 (n, D), identities (n,).
+
+    A FAR that the different pairs do not resolve has None; so has the AUC if all pairs are same, or different.
+    """
+    scores, same = [np.empty(0, np.float32)], [np.empty(0, bool)]
+    for i in range(len(embeddings) - 1):
+        scores.append((embeddings[i + 1:] @ embeddings[i]).numpy())
+        same.append(identity[i + 1:] == identity[i])
+    all_scores, all_same = np.concatenate(scores), np.concatenate(same)
+    return {f"tar_{far}": tar_at_far(all_scores, all_same, float(far)) for far in FARS} | {"auc": auc(all_scores, all_same)}
+
+
+def auc(scores: np.ndarray, same: np.ndarray) -> float | None:
+    """Probability that a same pair scores above a different one; equal scores count half."""
+    if same.all() or not same.any():
+        return None
+    different = np.sort(scores[~same])
+    below, up_to = (np.searchsorted(different, scores[same], side).mean() for side in ("left", "right"))
+    return float((below + up_to) / 2 / len(different))
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that all comparisons have."""
+    made = argparse.ArgumentParser(description=description.split("\n")[0])
+    made.add_argument("--identities", type=int, default=1000)
+    made.add_argument("--images", type=int, default=20, help="of an identity")
+    made.add_argument("--long-tail", action="store_true", help="so many images on average, but half of the identities have one "
+                                                               "or two")
+    made.add_argument("--wrong-labels", type=float, default=0.0, metavar="SHARE", help="of the labels, changed at random")
+    made.add_argument("--split", type=float, default=0.0, metavar="SHARE", help="of the identities with several images, "
+                                                                                "split in two")
+    made.add_argument("--passes", type=float, nargs="+", default=[1.0], help="over the images")
+    made.add_argument("--equal", nargs="+", default=["images", "compute"], choices=["images", "compute"])
+    made.add_argument("--seeds", type=int, default=1)
+    made.add_argument("--variants", nargs="+", metavar="NAME", help='all, or some of those that "--variants list" prints')
+    made.add_argument("--pool-rate", type=float, nargs="+", default=[1.0, 0.1, 0.01],
+                      help="slots as a share of the identities, and Partial FC's sample rate; a pool has room for a batch")
+    made.add_argument("--batch-size", type=int, default=128)
+    made.add_argument("--embedding-size", type=int, default=128)
+    made.add_argument("--lr", type=float, nargs="+", default=[0.1])
+    made.add_argument("--scale", type=float, default=32.0)
+    made.add_argument("--margin-list", type=float, nargs=3, default=[1.0, 0.0, 0.35])
+    made.add_argument("--jobs", type=int, default=1, help="runs at a time; 0 runs them in this process")
+    made.add_argument("--work", type=Path, default=Path("work_dirs/comparisons"))
+    made.add_argument("--json", type=Path, metavar="FILE")
+    made.add_argument("--child", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    return made
+
+
+def chosen_variants(made: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, Keys]:
+    """The variants to compare. Ends the process after "--variants list", or if there is no such variant."""
+    everything = variants_at(arguments.pool_rate)
+    if arguments.variants == ["list"]:
+        print("\n".join(everything))
+        raise SystemExit
+    few = ["full FC, with the ramp", *(f"F²C {100 * rate:g} %" for rate in arguments.pool_rate)]
+    names = list(everything) if arguments.variants == ["all"] else arguments.variants or few
+    for name in names:
+        if name not in everything:
+            made.error(f"--variants {name!r}: must be of {', '.join(everything)}")
+    if any(everything[name]["head"] == PARTIAL_FC for name in names):
+        try:
+            patching.known_checkout()
+        except patching.CheckoutError:
+            print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
+            names = [name for name in names if everything[name]["head"] != PARTIAL_FC]
+    return {name: everything[name] for name in names}
+
+
+def config(arguments: argparse.Namespace, run: Run, num_classes: int, **others: Any) -> TrainConfig:
+    """The config of a run, which is one epoch of ``run.steps`` steps, however many passes they are."""
+    keys = variants_at(arguments.pool_rate)[run.variant]
+    keys = {key: value for key, value in keys.items() if key != "schedule"}
+    if "f2c_pool_rate" in keys:
+        keys["f2c_pool_rate"] = min(1.0, max(keys["f2c_pool_rate"], arguments.batch_size / num_classes))
+    return TrainConfig(DEFAULTS | dict(
+        num_classes=num_classes, num_image=run.steps * arguments.batch_size, num_epoch=1, batch_size=arguments.batch_size,
+        embedding_size=arguments.embedding_size, lr=run.lr, seed=run.seed, scale=arguments.scale,
+        margin_list=tuple(arguments.margin_list)) | keys | others)
+
+
+def setting_of(arguments: argparse.Namespace) -> Result:
+    """What the results of all comparisons depend on, beside the run and its variant."""
+    return {name: getattr(arguments, name) for name in ("batch_size", "embedding_size", "scale", "margin_list", "long_tail",
+                                                        "wrong_labels", "split")}
+
+
+def classes_in_a_step(cfg: TrainConfig) -> int:
+    """Class weights, or slots, that the softmax of a step goes over."""
+    share = {FULL_FC: 1.0, PARTIAL_FC: cfg.get("sample_rate")}.get(cfg.head) or cfg.f2c_pool_rate
+    return slots_for(share, cfg.num_classes)
+
+
+def install_heads(arguments: argparse.Namespace, run: Run) -> None:
+    """Give the trainer the heads that are not its own."""
+    def f2c_changed(cfg: Any, backbone: Any, margin_loss: Any) -> Any:
+        head = f2c_dcp(cfg, backbone, margin_loss)
+        head.schedule = variants_at(arguments.pool_rate)[run.variant]["schedule"](head.schedule)
+        return head
+    f2c_changed.sampler = f2c_dcp.sampler  # type: ignore[attr-defined]
+    build.BUILT_IN_HEADS |= {PARTIAL_FC: partial_fc, CHANGED_F2C: f2c_changed}
+
+
+def partial_fc(cfg: Any, backbone: Any, margin_loss: Any) -> torch.nn.Module:
+    """Head factory of arcface_torch's Partial FC, with the ramp if ``softmax_ramp``."""
+    losses, partial_fc_v2 = arcface_torch_modules(patching.known_checkout())
+    margin = losses.CombinedMarginLoss(margin_loss.s, margin_loss.m1, margin_loss.m2, margin_loss.m3)
+    head = partial_fc_v2.PartialFC_V2(margin, cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16)
+    if cfg.softmax_ramp:
+        schedule = Schedule.ramp(margin_from(margin_loss), cfg.num_epoch * steps_per_epoch(cfg, 1))
+        steps = itertools.count()
+
+        def set_margin(*_: Any) -> None:
+            now = schedule.margin_at(next(steps))
+            margin.s, margin.m2, margin.m3 = now.scale, now.angular, now.additive
+        head.register_forward_pre_hook(set_margin)
+    return head
+
+
+def score(result: Result) -> float:
+    """What learning rates are chosen by."""
+    if result.get("tar_1e-3") is not None:
+        return result["tar_1e-3"]
+    return float(np.mean([value for key, value in result.items() if key.startswith("accuracy_")]))
+
+
+def provenance() -> Result:
+    """The commit that is at work here, and the versions of what it works with."""
+    root = Path(__file__).parent
+    described = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True,
+                               text=True)
+    return {"commit": described.stdout.strip() or None,
+            "versions": {"f2c_plugin": f2c_plugin.__version__, "torch": torch.__version__, "numpy": np.__version__,
+                         "python": platform.python_version()}}
+
+
+class Comparison:
+    """Runs of variants on one world.
+
+    Args:
+        arguments: of ``parser``.
+        variants: of ``chosen_variants``.
+        setting: what the results depend on beside the run, JSON; the same setting gives the same results.
+        num_images: in a pass.
+        train: from a run and a folder for its files to what it has measured.
+        threads: of a run; None shares the CPUs among the jobs, unless OMP_NUM_THREADS is set.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, variants: dict[str, Keys], setting: Result, num_images: int,
+                 train: Callable[[Run, Path], Result], threads: int | None = None):
+        self.arguments, self.variants, self.setting, self.train = arguments, variants, setting, train
+        self.num_images = num_images
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads = threads or int(os.environ.get("OMP_NUM_THREADS", max(1, cpus // max(1, arguments.jobs))))
+        self.failed: dict[Run, str] = {}
+        self._results: dict[Run, Result] = {}
+
+    def child(self, folder: Path) -> None:
+        """Train the run that ``folder`` describes in this process, and write its result there."""
+        torch.set_num_threads(self.threads)
+        run = Run(**json.loads((folder / "run.json").read_text()))
+        keys = self.variants[run.variant]
+        result = run._asdict() | {
+            "units": units(keys), "passes": round(run.steps * self.arguments.batch_size / self.num_images, 4),
+            **self.train(run, folder), **provenance()}
+        with written_whole(folder / "result.json") as file:
+            file.write(json.dumps(result).encode())
+
+    def folder(self, run: Run) -> Path:
+        """A folder that runs of other settings do not share."""
+        name = re.sub(r"\W+", "-", f"{run.variant} {run.steps} {run.lr:g} {run.seed}".replace("%", ""))
+        keys = {key: value for key, value in self.variants[run.variant].items() if key != "schedule"}
+        digest = hashlib.sha256(json.dumps([self.setting, keys, run], sort_keys=True).encode()).hexdigest()
+        return self.arguments.work / f"{name}-{digest[:8]}"
+
+    def results(self, runs: Iterable[Run]) -> None:
+        """Have the results of these runs, or the reasons why there are none."""
+        missing = [run for run in dict.fromkeys(runs) if run not in self._results and run not in self.failed]
+        with ThreadPoolExecutor(max(1, self.arguments.jobs)) as pool:
+            try:
+                for _ in pool.map(self._result, missing):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _result(self, run: Run) -> None:
+        folder = self.folder(run)
+        if not (folder / "result.json").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "run.json").write_text(json.dumps(run._asdict()))
+            if error := self._train(run, folder):
+                self.failed[run] = f"{folder}: {error}"
+                print(f"{describe(run)}: failed: {self.failed[run]}", file=sys.stderr)
+                return
+        self._results[run] = result = json.loads((folder / "result.json").read_text())
+        found = ", ".join(f"{key} {value:.2%}" for key, value in result.items()
+                          if key.startswith(("accuracy_", "tar_")) and value is not None)
+        print(f"{describe(run)}: {found}", file=sys.stderr)
+
+    def _train(self, run: Run, folder: Path) -> str | None:
+        """Train, in another process if there are jobs. Returns the error, if any."""
+        if not self.arguments.jobs:
+            try:
+                return self.child(folder)
+            except F2CError as error:
+                return str(error)
+        command = [sys.executable, *sys.argv, "--child", str(folder)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        with open(folder / "output.log", "w") as output:
+            done = subprocess.run(command, stdout=output, stderr=output, env=environment)
+        if not done.returncode:
+            return None
+        lines = (folder / "output.log").read_text(errors="replace").splitlines()
+        return f"exit code {done.returncode}, output.log ends with: {lines[-1] if lines else ''}"
+
+    def tables(self) -> list[Result]:
+        """A table for each number of passes, at equal images and at equal compute.
+
+        {"passes": of the full FC layer, "equal": "images" or "compute", "rows": {variant: {"by_lr": results of the first seed,
+        "runs": results of all seeds with the learning rate that is best on the first}}}. Runs that failed are left out.
+        """
+        arguments = self.arguments
+        steps_per_pass = self.num_images // arguments.batch_size
+        cells = {(passes, equal, variant): steps_of(keys, passes, steps_per_pass, equal)
+                 for passes in arguments.passes for equal in arguments.equal for variant, keys in self.variants.items()}
+        self.results(Run(variant, steps, lr, 0) for (_, _, variant), steps in cells.items() for lr in arguments.lr)
+        best: dict[tuple[str, int], float] = {}
+        for (_, _, variant), steps in cells.items():
+            tried = [found for lr in arguments.lr if (found := self._results.get(Run(variant, steps, lr, 0)))]
+            if tried:
+                best[variant, steps] = max(tried, key=score)["lr"]
+        self.results(Run(*which, lr, seed) for which, lr in best.items() for seed in range(1, arguments.seeds))
+        tables: list[Result] = [{"passes": passes, "equal": equal, "rows": {}}
+                                for passes in arguments.passes for equal in arguments.equal]
+        for table in tables:
+            for variant in self.variants:
+                steps = cells[table["passes"], table["equal"], variant]
+                if (variant, steps) not in best:
+                    continue
+                by_lr = [self._results.get(Run(variant, steps, lr, 0)) for lr in arguments.lr]
+                runs = [self._results.get(Run(variant, steps, best[variant, steps], seed)) for seed in range(arguments.seeds)]
+                table["rows"][variant] = {"by_lr": [each for each in by_lr if each], "runs": [each for each in runs if each]}
+        return tables
+
+
+def describe(run: Run) -> str:
+    return f"{run.variant}, {run.steps} steps, learning rate {run.lr:g}, seed {run.seed}"
+
+
+def markdown(tables: Sequence[Result], columns: Sequence[Column], keep_empty: Sequence[Column] = ()) -> str:
+    """The tables: means over the seeds ± standard deviations. Columns without a value are left out, unless kept."""
+    lines: list[str] = []
+    for (passes, rows), same in itertools.groupby(tables, lambda table: (table["passes"], table["rows"])):
+        equal = " and ".join(f"equal {table['equal']}" for table in same)
+        lines += [f"{passes:g} {'pass' if passes == 1 else 'passes'} of full FC, {equal}:", ""]
+        runs = [run for row in rows.values() for run in row["runs"]]
+        shown = [column for column in columns if column in keep_empty or column.values(runs)]
+        lines += ["| head | " + " | ".join(column.heading for column in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+        for variant, row in rows.items():
+            cells = [column.text(values) if (values := column.values(row["runs"])) else "" for column in shown]
+            lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(comparison: Comparison, columns: Sequence[Column], keep_empty: Sequence[Column] = ()) -> list[Result]:
+    """Compare, print the tables, and write them to --json. Ends the process with an error if a run has failed."""
+    arguments, tables = comparison.arguments, comparison.tables()
+    print(markdown(tables, columns, keep_empty))
+    failed = [f"{describe(run)}: {error}" for run, error in comparison.failed.items()]
+    if arguments.json:
+        report = provenance() | {"setting": comparison.setting, "seeds": arguments.seeds, "failed": failed, "tables": tables}
+        with written_whole(arguments.json) as file:
+            file.write((json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    if failed:
+        sys.exit("\n".join(["failed:", *failed]))
+    return tables
