@@ -35,7 +35,7 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
         margin: scale and margin.
         pool_rate: slots as a share of the identities, unless ``num_slots`` is given.
         pool_dtype: of the pool's rows.
-        recipe: "resident" (``ResidentHead``; the ranks share the slots), or "paper" or "ramp" (``F2CHead``).
+        recipe: "resident" (``ResidentHead``; the ranks share the slots), or "paper" (``F2CHead``).
         kept_weights: the folder whose disk keeps the weights of identities out of the pool; None is main memory. Like
             ``autocast`` it is for the recipe "resident"; what follows is for the others, ``seed`` and ``autocast`` for both.
         shard_pool: whether the ranks share the rows, instead of each holding all of them.

@@ -26,7 +26,7 @@ class TrainConfig(EasyDict):
 
 
 PREFIX = "f2c_"
-RECIPES = ("resident", "ramp", "paper")
+RECIPES = ("resident", "paper")
 KEPT_WEIGHTS = ("memory", "file")
 POOL_DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("probe", "gallery", "best")

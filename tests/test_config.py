@@ -15,12 +15,13 @@ GOOD = dict(batch_size=128, num_classes=10_000, dali=False)
 
 
 def test_defaults_are_what_the_readme_says():
-    assert F2CConfig.read(GOOD) == F2CConfig(0.1, 0.99, True, 2 / 3, None, "ramp", "float32", False, False, "probe", None, 50)
+    assert F2CConfig.read(GOOD) == F2CConfig(
+        0.1, "resident", "memory", 0.99, True, None, None, "float32", False, False, "probe", None, 50)
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(f2c_pool_rat=0.1), "f2c_pool_rat: unknown key; did you mean f2c_pool_rate?"),
-    (dict(f2c_zebra=1), "f2c_zebra: unknown key; there are f2c_pool_rate, f2c_momentum"),
+    (dict(f2c_zebra=1), "f2c_zebra: unknown key; there are f2c_pool_rate, f2c_recipe"),
     (dict(f2c_pool_rate=0), "f2c_pool_rate=0: must be above 0, up to 1"),
     (dict(f2c_pool_rate="0.1"), "f2c_pool_rate='0.1': must be"),
     (dict(f2c_momentum=1.0), "f2c_momentum=1.0: must be from 0 to below 1"),
@@ -28,12 +29,15 @@ def test_defaults_are_what_the_readme_says():
     (dict(f2c_identity_rate=1.5), "f2c_identity_rate=1.5: must be from 0 to 1"),
     (dict(f2c_identity_rate=True), "f2c_identity_rate=True: must be from 0 to 1"),
     (dict(f2c_hard_negatives=0), "f2c_hard_negatives=0: must be a whole number above 0, or None"),
-    (dict(f2c_recipe="fast"), "f2c_recipe='fast': must be one of 'ramp', 'paper'"),
+    (dict(f2c_recipe="fast"), "f2c_recipe='fast': must be one of 'resident', 'paper'"),
     (dict(f2c_pool_dtype="half"), "f2c_pool_dtype='half': must be one of 'float32', 'bfloat16', 'float16'"),
     (dict(f2c_export="both"), "f2c_export='both': must be one of 'probe', 'gallery', 'best'"),
     (dict(f2c_shard_pool=2), "f2c_shard_pool=2: must be True or False"),
-    (dict(batch_size=127), "batch_size=127: .* make it even, 126 or 128"),
-    (dict(batch_size=1), "batch_size=1: .* make it even, 2$"),
+    (dict(batch_size=127, f2c_recipe="paper"), "batch_size=127: .* make it even, 126 or 128"),
+    (dict(batch_size=1, f2c_identity_rate=0.5), "batch_size=1: .* make it even, 2$"),
+    (dict(f2c_kept_weights="disk"), "f2c_kept_weights='disk': must be one of 'memory', 'file'"),
+    (dict(f2c_export="gallery"), "f2c_export='gallery': the recipe 'resident' has no gallery net: leave it out, or set "
+                                 "f2c_recipe='paper'"),
     (dict(batch_size="128"), "batch_size='128': must be a whole number above 0"),
     (dict(dali=True), "dali=True: must be False: this package's loader decodes by itself"),
 ])
@@ -47,13 +51,15 @@ def test_a_rate_gives_the_slots_that_it_says():
 
 
 def test_a_pool_smaller_than_a_gathered_batch_is_refused_with_the_rate_that_would_do():
-    bad = GOOD | dict(f2c_pool_rate=0.001, num_classes=93_431)
+    bad = GOOD | dict(f2c_pool_rate=0.001, num_classes=93_431, f2c_recipe="paper")
     message = (r"f2c_pool_rate=0.001 gives 93 slots for num_classes=93431, but a gathered batch holds up to 512 "
                r"identities: raise it to at least 0.00548")
     with pytest.raises(ConfigError, match=message) as error:
         F2CConfig.read(bad, world_size=8)
     enough = float(str(error.value).split()[-1])
     assert F2CConfig.read(bad | dict(f2c_pool_rate=enough), 8).num_slots(93_431) == 512
+    with pytest.raises(ConfigError, match="holds up to 1024 identities"):  # every image may show another
+        F2CConfig.read(bad | dict(f2c_pool_rate=enough, f2c_recipe="resident"), 8)
 
 
 def test_a_pool_with_fewer_slots_than_ranks_is_not_sharded():
@@ -63,7 +69,7 @@ def test_a_pool_with_fewer_slots_than_ranks_is_not_sharded():
 
 def test_everything_that_is_wrong_is_reported_at_once():
     with pytest.raises(ConfigError) as error:
-        F2CConfig.read(GOOD | dict(f2c_zebra=1, f2c_momentum=2, f2c_pool_rate=1e-5, batch_size=3))
+        F2CConfig.read(GOOD | dict(f2c_zebra=1, f2c_momentum=2, f2c_pool_rate=1e-5, batch_size=3, f2c_recipe="paper"))
     assert all(word in str(error.value) for word in ("f2c_zebra", "f2c_momentum=2", "f2c_pool_rate=1e-05", "batch_size=3"))
 
 
@@ -108,13 +114,13 @@ RIGHT = dict(
     margin_list=[(1.0, 0.5, 0.0), [1, 0, 0.4]], val_targets=[[], ["synth"]], f2c_pool_rate=[1.0, 1],
     f2c_momentum=[0.0, 0.999],
     f2c_symmetric=[True, False], f2c_skip_damaged=[True], f2c_shard_pool=[True, False], f2c_save_every=[None, 1],
-    f2c_max_bad_steps=[1], f2c_hard_negatives=[None, 5], f2c_identity_rate=[0, 0.5, 1.0],
-    f2c_export=["probe", "gallery", "best"],
-    f2c_pool_dtype=["float32", "bfloat16"], f2c_recipe=["ramp", "paper"])
+    f2c_max_bad_steps=[1], f2c_hard_negatives=[None, 5], f2c_identity_rate=[0, 0.5, 1.0, None],
+    f2c_export=["probe"], f2c_kept_weights=["memory", "file"],
+    f2c_pool_dtype=["float32", "bfloat16"], f2c_recipe=["resident", "paper"])
 NONSENSE = [None, -1, -0.5, float("nan"), float("inf"), "", "x", "1", b"1", [], {}, (1,), object, 10**30]
 WRONG = dict(
     head=["f2c_dpc", 3], sampler=["f2c_daul", 1.5], network=["r51", None],
-    embedding_size=[0, 1 << 40, True], batch_size=[0, 3, 1.5, 10**9],
+    embedding_size=[0, 1 << 40, True], batch_size=[0, 1.5, 10**9],
     num_classes=[5, 13, 10**15, "12"], num_image=[1, 121, 10**12, None], num_epoch=[0, "2"], gradient_acc=[0],
     num_workers=[-1, None, 1025],
     warmup_epoch=[-1, 10**7], seed=[-1, 2**32, "a"], lr=[0, "0.1", float("nan")], scale=[0, float("inf")],
@@ -126,7 +132,7 @@ WRONG = dict(
     rec=["nowhere", 7], f2c_pool_rate=[0, 1.1, 0.01, "1"], f2c_momentum=[1, -0.1], f2c_symmetric=[1, "no"],
     f2c_skip_damaged=[0],
     f2c_shard_pool=[None], f2c_save_every=[0, 1.5], f2c_max_bad_steps=[0, None], f2c_hard_negatives=[0, 2.5],
-    f2c_identity_rate=[1.5, None], f2c_export=["both"], f2c_pool_dtype=["half", None], f2c_recipe=["fast", None],
+    f2c_identity_rate=[1.5, "1"], f2c_export=["both", "best"], f2c_kept_weights=["disk", None], f2c_pool_dtype=["half", None], f2c_recipe=["fast", None],
     f2c_pool_rat=[0.1], f2c_momentun=[0.9], f2c_=[1])
 # Keys that are wrong only beside others, or only where F²C is trained.
 DEPENDS = {"f2c_pool_rate": 0.01, "batch_size": 3, "warmup_epoch": 10**7}

@@ -4,9 +4,11 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
+from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.method.head import F2CHead
 from f2c_plugin.method.margin import Margin
 from f2c_plugin.method.pool import DynamicClassPool
@@ -23,7 +25,7 @@ def test_the_state_of_a_head_goes_on_with_the_loss_gradient_and_pool_that_0_1_ha
     saved = torch.load(OLD / "head.pt")
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.PReLU(16), nn.Linear(16, 6)).double()
     net.load_state_dict(saved["net"])
-    head = F2CHead(net, DynamicClassPool(12, 30, 6).double(), Schedule.ramp(Margin(16.0, angular=0.3), 40, 0.9))
+    head = F2CHead(net, DynamicClassPool(12, 30, 6).double(), Schedule.paper(Margin(16.0, angular=0.3), 0.9))
     head.load_state_dict(saved["head"])
     assert head.steps == 15
     embeddings = net(saved["images"])
@@ -35,10 +37,28 @@ def test_the_state_of_a_head_goes_on_with_the_loss_gradient_and_pool_that_0_1_ha
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12)
 
 
+def draw_pairs_as_0_1(monkeypatch):
+    """0.1 drew two images of an identity at random, whatever had come before."""
+    def batch(self, step, original=DualSampler.batch):
+        self.step = step
+        return original(self, step)
+
+    def pairs(self, positions):
+        rng = np.random.default_rng([self.seed, 2, self.step, self.rank])
+        chosen = self.identities.take(positions)
+        count = np.diff(self.index.starts)[chosen]
+        first = rng.integers(count)
+        second = (first + 1 + rng.integers(count - 1)) % count
+        return self.index.grouped[self.index.starts[chosen] + np.stack([first, second])].astype(np.int64)
+    monkeypatch.setattr(DualSampler, "batch", batch)
+    monkeypatch.setattr(DualSampler, "_pairs", pairs)
+
+
 def test_a_training_goes_on_from_a_checkpoint_to_the_model_that_0_1_ended_with(config, monkeypatch):
     micro = _plain((4, 2), (4, 2), (4, 2), before=partial(nn.AvgPool2d, 2))  # what the fixture was trained with
     monkeypatch.setitem(NETWORKS, "micro", micro)
-    path = config(network="micro", embedding_size=8, resume=True, f2c_save_every=10)
+    draw_pairs_as_0_1(monkeypatch)
+    path = config(network="micro", embedding_size=8, resume=True, f2c_save_every=10, f2c_recipe="paper")
     Path("out").mkdir()
     shutil.copy(OLD / "checkpoint_000000000120.pt", "out")
     shutil.copy(OLD / "run/history.jsonl", "out")

@@ -87,12 +87,11 @@ class F2CHead(PoolHead):
         half_steps = self._half_steps(probes, labels, gallery)
         margin = self.schedule.margin_at(self.steps)
         with without_autocast(probes.device.type):  # ``self.autocast`` alone decides
-            result = pool_loss(half_steps, self.pool, margin, self.num_hard_negatives, self.autocast,
-                               self.schedule.outside_weight, self.schedule.second_row)
+            result = pool_loss(half_steps, self.pool, margin, self.num_hard_negatives, self.autocast)
         self.pool.commit(half_steps[-1].view)
         self.steps += 1
         self._report(result, [each.view for each in half_steps], margin.scale)
-        return result.loss * self.schedule.loss_weight(2 * len(half_steps))
+        return result.loss
 
     def _half_steps(self, probes: Tensor, labels: Tensor, gallery: Tensor) -> list[HalfStep]:
         """The half-steps of a batch: all of them start from the pool as it is."""
@@ -103,9 +102,8 @@ class F2CHead(PoolHead):
             return [HalfStep(probes, label_y, self.pool.preview(all_x, features.flatten(0, 1)))]
         features_x, features_y = (half.flatten(0, 1) for half in features.chunk(2, dim=1))  # (W·B/2, D)
         probe_x, probe_y = probes.chunk(2)  # (B/2, D)
-        key_x, key_y = gallery.chunk(2) if self.schedule.own_image_keys else (None, None)  # (B/2, D)
-        return [HalfStep(probe_x, label_x, self.pool.preview(all_y, features_y), key_x),
-                HalfStep(probe_y, label_y, self.pool.preview(all_x, features_x), key_y)]
+        return [HalfStep(probe_x, label_x, self.pool.preview(all_y, features_y)),
+                HalfStep(probe_y, label_y, self.pool.preview(all_x, features_x))]
 
     def _take_images(self, images: Tensor) -> Tensor:
         """What the hook does with a batch: its gallery features are kept, and the probe images returned."""
@@ -131,7 +129,7 @@ class F2CHead(PoolHead):
     def _embed(self, images: Tensor) -> Tensor:
         """Gallery features of the images that gallery features are needed of, after the gallery net has followed."""
         if self.steps > self._last_followed and self.steps % self.gradient_acc == 0:
-            self.gallery.follow(self.probe_net, self.schedule.momentum_at(self.steps))
+            self.gallery.follow(self.probe_net, self.schedule.momentum)
             self._last_followed = self.steps
         return at_least_float32(self.gallery(images if self.symmetric else images.chunk(2)[0]))
 

@@ -24,14 +24,11 @@ class HalfStep(NamedTuple):
         probes: (P, D) embeddings; normalised by the loss.
         labels: int64 (P,) their identities.
         view: the pool with the gallery features of this half-step.
-        own_image_keys: (P, D) the gallery features of the probes' own images, the targets of probes
-            whose identity is not in the pool; None pushes these off their hardest negatives.
     """
 
     probes: Tensor
     labels: Tensor
     view: PoolView
-    own_image_keys: Tensor | None = None
 
 
 class PoolLoss(NamedTuple):
@@ -52,14 +49,12 @@ class PoolLoss(NamedTuple):
 
 
 def pool_loss(half_steps: list[HalfStep], pool: DynamicClassPool, margin: Margin, num_hard_negatives: int,
-              autocast: bool = False, outside_weight: float = 1.0, second_row: bool = True) -> PoolLoss:
+              autocast: bool = False) -> PoolLoss:
     """Loss of every half-step's probes against both views of the pool.
 
     View 1 is row 0 of every slot; view 2 shows row 1 of the slots that have two keys. In each view,
     probes whose identity is in the pool take the margin softmax over the K slots, mean over them. The
-    others are pushed off their h hardest negatives, mean over all of these; or, with own-image keys,
-    take the softmax without margin over their key and the K slots, mean over them (as MoCo, arXiv
-    1911.05722, equation 1). A term without probes is 0.
+    others are pushed off their h hardest negatives, mean over all of these. A term without probes is 0.
 
     All views of all half-steps agree on every slot except the few that a half-step writes. So the
     probes are scored once against the untouched slots, in one pass, and against the touched slots as
@@ -73,20 +68,16 @@ def pool_loss(half_steps: list[HalfStep], pool: DynamicClassPool, margin: Margin
         pool: the pool of their views, unchanged. If it is sharded, all ranks call this together.
         margin, num_hard_negatives: of this step; h.
         autocast: whether matrix products run in the autocast type of the device.
-        outside_weight: factor of the loss of probes whose identity is not in the pool.
-        second_row: whether view 2 shows row 1 of the slots that have two keys; else it equals view 1.
     """
     probes = normalize(torch.stack([each.probes for each in half_steps]), dim=2)  # (H, P, D)
     slots = torch.stack([each.view.lookup(each.labels) for each in half_steps])  # (H, P)
     dtype = torch.get_autocast_dtype(probes.device.type) if autocast else probes.dtype
 
     touched = _touched_slots(half_steps, pool)  # (A,)
-    views = _touched_rows(half_steps, touched, pool, second_row)  # (H, 2, A, D)
+    views = _touched_rows(half_steps, touched, pool)  # (H, 2, A, D)
     untouched = _score_untouched(probes, touched, pool, margin, min(num_hard_negatives, pool.num_slots), dtype)
     target_cosine, others = _score_touched(probes, slots, touched, views, margin, dtype)  # (H, 2, P), (H, 2, P, A)
-    keys = [each.own_image_keys for each in half_steps if each.own_image_keys is not None]
-    key_cosine = (probes * normalize(torch.stack(keys).nan_to_num(0, 0, 0), dim=2)).sum(2) if keys else None  # (H, P)
-    return _combine(slots != NOT_IN_POOL, *untouched, target_cosine, others, key_cosine, margin, outside_weight)
+    return _combine(slots != NOT_IN_POOL, *untouched, target_cosine, others, margin)
 
 
 def _touched_slots(half_steps: list[HalfStep], pool: DynamicClassPool) -> Tensor:
@@ -98,7 +89,7 @@ def _touched_slots(half_steps: list[HalfStep], pool: DynamicClassPool) -> Tensor
     return torch.cat([pool.lookup(labels), *(each.view.assignment.slot for each in half_steps)]).sort().values
 
 
-def _touched_rows(half_steps: list[HalfStep], touched: Tensor, pool: DynamicClassPool, second_row: bool) -> Tensor:
+def _touched_rows(half_steps: list[HalfStep], touched: Tensor, pool: DynamicClassPool) -> Tensor:
     """The rows of the touched slots in both views of every half-step, (H, 2, A, D)."""
     rows = pool.rows_at(touched)  # (2, A, D)
     views: list[Tensor] = []
@@ -107,8 +98,7 @@ def _touched_rows(half_steps: list[HalfStep], touched: Tensor, pool: DynamicClas
         seen = rows.clone()
         each.view.write_into(seen, index)
         has_two_keys = torch.zeros_like(touched, dtype=torch.bool)
-        if second_row:
-            has_two_keys[index] = each.view.assignment.has_two_keys
+        has_two_keys[index] = each.view.assignment.has_two_keys
         views.append(torch.stack([seen[0], torch.where(has_two_keys[:, None], seen[1], seen[0])]))
     return torch.stack(views)
 
@@ -144,19 +134,15 @@ def _score_touched(probes: Tensor, slots: Tensor, touched: Tensor, views: Tensor
 
 
 def _combine(in_pool: Tensor, log_sum_exp: Tensor, hardest: Tensor, target_cosine: Tensor, others: Tensor,
-             key_cosine: Tensor | None, margin: Margin, outside_weight: float) -> PoolLoss:
-    def softmax_loss(target: Tensor) -> Tensor:  # (H, 1 or 2, P) logits of the targets -> (H, 2, P)
-        target = target.expand(-1, 2, -1)
-        logits = [log_sum_exp[:, None, :, None].expand(-1, 2, -1, -1), margin.scale * others, target[..., None]]
-        return torch.cat(logits, 3).logsumexp(3) - target
-
-    positive = softmax_loss(margin.scale * margin.target(target_cosine))
+             margin: Margin) -> PoolLoss:
+    target = margin.scale * margin.target(target_cosine)  # (H, 2, P)
+    logits = [log_sum_exp[:, None, :, None].expand(-1, 2, -1, -1), margin.scale * others, target[..., None]]
+    positive = torch.cat(logits, 3).logsumexp(3) - target
     cosines = torch.cat([hardest[:, None].expand(-1, 2, -1, -1), others], 3)  # (H, 2, P, h + A)
     negative = cosines.topk(hardest.size(2), dim=3).values.clamp_min(0).mean(3)  # (H, 2, P)
-    outside = negative if key_cosine is None else softmax_loss(margin.scale * key_cosine[:, None])
 
     in_pool = in_pool[:, None]  # (H, 1, P)
-    loss = _mean(positive, in_pool, least=1).sum() + outside_weight * _mean(outside, ~in_pool, least=1).sum()
+    loss = _mean(positive, in_pool, least=1).sum() + _mean(negative, ~in_pool, least=1).sum()
     statistics = (in_pool.to(loss.dtype), _mean(target_cosine[:, :1], in_pool), _mean(negative[:, :1], ~in_pool))
     return PoolLoss(loss, *(each.detach().nanmean() for each in statistics))
 

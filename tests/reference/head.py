@@ -14,21 +14,20 @@ class SlowHead:
     Args:
         head: whose schedule and pool to begin with.
         gallery: the gallery net, in training mode and without dropout.
-        paper: whether the recipe is the published one; else it is the ramp.
         momentum: the configured m.
     """
 
-    def __init__(self, head, gallery, paper, momentum=0.9):
-        self.schedule, self.paper, self.momentum = head.schedule, paper, momentum
+    def __init__(self, head, gallery, momentum=0.9):
+        self.schedule, self.momentum = head.schedule, momentum
         self.steps = 0
         self.pool = SlowPool(head.pool)
         self.gallery = gallery
 
-    def half_step(self, gallery, gallery_labels, probe, probe_labels, own_image_keys=None):
+    def half_step(self, gallery, gallery_labels, probe, probe_labels):
         two_keys, _ = self.pool.write(gallery_labels.tolist(), gallery)
         slots = torch.tensor([self.pool.slots.get(identity, -1) for identity in probe_labels.tolist()])
         return slow_loss(probe, slots, self.pool.rows.clone(), torch.tensor(sorted(two_keys)),
-                         self.schedule.margin_at(self.steps), 3, own_image_keys)
+                         self.schedule.margin_at(self.steps), 3)
 
     def step(self, net, images, embeddings, labels, symmetric, follow):
         loss = self.loss(net, images, embeddings, labels, symmetric, follow)
@@ -37,7 +36,7 @@ class SlowHead:
 
     @torch.no_grad()
     def follow(self, net):
-        m = self.momentum if self.paper else min(self.momentum, (1 + self.steps) / (10 + self.steps))
+        m = self.momentum
         for mine, theirs in zip(self.gallery.parameters(), net.parameters(), strict=True):
             mine.copy_(m * mine + (1 - m) * theirs)
 
@@ -51,10 +50,10 @@ class SlowHead:
             else:
                 gallery_x, gallery_y = self.gallery(images).chunk(2)
         if not symmetric:
-            return self.half_step(gallery_x, label_x, embeddings, label_y) / (1 if self.paper else 2)
+            return self.half_step(gallery_x, label_x, embeddings, label_y)
         probe_x, probe_y = embeddings.chunk(2)
         before = deepcopy(self.pool)
-        first = self.half_step(gallery_y, label_y, probe_x, label_x, None if self.paper else gallery_x)
+        first = self.half_step(gallery_y, label_y, probe_x, label_x)
         self.pool = before
-        second = self.half_step(gallery_x, label_x, probe_y, label_y, None if self.paper else gallery_y)
-        return (first + second) / (1 if self.paper else 4)
+        second = self.half_step(gallery_x, label_x, probe_y, label_y)
+        return first + second

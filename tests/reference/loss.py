@@ -3,14 +3,13 @@
 import torch
 
 
-def slow_loss(embeddings, labels, rows, two_keys, margin, num_hard_negatives, own_image_keys=None):
+def slow_loss(embeddings, labels, rows, two_keys, margin, num_hard_negatives):
     """The loss of a half-step, without a margin softmax over more than one probe at a time.
 
     Args:
         labels: slot of each probe's identity, or -1.
         rows: (2, K, D) of the pool in this half-step.
         two_keys: slots of which the second view shows row 1.
-        own_image_keys: targets of the probes without a slot; None pushes these off their hardest negatives.
     """
     second_view = rows[0].clone()
     for slot in two_keys.tolist():
@@ -18,7 +17,7 @@ def slow_loss(embeddings, labels, rows, two_keys, margin, num_hard_negatives, ow
     total = embeddings.sum() * 0
     for view in rows[0], second_view:
         positives, negatives = [], []
-        for number, (embedding, label) in enumerate(zip(embeddings, labels.tolist(), strict=True)):
+        for embedding, label in zip(embeddings, labels.tolist(), strict=True):
             cosines = []
             for slot, feature in enumerate(view):
                 cosine = embedding @ feature / embedding.norm()
@@ -32,9 +31,6 @@ def slow_loss(embeddings, labels, rows, two_keys, margin, num_hard_negatives, ow
                 cosines[label] = own - margin.additive
                 logits = margin.scale * torch.stack(cosines)
                 positives.append(torch.logsumexp(logits, 0) - logits[label])
-            elif own_image_keys is not None:
-                key = embedding @ own_image_keys[number] / embedding.norm() / own_image_keys[number].norm()
-                negatives.append(torch.logsumexp(margin.scale * torch.stack([*cosines, key]), 0) - margin.scale * key)
             else:
                 hardest = sorted(cosines, key=lambda cosine: cosine.item(), reverse=True)[:num_hard_negatives]
                 negatives += [cosine.clamp_min(0) for cosine in hardest]

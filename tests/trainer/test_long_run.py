@@ -27,7 +27,7 @@ def resident_mb():
 def test_memory_and_files_stay_flat_and_the_pool_whole_over_many_steps(steps):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 8), nn.BatchNorm1d(8))
-    head = F2CHead(net, DynamicClassPool(SLOTS, IDENTITIES, 8), Schedule.ramp(Margin(32.0, additive=0.3), steps))
+    head = F2CHead(net, DynamicClassPool(SLOTS, IDENTITIES, 8), Schedule.paper(Margin(32.0, additive=0.3)))
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     memory, files = [], []
     for step in range(steps):
