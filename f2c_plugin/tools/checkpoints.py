@@ -14,6 +14,7 @@ from f2c_plugin.errors import CheckpointError, OverwriteError
 from f2c_plugin.method.slots import NOT_IN_POOL
 from f2c_plugin.trainer.output import write_states
 from f2c_plugin.trainer.schema import COUNTERS, FORMAT, problems, problems_of_arcface_torch
+from f2c_plugin.utils.distributed import Shard
 from f2c_plugin.utils.finite import not_finite, some
 from f2c_plugin.utils.safe_load import load_states
 
@@ -21,6 +22,7 @@ States = dict[str, Any]
 _NAME = "checkpoint_gpu_{}.pt"
 _STATES = ("state_dict_backbone", "state_dict_softmax_fc", "state_optimizer")
 _MAX_RANKS = 1 << 16
+_KEPT = "pool.kept.rows"  # of all identities in the file of rank 0, else of the rank's
 _POOL = {"pool.rows": 3, "pool.slot_identity": 1, "pool.clock": 0}  # dimensions of what is described
 
 
@@ -55,9 +57,10 @@ def _some_keys(saved: Mapping[Any, Any]) -> str:
 
 def _describe_head(head: Mapping[str, Any]) -> str:
     if all(torch.is_tensor(head.get(name)) and head[name].dim() == dimensions for name, dimensions in _POOL.items()):
-        _, slots, size = head["pool.rows"].shape
+        rows, slots, size = head["pool.rows"].shape
         taken = int((head["pool.slot_identity"] != NOT_IN_POOL).sum())
-        return f"F²C, {slots:,} slots of 2 × {size}, {taken:,} taken, {int(head['pool.clock']):,} writes"
+        what = f"class weights of {size}" if _KEPT in head else f"{rows} × {size}"
+        return f"F²C, {slots:,} slots of {what}, {taken:,} taken, {int(head['pool.clock']):,} writes"
     if head.keys() == {"weight"} and torch.is_tensor(head["weight"]) and head["weight"].dim() == 2:
         classes, size = head["weight"].shape
         return f"weights of {classes:,} classes × {size}"
@@ -73,8 +76,8 @@ def _not_finite(state: Mapping[str, Any]) -> str:
 def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
     """Convert arcface_torch's ``checkpoint_gpu_*.pt`` files to another number of ranks. Returns the files written.
 
-    F²C's pool is the same on all ranks and is copied. Partial FC's weights and their optimizer state are
-    joined and split again. The batch size per GPU is assumed to stay the same, so with more ranks an epoch
+    F²C's pool is the same on all ranks and is copied; its kept weights are split again. Partial FC's weights and their
+    optimizer state are joined and split again. The batch size per GPU is assumed to stay the same, so with more ranks an epoch
     has fewer steps; steps are rescaled.
 
     Raises CheckpointError if a file is missing, damaged, not finite or from another step than the others, the pools differ, or
@@ -101,7 +104,7 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
     heads = [state["state_dict_softmax_fc"] for state in states]
     if "pool.rows" in heads[0]:
         _require_same_pools(heads, paths)
-        whole = {}
+        whole: dict[str, Tensor] = {}
     elif all(head.keys() == {"weight"} for head in heads):
         _require_fitting_weights(states, paths)
         whole = _join(states)
@@ -112,7 +115,7 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
     rescaled = _rescale_steps(states[0], len(states), num_ranks)
     with ExitStack() as on_error:  # a part of the files is of no use
         for rank, target in enumerate(targets):
-            write_states(rescaled | _split(states[0], whole, rank, num_ranks), target)
+            write_states(rescaled | _split(rescaled, whole, rank, num_ranks), target)
             on_error.callback(target.unlink)
         on_error.pop_all()
     return targets
@@ -130,7 +133,7 @@ def _files_of_all_ranks(folder: Path) -> list[Path]:
 def _require_same_pools(heads: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> None:
     for head, path in zip(heads, paths, strict=True):
         for name, value in heads[0].items():
-            if name.startswith("pool.") and not (
+            if name.startswith("pool.") and name != _KEPT and not (
                     torch.is_tensor(value) and torch.is_tensor(head.get(name)) and torch.equal(value, head[name])):
                 raise CheckpointError(f"{path}: {name} differs from {paths[0].name}: the pools of the ranks have drifted apart")
 
@@ -167,13 +170,22 @@ def _join(states: Sequence[States]) -> dict[str, Tensor]:
 def _split(state: States, whole: Mapping[str, Tensor], rank: int, num_ranks: int) -> States:
     """The entries of a rank's checkpoint that hold its part of ``whole``. Splits as Partial FC does."""
     if not whole:
-        return {}
+        head = state["state_dict_softmax_fc"]
+        return {"state_dict_softmax_fc": head | _own_kept_weights(head, rank, num_ranks)}
     part = {name: value.tensor_split(num_ranks)[rank].clone() for name, value in whole.items()}
     weight = part.pop("weight")
     optimizer = state["state_optimizer"]
     number, of_weight = _optimizer_state_of_weight(state)
     of_all = optimizer["state"] | ({number: of_weight | part} if of_weight else {})
     return {"state_dict_softmax_fc": {"weight": weight}, "state_optimizer": optimizer | {"state": of_all}}
+
+
+def _own_kept_weights(head: States, rank: int, num_ranks: int) -> dict[str, Tensor]:
+    """A rank's kept weights, as ``KeptWeights`` saves them; {} if the head has none."""
+    if _KEPT not in head or not rank:
+        return {}
+    first, end = Shard(rank, num_ranks).range_of(head[_KEPT].size(1))
+    return {_KEPT: head[_KEPT][:, first:end].clone()}
 
 
 def _rescale_steps(state: States, before: int, after: int) -> States:

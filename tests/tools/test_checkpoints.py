@@ -10,9 +10,12 @@ from torch import nn
 from f2c_plugin.cli import main as cli
 from f2c_plugin.errors import CheckpointError, OverwriteError
 from f2c_plugin.method.head import F2CHead
+from f2c_plugin.method.kept_weights import KeptWeights
 from f2c_plugin.method.pool import DynamicClassPool
+from f2c_plugin.method.resident import ResidentPool
 from f2c_plugin.tools import checkpoints as checkpoint_tools
 from f2c_plugin.tools.checkpoints import describe, merge
+from f2c_plugin.utils.distributed import Shard
 from f2c_plugin.utils.safe_load import load_states
 from tests.conftest import FIXTURES
 from tests.runs import run
@@ -75,9 +78,9 @@ def test_partial_fc_is_joined_and_split_with_its_optimizer_state(tmp_path, befor
 
 
 class PoolHead(nn.Module):
-    def __init__(self, seed=0):
+    def __init__(self, seed=0, pool=None):
         super().__init__()
-        self.pool = DynamicClassPool(8, 20, 4, seed)
+        self.pool = pool or DynamicClassPool(8, 20, 4, seed)
         self.steps = 120
 
     get_extra_state, set_extra_state = F2CHead.get_extra_state, F2CHead.set_extra_state
@@ -95,6 +98,25 @@ def test_a_pool_is_the_same_on_any_number_of_ranks_and_pools_that_differ_are_ref
     with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: pool.rows differs from checkpoint_gpu_0.pt"):
         merge(tmp_path, tmp_path / "newer", 3)
     assert not (tmp_path / "newer").exists()
+
+
+def test_kept_weights_are_split_over_the_new_ranks(tmp_path):
+    pool = ResidentPool(8, 20, 4)
+    pool.kept.rows.normal_()
+    before = [PoolHead(pool=ResidentPool(8, 20, 4)) for _ in range(2)]
+    for head in before:
+        head.pool.kept.rows = pool.kept.rows  # as rank 0 saves them
+    write_checkpoints(tmp_path, before)
+    paths = merge(tmp_path, tmp_path / "new", 3)
+    for rank, path in enumerate(paths):
+        state = load_states(path)["state_dict_softmax_fc"]
+        shard = Shard(rank, 3)
+        kept = KeptWeights(20, 4, shard=shard)
+        kept.load_state_dict({"rows": state["pool.kept.rows"]})
+        assert torch.equal(kept.rows, pool.kept.rows[:, slice(*shard.range_of(20))])
+        assert state["pool.kept.rows"].size(1) == (20 if rank == 0 else kept.rows.size(1))
+        assert state["_extra_state"] == 3 * (40 * 2 // 3)
+    assert dict(describe(paths[0]))["head"] == "F²C, 8 slots of class weights of 4, 0 taken, 0 writes"
 
 
 def test_files_that_do_not_belong_together_are_refused_with_the_reason_and_nothing_is_written(tmp_path):
