@@ -9,10 +9,12 @@ from torch import nn
 
 from f2c_plugin.cli import main as cli
 from f2c_plugin.errors import CheckpointError, OverwriteError
-from f2c_plugin.method.head import F2CHead
 from f2c_plugin.method.kept_weights import KeptWeights
+from f2c_plugin.method.margin import Margin
 from f2c_plugin.method.pool import DynamicClassPool
+from f2c_plugin.method.pool_head import PoolHead
 from f2c_plugin.method.resident import ResidentPool
+from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.tools import checkpoints as checkpoint_tools
 from f2c_plugin.tools.checkpoints import describe, merge
 from f2c_plugin.utils.distributed import Shard
@@ -77,24 +79,20 @@ def test_partial_fc_is_joined_and_split_with_its_optimizer_state(tmp_path, befor
         assert state["state_lr_scheduler"]["total_iters"] == 10 * per_epoch
 
 
-class PoolHead(nn.Module):
-    def __init__(self, seed=0, pool=None):
-        super().__init__()
-        self.pool = pool or DynamicClassPool(8, 20, 4, seed)
-        self.steps = 120
-
-    get_extra_state, set_extra_state = F2CHead.get_extra_state, F2CHead.set_extra_state
-    continue_at = F2CHead.continue_at
+def pool_head(seed=0, pool=None):
+    head = PoolHead(nn.Linear(1, 1), pool or DynamicClassPool(8, 20, 4, seed), Schedule.paper(Margin(8.0, additive=0.1)))
+    head.continue_at(120)
+    return head
 
 
 def test_a_pool_is_the_same_on_any_number_of_ranks_and_pools_that_differ_are_refused(tmp_path):
-    write_checkpoints(tmp_path, [PoolHead(), PoolHead()])
+    write_checkpoints(tmp_path, [pool_head(), pool_head()])
     for path in merge(tmp_path, tmp_path / "new", 3):
-        head = PoolHead(seed=1)
+        head = pool_head(seed=1)
         head.load_state_dict(load_states(path)["state_dict_softmax_fc"])
-        assert torch.equal(head.pool.rows, PoolHead().pool.rows)
+        assert torch.equal(head.pool.rows, pool_head().pool.rows)
         assert head.steps == load_states(path)["global_step"] == 3 * (40 * 2 // 3)  # where the schedule continues
-    write_checkpoints(tmp_path, [PoolHead(), PoolHead(seed=1)])
+    write_checkpoints(tmp_path, [pool_head(), pool_head(seed=1)])
     with pytest.raises(CheckpointError, match="checkpoint_gpu_1.pt: pool.rows differs from checkpoint_gpu_0.pt"):
         merge(tmp_path, tmp_path / "newer", 3)
     assert not (tmp_path / "newer").exists()
@@ -103,7 +101,7 @@ def test_a_pool_is_the_same_on_any_number_of_ranks_and_pools_that_differ_are_ref
 def test_kept_weights_are_split_over_the_new_ranks(tmp_path):
     pool = ResidentPool(8, 20, 4)
     pool.kept.rows.normal_()
-    before = [PoolHead(pool=ResidentPool(8, 20, 4)) for _ in range(2)]
+    before = [pool_head(pool=ResidentPool(8, 20, 4)) for _ in range(2)]
     for head in before:
         head.pool.kept.rows = pool.kept.rows  # as rank 0 saves them
     write_checkpoints(tmp_path, before)
@@ -251,7 +249,7 @@ def test_a_file_of_a_rank_without_end_costs_nothing(tmp_path):
 
 def test_inspect_summarizes_checkpoints_of_arcface_torch_and_the_built_in_trainer(config, capsys, tmp_path):
     run(config(num_epoch=1, val_targets=[], save_all_states=True))
-    write_checkpoints(tmp_path, [PoolHead(), Head(torch.full((3, 4), torch.nan))])
+    write_checkpoints(tmp_path, [pool_head(), Head(torch.full((3, 4), torch.nan))])
     cli(["checkpoint", "inspect", str(checkpoints()[0]), "checkpoint_gpu_0.pt", "checkpoint_gpu_1.pt"])
     printed = capsys.readouterr().out
     for line in ("f2c_plugin.train", "1 with 12 images each", "F²C, 12 slots of 2 × 32, 12 taken", "arcface_torch",
