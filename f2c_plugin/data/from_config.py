@@ -9,6 +9,7 @@ from f2c_plugin.config import Config
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.loader import DualLoader
 from f2c_plugin.data.sampler import DualSampler
+from f2c_plugin.data.tail import images_per_identity, large_identities
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.utils.distributed import this_rank
 
@@ -44,8 +45,9 @@ def open_pack(cfg: Config) -> RecordDataset:
                         f"set num_image={num_image}")
     if problems:
         raise ConfigError("\n".join(problems))
-    if conflict := dataset.index.describe_conflict():
-        log.warning("%s: %s", dataset.records.path, conflict)
+    log.info("%s: images per identity: %s", dataset.records.path, images_per_identity(dataset.index))
+    for warning in filter(None, (dataset.index.describe_conflict(), large_identities(dataset.index))):
+        log.warning("%s: %s", dataset.records.path, warning)
     if left_out:
         log.warning("%s: %d records cannot be used and are left out: f2c-plugin index --verify lists them",
                     dataset.records.path, left_out)

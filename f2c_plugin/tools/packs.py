@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, RecordDataset, decode_face
 from f2c_plugin.data.recordio import Buffer, Int64s, RecordFile, read_idx, unpack_image_record
+from f2c_plugin.data.tail import images_per_identity, large_identities, many_alone
 from f2c_plugin.errors import InputError, OverwriteError, RecordError
 from f2c_plugin.tools.plotting import pyplot, save_figure
 from f2c_plugin.utils.atomic import written_whole
@@ -25,7 +26,6 @@ _CHUNK = 256  # records that a process verifies at a time
 def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
     """Summarize a pack in rows of (name, value). Sizes are those of up to SAMPLE images, spread over the pack."""
     index = dataset.index
-    per_identity = np.diff(index.starts)
     sample = spread(len(index), SAMPLE)
     encoded = [unpack_image_record(dataset.records.read(offset)).image for offset in index.offsets[sample].tolist()
                if not dataset.records.damage(offset)]
@@ -34,12 +34,12 @@ def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
     conflict, unusable = index.describe_conflict(), len(index.unusable)
     return [
         ("pack", str(dataset.records.path)), ("images", f"{len(index):,}"),
-        ("identities", f"{len(per_identity):,}, numbered up to {index.numbers[-1]}"),
+        ("identities", f"{len(index.numbers):,}, numbered up to {index.numbers[-1]}"),
         *([("labels disagree", conflict)] if conflict else []),
         *([("unusable records", f"{unusable:,}, damaged or not {IMAGE_SIZE}×{IMAGE_SIZE}: --verify lists them. Training "
                                 "refuses them; f2c_skip_damaged = True leaves them out")] if unusable else []),
-        ("images per identity", f"{per_identity.min()} to {per_identity.max()}, median {np.median(per_identity):g}, "
-                                f"{(per_identity == 1).mean():.1%} with one image"),
+        ("images per identity", images_per_identity(index)),
+        *(("warning", warning) for warning in (many_alone(index), large_identities(index)) if warning),
         ("bytes per image", f"{mean_bytes:,.0f} on average (of {len(encoded)} images)"),
         ("image sizes", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(5)) + f" (of {len(sample)} images)"),
         ("config", f'config.rec = "{dataset.root_dir}"; config.num_classes = {dataset.num_classes}; '

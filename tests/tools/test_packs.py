@@ -319,6 +319,20 @@ def test_a_drawing_replaces_a_link_and_does_not_follow_it(tmp_path, command, opt
     assert (tmp_path / "precious").read_text() == "years of work" and not (tmp_path / "out.png").is_symlink()
 
 
+def test_the_index_command_warns_of_what_the_numbers_of_images_mean_for_training(tmp_path, capsys):
+    with RecordWriter(tmp_path / "train.rec") as writer:
+        for i, identity in enumerate([*range(30), *[30] * 70]):
+            writer.write(i, pack_image_record(identity, encoded(i), i))
+    cli(["index", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "images per identity  1 to 70, median 1, 96.8% with one image (30, 30.0% of the images)\n" in text
+    assert "warning              96.8% of the identities have one image: " in text
+    assert "warning              identity 30 has 70 images, 70.0% of all: " in text
+    (tmp_path / "even").mkdir()
+    cli(["index", str(damaged_pack(tmp_path / "even", lambda jpeg: jpeg))])
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_the_summary_names_formats(capsys):
     cli(["index", str(FIXTURES / "formats")])
     text = capsys.readouterr().out
