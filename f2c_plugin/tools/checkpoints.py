@@ -1,9 +1,7 @@
 """Summarizes checkpoints, and converts arcface_torch's, one file per rank, to another number of ranks."""
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,13 @@ from torch import Tensor
 from f2c_plugin.errors import CheckpointError, OverwriteError
 from f2c_plugin.method.slots import NOT_IN_POOL
 from f2c_plugin.trainer.output import write_states
-from f2c_plugin.trainer.schema import COUNTERS, FORMAT, problems, problems_of_arcface_torch
 from f2c_plugin.utils.distributed import Shard
 from f2c_plugin.utils.finite import not_finite, some
+from f2c_plugin.utils.rank_files import NAME, load_all_ranks, require_arcface_torch, require_none
 from f2c_plugin.utils.safe_load import load_states
+from f2c_plugin.utils.schema import COUNTERS, FORMAT, problems
 
 States = dict[str, Any]
-_NAME = "checkpoint_gpu_{}.pt"
 _STATES = ("state_dict_backbone", "state_dict_softmax_fc", "state_optimizer")
 _MAX_RANKS = 1 << 16
 _KEPT = "pool.kept.rows"  # of all identities in the file of rank 0, else of the rank's
@@ -31,28 +29,20 @@ def describe(path: str | Path) -> list[tuple[str, str]]:
     path = Path(path)
     saved = load_states(path)
     if saved.get("format") == FORMAT:
-        _require_none(problems(saved), path)
+        require_none(problems(saved), path)
         settings, net, head = saved["settings"], saved["backbone"], saved["head"]
         rows = [("written by", "f2c_plugin.train"), ("step", f"{saved['step']:,}"), ("images seen", f"{saved['images']:,}"),
                 ("ranks", f"{saved['layout'][0]} with {saved['layout'][1]} images each"),
                 ("training", f"{settings.get('head')}, {settings.get('network')}, lr {settings.get('lr')}")]
     elif "state_dict_backbone" in saved:
-        _require_none(problems_of_arcface_torch(saved), path)
+        require_arcface_torch(saved, path)
         net, head = saved["state_dict_backbone"], saved["state_dict_softmax_fc"]
         rows = [("written by", "arcface_torch"), ("epochs done", f"{saved['epoch']}"), ("step", f"{saved['global_step']:,}")]
     else:
-        raise CheckpointError(f"{path}: not a checkpoint of arcface_torch or f2c_plugin.train; it holds {_some_keys(saved)}")
+        raise CheckpointError(f"{path}: not a checkpoint of arcface_torch or f2c_plugin.train; it holds "
+                              f"{some([str(key)[:40] for key in saved])}")
     rows.append(("probe net", f"{sum(value.numel() for value in net.values()):,} numbers{_not_finite(net)}"))
     return [("checkpoint", str(path)), *rows, ("head", _describe_head(head) + _not_finite(head))]
-
-
-def _require_none(found: list[str], path: Path) -> None:
-    if found:
-        raise CheckpointError(f"{path}: not a whole checkpoint: {some(found)} missing or not as it should be")
-
-
-def _some_keys(saved: Mapping[Any, Any]) -> str:
-    return some([str(key)[:40] for key in saved])
 
 
 def _describe_head(head: Mapping[str, Any]) -> str:
@@ -86,18 +76,12 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
     folder, out = Path(folder), Path(out)
     if not 1 <= num_ranks <= _MAX_RANKS:
         raise CheckpointError(f"--ranks {num_ranks}: must be from 1 to {_MAX_RANKS}")
-    paths = _files_of_all_ranks(folder)
-    states = [load_states(path) for path in paths]
-    for path, state in zip(paths, states, strict=True):
-        if "state_dict_backbone" not in state:
-            raise CheckpointError(f"{path}: not a checkpoint of arcface_torch; it holds {_some_keys(state)}")
-        _require_none(problems_of_arcface_torch(state), path)
+    of_all_ranks = load_all_ranks(folder)
+    paths, states = list(of_all_ranks), list(of_all_ranks.values())
+    for path, state in of_all_ranks.items():
         if found := not_finite({name: state[name] for name in _STATES}):
             raise CheckpointError(f"{path}: {some(found)} not finite: merge an earlier checkpoint")
-        if (state["epoch"], state["global_step"]) != (states[0]["epoch"], states[0]["global_step"]):
-            raise CheckpointError(f"{path}: is from step {state['global_step']}, but {paths[0].name} is from step "
-                                  f"{states[0]['global_step']}: give files of the same step")
-    targets = [out / _NAME.format(rank) for rank in range(num_ranks)]
+    targets = [out / NAME.format(rank) for rank in range(num_ranks)]
     if exists := [path for path in targets if path.exists()]:
         raise OverwriteError(f"{exists[0]} exists and is not overwritten: choose another folder or remove it")
 
@@ -119,15 +103,6 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
             on_error.callback(target.unlink)
         on_error.pop_all()
     return targets
-
-
-def _files_of_all_ranks(folder: Path) -> list[Path]:
-    found = {int(match[1]): path for path in folder.glob(_NAME.format("*"))
-             if (match := re.fullmatch(r"checkpoint_gpu_(\d+)\.pt", path.name))}
-    missing = (_NAME.format(rank) for rank in range(max(found, default=0) + 1) if rank not in found)
-    if first := list(islice(missing, 3)):  # a name can have any number
-        raise CheckpointError(f"{folder}: lacks {', '.join(first)}: the files of all ranks are needed")
-    return [found[rank] for rank in sorted(found)]
 
 
 def _require_same_pools(heads: Sequence[Mapping[str, Any]], paths: Sequence[Path]) -> None:

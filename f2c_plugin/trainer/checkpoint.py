@@ -19,10 +19,10 @@ from f2c_plugin.data.identities import IdentityIndex
 from f2c_plugin.data.sampler import DualSampler, Position
 from f2c_plugin.errors import CheckpointError, ConfigError, TrainingDiverged
 from f2c_plugin.trainer.output import checkpoints_in, write_states
-from f2c_plugin.trainer.schema import FORMAT, is_plain, problems
 from f2c_plugin.utils.distributed import this_rank
 from f2c_plugin.utils.finite import not_finite, some
 from f2c_plugin.utils.safe_load import load_states
+from f2c_plugin.utils.schema import FORMAT, is_plain, problems
 
 log = logging.getLogger(__name__)
 
