@@ -8,8 +8,7 @@ from easydict import EasyDict as edict
 
 config = edict()
 config.head = "f2c_dcp"
-config.f2c_pool_rate = 0.25  # 200 slots: three times the 64 identities of a half-batch
-config.f2c_momentum = 0.95  # 0.99 lags about 100 steps, too much for a run of 250
+config.f2c_pool_rate = 0.25  # 200 slots: more than the 128 identities that a batch may hold
 config.margin_list = (1.0, 0.0, 0.35)
 config.scale = 32.0  # 64 is too large for 800 identities
 config.network = "small"

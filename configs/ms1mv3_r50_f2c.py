@@ -4,8 +4,7 @@ from easydict import EasyDict as edict
 
 config = edict()
 config.head = "f2c_dcp"
-config.f2c_pool_rate = 0.1  # 9,343 slots, 18 times the 512 identities of a gathered half-batch
-config.f2c_momentum = 0.99
+config.f2c_pool_rate = 0.1  # 9,343 slots, 9 times the 1,024 images of a gathered batch
 config.margin_list = (1.0, 0.5, 0.0)  # ArcFace, as in arcface_torch's MS1MV3 configs
 config.network = "r50"
 config.resume = False

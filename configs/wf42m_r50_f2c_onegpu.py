@@ -4,8 +4,7 @@ from easydict import EasyDict as edict
 
 config = edict()
 config.head = "f2c_dcp"
-config.f2c_pool_rate = 0.01  # 20,599 slots, two rows of 512 floats each: 84 MB; the class weights alone would take 4.2 GB
-config.f2c_momentum = 0.99
+config.f2c_pool_rate = 0.01  # 20,599 slots of 512 floats: 42 MB; all class weights take 4.2 GB, of main memory
 config.margin_list = (1.0, 0.0, 0.4)  # CosFace, as in arcface_torch's WebFace42M configs
 config.network = "r50"
 config.resume = False
@@ -15,7 +14,7 @@ config.embedding_size = 512
 config.fp16 = True
 config.momentum = 0.9
 config.weight_decay = 5e-4
-config.batch_size = 128  # leaves room for the activations of r50 and of the gallery net's forward pass
+config.batch_size = 128
 config.lr = 0.02  # as in arcface_torch's ms1mv3_r50_onegpu, with 128 images per step
 config.verbose = 10000
 config.dali = False

@@ -174,11 +174,13 @@ def checkpoint(args: Namespace) -> None:
          argument("--batch-size", type=int, default=128, help="images per GPU; default: %(default)s"),
          argument("--pool-rate", type=float, default=0.1, help="also the sample rate of Partial FC; default: %(default)s"),
          argument("--pool-dtype", default="float32", help="float32, bfloat16 or float16; default: %(default)s"),
-         argument("--shard-pool", action="store_true", help="split the pool over the GPUs"),
+         argument("--recipe", default="resident", help="resident or paper; default: %(default)s"),
+         argument("--shard-pool", action="store_true", help="split the pool over the GPUs, with the recipe paper"),
          argument("--plot", metavar="PNG", help="draw memory against the number of identities"))
 def plan(args: Namespace) -> None:
     """Estimate the GPU memory of F²C, Partial FC and the full FC layer."""
-    planned = Plan(args.identities, args.gpus, args.network, args.batch_size, args.pool_rate, args.pool_dtype, args.shard_pool)
+    planned = Plan(args.identities, args.gpus, args.network, args.batch_size, args.pool_rate, args.pool_dtype, args.recipe,
+                   args.shard_pool)
     print(f"{planned.identities:,} identities on {planned.gpus} GPUs, batch {planned.batch_size}: the head on each GPU")
     for name, size in planned.table():
         print(f"  {name:<34} {size / 2**20:>11,.0f} MB")

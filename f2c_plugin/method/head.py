@@ -87,7 +87,8 @@ class F2CHead(PoolHead):
         half_steps = self._half_steps(probes, labels, gallery)
         margin = self.schedule.margin_at(self.steps)
         with without_autocast(probes.device.type):  # ``self.autocast`` alone decides
-            result = pool_loss(half_steps, self.pool, margin, self.num_hard_negatives, self.autocast)
+            quality = self.quality(probes) if self.quality else None
+            result = pool_loss(half_steps, self.pool, margin, self.num_hard_negatives, self.autocast, quality)
         self.pool.commit(half_steps[-1].view)
         self.steps += 1
         self._report(result, [each.view for each in half_steps], margin.scale)

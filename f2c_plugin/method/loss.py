@@ -49,7 +49,7 @@ class PoolLoss(NamedTuple):
 
 
 def pool_loss(half_steps: list[HalfStep], pool: DynamicClassPool, margin: Margin, num_hard_negatives: int,
-              autocast: bool = False) -> PoolLoss:
+              autocast: bool = False, quality: Tensor | None = None) -> PoolLoss:
     """Loss of every half-step's probes against both views of the pool.
 
     View 1 is row 0 of every slot; view 2 shows row 1 of the slots that have two keys. In each view,
@@ -68,6 +68,7 @@ def pool_loss(half_steps: list[HalfStep], pool: DynamicClassPool, margin: Margin
         pool: the pool of their views, unchanged. If it is sharded, all ranks call this together.
         margin, num_hard_negatives: of this step; h.
         autocast: whether matrix products run in the autocast type of the device.
+        quality: (H·P,) of the images of all half-steps, for an adaptive margin.
     """
     probes = normalize(torch.stack([each.probes for each in half_steps]), dim=2)  # (H, P, D)
     slots = torch.stack([each.view.lookup(each.labels) for each in half_steps])  # (H, P)
@@ -77,7 +78,9 @@ def pool_loss(half_steps: list[HalfStep], pool: DynamicClassPool, margin: Margin
     views = _touched_rows(half_steps, touched, pool)  # (H, 2, A, D)
     untouched = _score_untouched(probes, touched, pool, margin, min(num_hard_negatives, pool.num_slots), dtype)
     target_cosine, others = _score_touched(probes, slots, touched, views, margin, dtype)  # (H, 2, P), (H, 2, P, A)
-    return _combine(slots != NOT_IN_POOL, *untouched, target_cosine, others, margin)
+    if quality is not None:
+        quality = quality.view(len(half_steps), 1, -1)
+    return _combine(slots != NOT_IN_POOL, *untouched, target_cosine, others, margin, quality)
 
 
 def _touched_slots(half_steps: list[HalfStep], pool: DynamicClassPool) -> Tensor:
@@ -134,8 +137,8 @@ def _score_touched(probes: Tensor, slots: Tensor, touched: Tensor, views: Tensor
 
 
 def _combine(in_pool: Tensor, log_sum_exp: Tensor, hardest: Tensor, target_cosine: Tensor, others: Tensor,
-             margin: Margin) -> PoolLoss:
-    target = margin.scale * margin.target(target_cosine)  # (H, 2, P)
+             margin: Margin, quality: Tensor | None) -> PoolLoss:
+    target = margin.scale * margin.target(target_cosine, quality)  # (H, 2, P)
     logits = [log_sum_exp[:, None, :, None].expand(-1, 2, -1, -1), margin.scale * others, target[..., None]]
     positive = torch.cat(logits, 3).logsumexp(3) - target
     cosines = torch.cat([hardest[:, None].expand(-1, 2, -1, -1), others], 3)  # (H, 2, P, h + A)

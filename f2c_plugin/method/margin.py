@@ -4,19 +4,32 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Keeps the slope of ArcFace's cos(θ + m), which divides by sin θ, finite at θ = 0.
+from f2c_plugin.utils.distributed import gather
+from f2c_plugin.utils.tensors import at_least_float32, lengths
+
+# Keeps the slope of cos(θ + m), which divides by sin θ, finite at θ = 0.
 _MIN_SIN_SQUARED = 1e-7
+# AdaFace's constants: h; the share of a new batch in the running statistics; ε; the range of lengths.
+_CONCENTRATION = 0.333
+_RATE = 0.01
+_EPSILON = 1e-3
+_LENGTHS = 0.001, 100.0
 
 
 @dataclass(frozen=True)
 class Margin:
-    """arcface_torch's combined margin, ``config.margin_list`` (m1, m2, m3).
+    """arcface_torch's combined margin, ``config.margin_list`` (m1, m2, m3), or AdaFace's.
 
     (1, m2, 0) is ArcFace, cos(θ + m2), arXiv 1801.07698; (1, 0, m3) with m3 > 0 is CosFace,
     cos θ − m3, arXiv 1801.09414. Values equal arcface_torch's. The gradient is the exact derivative;
     arcface_torch's in-place ArcFace passes the target's gradient through unchanged.
+
+    AdaFace (arXiv 2204.00964) with m = m3 is cos(θ − m·q) − (m + m·q) for an image of quality q: CosFace for one of
+    average quality (q = 0), ArcFace for the worst (q = −1), and for the best (q = 1) a margin that weighs hard images more.
+    As in its authors' code, θ − m·q ends at 0; going on below, as the paper's equation does, would push an image that is
+    closer than m·q away from its class.
 
     Attributes:
         scale: s.
@@ -24,25 +37,78 @@ class Margin:
         additive: m3.
         filter_threshold: cosines to other identities above it count as 0, because such images are
             assumed to be mislabelled (``config.interclass_filtering_threshold``); 0 is off.
+        adaptive: whether the margin is AdaFace's, with m = m3 and without m2.
     """
 
     scale: float
     angular: float = 0.0
     additive: float = 0.0
     filter_threshold: float = 0.0
+    adaptive: bool = False
 
     def scaled(self, scale: float, share: float) -> "Margin":
         """This margin with another scale and ``share`` of its margins."""
         return replace(self, scale=scale, angular=share * self.angular, additive=share * self.additive)
 
-    def target(self, cosine: Tensor) -> Tensor:
-        """Cosines to the own identity, with the margin applied."""
+    def target(self, cosine: Tensor, quality: Tensor | None = None) -> Tensor:
+        """Cosines to the own identity, with the margin applied.
+
+        ``quality``, -1 to 1 and without gradient, of shapes that broadcast to those of ``cosine``, is needed if the margin is
+        adaptive.
+        """
+        if self.adaptive:
+            assert quality is not None
+            angular = -self.additive * quality
+            below_0 = (angular < 0) & (cosine > angular.cos())  # θ + angular
+            target = cosine * angular.cos() - _sine(cosine) * angular.sin()
+            return torch.where(below_0, 1.0, target) - self.additive * (1 + quality)
         if not self.angular:
             return cosine - self.additive
-        sine = (1 - cosine * cosine).clamp_min(_MIN_SIN_SQUARED).sqrt()
-        return cosine * math.cos(self.angular) - sine * math.sin(self.angular)
+        return cosine * math.cos(self.angular) - _sine(cosine) * math.sin(self.angular)
 
     def filtered(self, cosine: Tensor) -> Tensor:
         """Cosines to other identities, with 0 for those above the threshold."""
         return torch.where(cosine > self.filter_threshold, 0.0, cosine) if self.filter_threshold > 0 else cosine
 
+
+def _sine(cosine: Tensor) -> Tensor:
+    return (1 - cosine * cosine).clamp_min(_MIN_SIN_SQUARED).sqrt()
+
+
+class ImageQuality(nn.Module):
+    """Quality of images, as AdaFace reads it from the lengths of their embeddings: h · (length − mean) / std, from -1 to 1.
+
+    Images that are hard to recognise have short embeddings. Mean and standard deviation are running averages over the
+    batches of all ranks, equal on all of them. The first batch sets them; the authors' code begins with a mean of 20 and a
+    standard deviation of 100, which takes hundreds of steps to forget.
+
+    Attributes:
+        mean, std: float (), 0 before the first batch.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.zeros(()))
+
+    @torch.no_grad()
+    def forward(self, local_embeddings: Tensor) -> Tensor:
+        """Quality (B,) of this rank's images, from embeddings (B, D) that are not normalised, after they have been counted.
+
+        All ranks call this together. Embeddings that are not finite are not counted.
+        """
+        length = lengths(at_least_float32(local_embeddings))
+        self._count(gather(length).flatten())
+        return (_CONCENTRATION * (length.clamp(*_LENGTHS) - self.mean) / (self.std + _EPSILON)).clamp(-1, 1)
+
+    def _count(self, length: Tensor) -> None:
+        finite = length.isfinite()
+        length = torch.where(finite, length.clamp(*_LENGTHS), 0)
+        mean = length.sum() / finite.sum().clamp_min(1)
+        variance = torch.where(finite, length - mean, 0).square().sum() / (finite.sum() - 1).clamp_min(1)
+        rate = torch.where(self.mean == 0, 1.0, _RATE) * finite.any()
+        self.mean += rate * (mean - self.mean)
+        self.std += rate * (variance.sqrt() - self.std)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from f2c_plugin.errors import InputError
+from f2c_plugin.method.margin import ImageQuality
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.method.slots import Slots
 from f2c_plugin.utils.inputs import unwrapped
@@ -50,6 +51,7 @@ class PoolHead(nn.Module):
         schedule: what changes from step to step.
 
     Attributes:
+        quality: of images, if the margin follows it.
         steps: batches seen.
         statistics: StepStatistics of the last batch, or None.
         monitor: receives the statistics of every step, if set.
@@ -61,6 +63,7 @@ class PoolHead(nn.Module):
         self._probe_net = (unwrapped(backbone),)
         self.pool = pool
         self.schedule = schedule
+        self.quality = ImageQuality() if schedule.margin.adaptive else None
         self.steps = 0
         self.statistics: StepStatistics | None = None
         self.monitor: StepObserver | None = None

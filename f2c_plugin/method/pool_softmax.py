@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.tensors import at_least_float32, largest_of_columns, rounded_at_random, with_gradient
+from f2c_plugin.utils.tensors import at_least_float32, largest_of_columns, lengths, rounded_at_random, with_gradient
 
 # The logit of a slot that is left out. Finite, so that a chunk with no other slot has a softmax, too.
 LEFT_OUT = -1e30
@@ -97,22 +97,23 @@ def learn(rows: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tenso
     log_denominator = torch.where(finite, log_denominator, torch.inf)
     dtype = dtype or probes.dtype
     factors = (all_probes * scale).to(dtype).T.contiguous()  # (D, W·B)
-    for chunk in _chunks(rows, len(all_probes)):
+    for chunk in _chunks(rows, max(len(all_probes), rows.size(1))):
         row = at_least_float32(rows[chunk])
         unit = normalize(row)
         logits = (unit.to(dtype) @ factors).to(probes.dtype)  # (C, D) @ (D, W·B) -> (C, W·B)
-        softmax = (logits - log_denominator).exp_()
+        takes_no_step = left_out[chunk, None]
         if filter_threshold > 0:
-            softmax.masked_fill_(logits > scale * filter_threshold, 0)
-        softmax.masked_fill_(left_out[chunk, None], 0)
-        gradient = (softmax.to(dtype) @ factors.T).to(probes.dtype) / len(all_probes)  # (C, W·B) @ (W·B, D) -> (C, D)
-        gradient -= (gradient * unit).sum(1, keepdim=True) * unit
-        rows[chunk] = rounded_at_random(row - rate * gradient / row.norm(dim=1, keepdim=True), rows.dtype)
+            takes_no_step = takes_no_step | (logits > scale * filter_threshold)
+        softmax = logits.sub_(log_denominator).exp_().masked_fill_(takes_no_step, 0)
+        step = (softmax.to(dtype) @ factors.T).to(probes.dtype)  # (C, W·B) @ (W·B, D) -> (C, D)
+        step.addcmul_(torch.linalg.vecdot(step, unit)[:, None], unit, value=-1)
+        step.mul_(-rate / len(all_probes) / lengths(row)[:, None]).add_(row)
+        rows[chunk] = rounded_at_random(step, rows.dtype)
 
 
-def _chunks(rows: Tensor, num_probes: int) -> Iterator[slice]:
-    """Slices of the rows whose logits fit in a chunk."""
-    size = max(1, CHUNK_ENTRIES[rows.device.type] // num_probes)
+def _chunks(rows: Tensor, width: int) -> Iterator[slice]:
+    """Slices of the rows, each of which fills a chunk with ``width`` numbers for every row."""
+    size = max(1, CHUNK_ENTRIES[rows.device.type] // width)
     return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
 
 
@@ -124,7 +125,7 @@ def _one_pass(queries: Tensor, rows: Tensor, bias: Tensor, filter_threshold: flo
     values = [queries.new_full((num_hardest, len(queries)), LEFT_OUT)]  # of each chunk
     hardest = [torch.zeros_like(values[0], dtype=torch.int64)]
     factors = queries.to(dtype).T.contiguous()  # (D, B)
-    for chunk in _chunks(rows, len(queries)):
+    for chunk in _chunks(rows, len(queries) if unit_rows else max(len(queries), rows.size(1))):
         part = rows[chunk] if unit_rows else normalize(at_least_float32(rows[chunk]))
         part = part.to(dtype)  # (C, D)
         # Slots by probes, not the other way round: the CPU's matrix product is a third faster that way.

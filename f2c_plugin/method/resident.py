@@ -104,7 +104,7 @@ class ResidentLoss(NamedTuple):
 
 
 def resident_loss(embeddings: Tensor, own: slice, arrival: Arrival, pool: ResidentPool, margin: Margin, rate: float,
-                  autocast: bool = False) -> ResidentLoss:
+                  autocast: bool = False, quality: Tensor | None = None) -> ResidentLoss:
     """Margin softmax of a rank's embeddings over the K slots; and a step of plain SGD of the class weights.
 
     The first image of an identity is its own target, without margin. Logits of other identities count log((N − 1) / (K − 1))
@@ -121,6 +121,7 @@ def resident_loss(embeddings: Tensor, own: slice, arrival: Arrival, pool: Reside
         margin: of this step.
         rate: of the step of the class weights; that of a full FC layer's is the learning rate over (1 − momentum).
         autocast: whether matrix products run in the autocast type of the device.
+        quality: (P,) of the images, for an adaptive margin.
     """
     probes = normalize(embeddings)
     dtype = torch.get_autocast_dtype(probes.device.type) if autocast else probes.dtype
@@ -140,7 +141,7 @@ def resident_loss(embeddings: Tensor, own: slice, arrival: Arrival, pool: Reside
         cosine = (probes.to(dtype) @ normalize(weights).to(dtype).T).to(probes.dtype)  # (P, D) @ (D, B) -> (P, B)
         is_own = counted & (targets == slot[:, None])
         positive = torch.where(is_own, cosine, 0).sum(1)
-        target = margin.scale * torch.where(is_first, (probes * probes.detach()).sum(1), margin.target(positive))
+        target = margin.scale * torch.where(is_first, (probes * probes.detach()).sum(1), margin.target(positive, quality))
         negatives = margin.filtered(cosine).masked_fill(is_own | ~counted, -torch.inf)
         logits = [(others.log_sum_exp + absent)[:, None], margin.scale * negatives + absent, target[:, None]]
         total = torch.cat(logits, 1).logsumexp(1)

@@ -58,10 +58,16 @@ class ResidentHead(PoolHead):
             features = gather(normalize(embeddings.detach())).flatten(0, 1)  # (W·B, D)
             arrival = self.pool.admit(gather(labels).flatten(), features)
             own = slice(rank * len(labels), (rank + 1) * len(labels))
-            result = resident_loss(embeddings, own, arrival, self.pool, margin, self.schedule.slot_rate_at(self.steps), self.autocast)
+            quality = self.quality(embeddings) if self.quality else None
+            result = resident_loss(embeddings, own, arrival, self.pool, margin, self.schedule.slot_rate_at(self.steps),
+                                   self.autocast, quality)
         self.steps += 1
         self.report(StepStatistics(
             arrival.was_in_pool[own].float().mean(), result.positive_cosine, result.hard_negative_cosine,
             (arrival.evicted != NOT_IN_POOL).sum().float(), arrival.num_not_finite.float(),
             result.loss.detach().isfinite().float(), margin.scale), len(features))
         return result.loss
+
+    def put_class_weights(self, identities: Tensor, weights: Tensor) -> None:
+        """Start from the weights (n, D) of identities int64 (n,), before the first batch. All ranks call this."""
+        self.pool.kept.put(identities, weights)

@@ -35,6 +35,7 @@ class Plan:
     batch_size: int = 128  # images per GPU
     pool_rate: float = 0.1
     pool_dtype: str = "float32"
+    recipe: str = "resident"
     shard_pool: bool = False
 
     def __post_init__(self) -> None:
@@ -45,23 +46,36 @@ class Plan:
         if problems:
             raise ConfigError("\n".join(problems))
         F2CConfig.read({"f2c_pool_rate": self.pool_rate, "f2c_pool_dtype": self.pool_dtype, "batch_size": self.batch_size,
-                        "num_classes": self.identities}, self.gpus)
+                        "f2c_recipe": self.recipe, "num_classes": self.identities}, self.gpus)
 
     @property
     def slots(self) -> int:
         return F2CConfig(pool_rate=self.pool_rate).num_slots(self.identities)
 
+    @property
+    def is_resident(self) -> bool:
+        return self.recipe == "resident"
+
     def pool(self) -> int:
-        """The pool's rows: 2 · slots · embedding size, divided among the GPUs if sharded."""
-        rows = -(-self.slots // self.gpus) if self.shard_pool else self.slots
-        return 2 * rows * EMBEDDING_SIZE * getattr(torch, self.pool_dtype).itemsize
+        """The pool's rows, slots · embedding size, divided among the GPUs if sharded; two as published."""
+        rows = -(-self.slots // self.gpus) if self.shard_pool or self.is_resident else self.slots
+        return (1 if self.is_resident else 2) * rows * self._weight()
+
+    def _weight(self) -> int:
+        return EMBEDDING_SIZE * getattr(torch, self.pool_dtype).itemsize
+
+    def kept_weights(self) -> int:
+        """The weights of all identities, in the main memory of all machines together, or in files."""
+        return self.identities * self._weight() if self.is_resident else 0
 
     def slot_table(self) -> int:
-        """The slot of each identity, as int32; the identity, recency and next row of each slot, as int64."""
-        return _INT32 * (self.identities + 1) + 3 * _INT64 * self.slots
+        """The slot of each identity, as int32; of each slot identity and recency, as published the next row, too, as int64."""
+        return _INT32 * (self.identities + 1) + (2 if self.is_resident else 3) * _INT64 * self.slots
 
     def gallery_net(self) -> int:
-        """The gallery net's parameters and buffers."""
+        """The gallery net's parameters and buffers; 0 without one."""
+        if self.is_resident:
+            return 0
         with torch.device("meta"):
             net = get_model(self.network, EMBEDDING_SIZE)
         return sum(tensor.nbytes for tensor in net.state_dict().values())
@@ -69,10 +83,15 @@ class Plan:
     def working_memory(self, device: str = "cuda") -> int:
         """What a step of the F²C head takes for a while.
 
-        Three chunks of logits (the logits, their softmax, its copy in the type of the product); and, not at
-        the same time, the hardest negatives' rows or the cosines to the touched slots.
+        Three chunks of logits (the logits, their softmax, its copy in the type of the product) and, not at the same time,
+        the hardest negatives' rows or the cosines to the touched slots. Of slots that learn: a chunk of logits, their
+        copy, and the directions and steps of a chunk of weights; not at the same time, the target slots' weights,
+        directions and gradients, and the cosines to them.
         """
         probes = self.batch_size
+        if self.is_resident:
+            gathered = probes * self.gpus
+            return _FLOAT * max(4 * CHUNK_ENTRIES[device], gathered * (8 * EMBEDDING_SIZE + 8 * probes))
         targets = probes * self.gpus if self.shard_pool else probes
         touched = targets + probes * self.gpus  # target slots, slots written
         # Rows of the h hardest slots of every probe, gathered, in the product and in its gradient.
@@ -106,26 +125,29 @@ class Plan:
         """Which head to use, by memory, in a sentence."""
         f2c, partial_fc = self.f2c() + self.gallery_net(), self.partial_fc(self.pool_rate)
         sizes = f"{_mb(f2c)} of each GPU for F²C, {_mb(partial_fc)} for Partial FC"
+        more = (f"F²C keeps {_mb(self.kept_weights())} of class weights in main memory" if self.is_resident else
+                "F²C adds a forward pass of the backbone to every step")
         if f2c > SIMILAR * partial_fc:
             parts = {"the gallery net": self.gallery_net(), "the pool": self.pool(), "working memory": self.working_memory()}
             largest = max(parts, key=lambda part: parts[part])
-            return (f"Use Partial FC: {sizes}. The largest part of F²C's is {largest}, {_mb(parts[largest])}, and F²C adds a "
-                    "forward pass of the backbone to every step.")
+            return f"Use Partial FC: {sizes}. The largest part of F²C's is {largest}, {_mb(parts[largest])}, and {more}."
         if f2c * SIMILAR > partial_fc:
-            return f"Use Partial FC if it fits: {sizes}, and F²C adds a forward pass of the backbone to every step."
-        return (f"Use F²C if memory is what you lack: {sizes}. It adds a forward pass of the backbone to every step, and saves "
-                "Partial FC's passes over all classes.")
+            return f"By memory, either: {sizes}. {more}."
+        return f"Use F²C if memory is what you lack: {sizes}. {more}, and saves Partial FC's passes over all classes."
 
     def table(self) -> list[tuple[str, int]]:
         """(what, its size)."""
-        return [
-            (f"F²C, {self.slots:,} slots", self.f2c() + self.gallery_net()),
-            ("  pool, two rows a slot" + (", sharded" if self.shard_pool else ""), self.pool()),
-            ("  slot table", self.slot_table()), ("  working memory", self.working_memory()),
-            (f"  gallery net ({self.network})", self.gallery_net()),
-            (f"Partial FC, sample rate {self.pool_rate:g}", self.partial_fc(self.pool_rate)),
-            ("full FC, split over the GPUs", self.partial_fc(1.0)),
-        ]
+        pool = "pool" if self.is_resident else "pool, two rows a slot"
+        rows = [(f"F²C, {self.slots:,} slots", self.f2c() + self.gallery_net()),
+                (f"  {pool}" + (", shared by the GPUs" if self.is_resident or self.shard_pool else ""), self.pool()),
+                ("  slot table", self.slot_table()), ("  working memory", self.working_memory())]
+        if not self.is_resident:
+            rows.append((f"  gallery net ({self.network})", self.gallery_net()))
+        rows += [(f"Partial FC, sample rate {self.pool_rate:g}", self.partial_fc(self.pool_rate)),
+                 ("full FC, split over the GPUs", self.partial_fc(1.0))]
+        if self.is_resident:
+            rows.append(("main memory: F²C's class weights", self.kept_weights()))
+        return rows
 
 
 def draw(plan: Plan, path: str | Path) -> None:
@@ -136,7 +158,7 @@ def draw(plan: Plan, path: str | Path) -> None:
     for identities in plan.identities * np.logspace(-1, 1, 21):
         with suppress(ConfigError):  # too few: the pool would be smaller than a batch
             plans.append(replace(plan, identities=int(identities)))
-    for label, size in ((f"F²C, pool rate {plan.pool_rate:g}, gallery net {plan.network}", lambda p: p.f2c() + gallery_net),
+    for label, size in ((f"F²C, pool rate {plan.pool_rate:g}" + (f", gallery net {plan.network}" if gallery_net else ""), lambda p: p.f2c() + gallery_net),
                         (f"Partial FC, sample rate {plan.pool_rate:g}", lambda p: p.partial_fc(p.pool_rate)),
                         ("full FC", lambda p: p.partial_fc(1.0))):
         axis.loglog([each.identities for each in plans], [size(each) / 2**30 for each in plans], label=label)

@@ -252,7 +252,7 @@ def test_inspect_summarizes_checkpoints_of_arcface_torch_and_the_built_in_traine
     write_checkpoints(tmp_path, [pool_head(), Head(torch.full((3, 4), torch.nan))])
     cli(["checkpoint", "inspect", str(checkpoints()[0]), "checkpoint_gpu_0.pt", "checkpoint_gpu_1.pt"])
     printed = capsys.readouterr().out
-    for line in ("f2c_plugin.train", "1 with 12 images each", "F²C, 12 slots of 2 × 32, 12 taken", "arcface_torch",
+    for line in ("f2c_plugin.train", "1 with 12 images each", "F²C, 12 slots of class weights of 32, 12 taken", "arcface_torch",
                  "F²C, 8 slots of 2 × 4, 0 taken", "weights of 3 classes × 4, 12 of them NOT FINITE"):
         assert line in printed, printed
     Path("model.pt").write_bytes(b"PK")
