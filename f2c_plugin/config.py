@@ -39,6 +39,9 @@ class F2CConfig:
     Attributes:
         pool_rate: slots of the pool as a share of ``num_classes``.
         recipe: "resident", slots that learn; or "paper", as published, with a gallery net. See ``Schedule``.
+        init: file of a pretrained net to start from: a ``model.pt``, or a checkpoint of arcface_torch or the built-in
+            trainer. See ``initialize``.
+        init_classes: whether the class weights in it are those of the first identities of the pack, and are taken, too.
         kept_weights: where the weights of identities out of the pool are, "memory" or "file", a file in
             ``config.output`` that is gone when the training ends. Recipe "resident".
         momentum: m of the gallery net. Recipe "paper".
@@ -63,6 +66,8 @@ class F2CConfig:
 
     pool_rate: float = 0.1
     recipe: str = "resident"
+    init: str | None = None
+    init_classes: bool = False
     kept_weights: str = "memory"
     momentum: float = 0.99
     symmetric: bool = True
@@ -166,6 +171,7 @@ _KEYS = {
     "val_targets": _Values((list, tuple), lambda v: all(_NAME.problem("", name) is None for name in v), "a list of names"),
     "f2c_pool_rate": _Values((int, float), lambda v: 0 < v <= 1, "above 0, up to 1"),
     "f2c_momentum": _UNIT_INTERVAL_OPEN,
+    "f2c_init": _NAME_OR_NONE, "f2c_init_classes": _FLAG,
     "f2c_symmetric": _FLAG, "f2c_skip_damaged": _FLAG, "f2c_shard_pool": _FLAG,
     "f2c_save_every": _POSITIVE_INT_OR_NONE, "f2c_max_bad_steps": _POSITIVE_INT, "f2c_hard_negatives": _POSITIVE_INT_OR_NONE,
     "f2c_identity_rate": _Values((int, float, type(None)), lambda v: v is None or 0 <= v <= 1, "from 0 to 1, or None"),
@@ -180,6 +186,8 @@ def problems(cfg: Config, world_size: int = 1) -> list[str]:
     good = {key: value for key, value in cfg.items() if key not in bad}
     if good.get("warmup_epoch", 0) > good.get("num_epoch", math.inf):
         found.append(f"warmup_epoch={good['warmup_epoch']}: is more than num_epoch={good['num_epoch']}: lower it")
+    if good.get(f"{PREFIX}init_classes") and not cfg.get(f"{PREFIX}init"):
+        found.append(f"{PREFIX}init_classes=True: needs a checkpoint that has class weights: set {PREFIX}init, or leave it out")
     if cfg.get("head") != "softmax":  # F²C may be installed under another name than f2c_dcp
         found += _problems_together(good, not bad.keys().isdisjoint(_TOGETHER), world_size)
     return found

@@ -12,7 +12,7 @@ FLOORS = [
     {"utils"},
     {"config", "models"},
     {"data", "method"},
-    {"build", "evaluation"},
+    {"build", "evaluation", "initial"},
     {"arcface_torch", "synthetic", "trainer"},
     {"tools"},
     {"cli", "train"},

@@ -12,6 +12,7 @@ from f2c_plugin.build import CombinedMargin, build_head, margin_from
 from f2c_plugin.config import Config, F2CConfig
 from f2c_plugin.data.from_config import record_loader, steps_per_epoch
 from f2c_plugin.data.loader import DualLoader
+from f2c_plugin.initial import initialize
 from f2c_plugin.utils.distributed import this_rank
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,13 @@ log = logging.getLogger(__name__)
 
 def f2c_dcp(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcFaceTorchHead:
     """Head factory, group ``arcface_torch.heads``, for a backbone on its device and in DDP. Raises ConfigError."""
+    head = _head(cfg, backbone, margin_loss)
+    initialize(cfg, backbone, head, resumed=bool(cfg.get("resume")))
+    return head
+
+
+def _head(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcFaceTorchHead:
+    """The head, on the backbone as it is."""
     _, world_size = this_rank()
     settings = F2CConfig.read(cfg, world_size)
     total_steps = steps_per_epoch(cfg, world_size) * cfg["num_epoch"]
@@ -39,6 +47,7 @@ def f2c_dcp(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> Ar
 
 
 f2c_dcp.sampler = "f2c_dual"  # type: ignore[attr-defined]  # the loader that the head brings along
+f2c_dcp.without_init = _head  # type: ignore[attr-defined]  # for loops that load f2c_init after they have tried to resume
 
 
 def f2c_dual(cfg: Any, local_rank: int) -> DualLoader:

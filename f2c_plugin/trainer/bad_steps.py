@@ -24,6 +24,10 @@ class BadSteps:
         self.buffers = [buffer for net in nets for buffer in net.buffers() if buffer.is_floating_point()]
         self.good = [buffer.clone() for buffer in self.buffers]
 
+    def keep(self) -> None:
+        """Take the statistics as they are for good: after states were loaded."""
+        _copy(self.buffers, self.good)
+
     def update(self, step: int, gradient_norm: Tensor) -> bool:
         """Whether the step is bad.
 
@@ -32,7 +36,7 @@ class BadSteps:
         """
         if torch.isfinite(gradient_norm):
             self.in_a_row = 0
-            _copy(self.buffers, self.good)
+            self.keep()
             return False
         _copy(self.good, self.buffers)
         self.in_a_row += 1

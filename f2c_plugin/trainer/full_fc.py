@@ -33,6 +33,11 @@ class FullFC(nn.Module):
         self.steps += 1
         return margin_softmax(cosine, local_labels, margin)
 
+    @torch.no_grad()
+    def put_class_weights(self, identities: Tensor, weights: Tensor) -> None:
+        """Start from the weights (n, D) of identities int64 (n,)."""
+        self.weight[identities.to(self.weight.device)] = weights.to(self.weight)
+
     def continue_at(self, step: int) -> None:
         """Count on from ``step`` batches."""
         self.steps = step

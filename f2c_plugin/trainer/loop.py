@@ -22,6 +22,7 @@ from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.evaluation.model_selection import Results, select_net
 from f2c_plugin.evaluation.onnx_export import export_checked, unusable
 from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.initial import initialize
 from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.models import get_model
 from f2c_plugin.trainer import build
@@ -76,10 +77,12 @@ class TrainState:
 
 
 def build_state(cfg: TrainConfig, device: torch.device, total_steps: int) -> TrainState:
-    """Nets, head and optimizer at the beginning of a training."""
+    """Nets, head and optimizer, before ``f2c_init`` or a checkpoint is loaded."""
     net = get_model(cfg.network, cfg.embedding_size, fp16=cfg.fp16).to(device)
     backbone = build.wrap(net).train()
-    head = build.head_factory(cfg.head)(cfg, backbone, build.margin_loss(cfg)).train()
+    factory = build.head_factory(cfg.head)
+    factory = getattr(factory, "without_init", factory)  # f2c_init is loaded once it is clear whether the training resumes
+    head = factory(cfg, backbone, build.margin_loss(cfg)).train()
     optimizer = build.build_optimizer(cfg, [{"params": backbone.parameters()}, {"params": head.parameters()}])
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.fp16, growth_interval=100)
     state = TrainState(cfg, backbone, net, head, optimizer, scaler, total_steps)
@@ -134,6 +137,8 @@ def _train(cfg: TrainConfig, requests: Requests) -> dict[str, Any]:
 
     checkpoints = Checkpoints(cfg, state.parts(), cast(DualSampler, loader.sampler))
     state.step, seconds = checkpoints.begin()
+    initialize(cfg, state.net, state.head, resumed=bool(checkpoints.good))
+    state.bad_steps.keep()
     if cfg.save_all_states or cfg.get("f2c_save_every"):
         checkpoints.require_room()
     for key, value in cfg.items():
