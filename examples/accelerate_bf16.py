@@ -22,7 +22,7 @@ def main():
     if not args.data.exists():
         write_dataset(args.data, num_identities=100, images_per_identity=20, num_pairs=1000)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    set_seed(args.seed)  # the same on all ranks: their gallery nets must start out equal
+    set_seed(args.seed)  # the same on all ranks
 
     dataset = RecordDataset(args.data)
     labels = dataset.index.identity
@@ -33,7 +33,7 @@ def main():
     net = get_model("tiny", 64, fp16=True).to(accelerator.device)  # fp16: the convolutions run in the autocast type
     # Before prepare, which replaces net.forward. With autocast=True, products with the pool run in bfloat16, too.
     head = build_head(net, int(labels.max()) + 1, total_steps, embedding_size=64, margin=Margin(32.0, additive=0.35),
-                      pool_rate=0.5, autocast=True)
+                      pool_rate=0.7, autocast=True)
     optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_steps)
     net, optimizer = accelerator.prepare(net, optimizer)
@@ -41,8 +41,8 @@ def main():
     for _ in range(args.epochs):
         for images, identities in loader:
             images, identities = images.to(accelerator.device), identities.to(accelerator.device)
-            with accelerator.autocast():  # also for the gallery net, which is not prepared
-                loss = head(net(images), identities, images=images)
+            with accelerator.autocast():
+                loss = head(net(images), identities)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(net.parameters(), 5)
             optimizer.step()

@@ -24,7 +24,7 @@ class FaceModule(LightningModule):
         self.total_steps = self.epochs * len(self.sampler)
         # A submodule, so that it is moved to the device and saved. DDP has nothing to reduce: no parameter takes gradient.
         self.head = build_head(self.net, int(labels.max()) + 1, self.total_steps, embedding_size=64,
-                               margin=Margin(32.0, additive=0.35), pool_rate=0.5)
+                               margin=Margin(32.0, additive=0.35), pool_rate=0.7)
 
     def train_dataloader(self):
         return DataLoader(self.dataset, batch_sampler=self.sampler)
@@ -34,7 +34,7 @@ class FaceModule(LightningModule):
 
     def training_step(self, batch, index):
         images, identities = batch
-        return self.head(self.net(images), identities, images=images)
+        return self.head(self.net(images), identities)
 
     def configure_optimizers(self):
         optimizer = SGD(self.net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
@@ -54,7 +54,7 @@ if __name__ == "__main__":
     trainer = Trainer(
         accelerator="cpu", devices=args.devices, max_epochs=args.epochs, gradient_clip_val=5, logger=False,
         enable_checkpointing=False, use_distributed_sampler=False,  # every rank's sampler picks batches for that rank
-        strategy=DDPStrategy(broadcast_buffers=False) if args.devices > 1 else "auto")  # the pools are equal already
+        strategy=DDPStrategy(broadcast_buffers=False) if args.devices > 1 else "auto")  # every rank has its own slots
     trainer.fit(module := FaceModule(args.data, args.epochs, args.seed))
     if trainer.is_global_zero:
         print(f"accuracy {VerificationSet(args.data / 'synth.bin').evaluate(module.net).accuracy:.4f}")

@@ -8,7 +8,7 @@ import torch
 from torch.optim import SGD, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from f2c_plugin import DualSampler, Margin, RecordDataset, VerificationSet, build_head
+from f2c_plugin import Margin, RecordDataset, VerificationSet, build_head
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.models import get_model
 from f2c_plugin.synthetic.dataset import write_dataset
@@ -28,19 +28,18 @@ def main():
     pack = RecordDataset(args.data)
     faces, labels = pack.faces(np.arange(len(pack)))
 
-    sampler = DualSampler.from_labels(labels, batch_size=64, seed=args.seed)
-    loader = DataLoader(TensorDataset(faces, labels), batch_sampler=sampler)
+    loader = DataLoader(TensorDataset(faces, labels), batch_size=64, shuffle=True, drop_last=True)
     total_steps = args.epochs * len(loader)
     net = get_model("tiny", 64)
     head = build_head(net, int(labels.max()) + 1, total_steps, embedding_size=64, margin=Margin(32.0, additive=0.35),
-                      pool_rate=0.5)
+                      pool_rate=0.7)
     optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_steps)
 
     for epoch in range(args.epochs):
         for faces, identities in loader:
             images = normalize_faces(faces, flip=torch.rand(len(faces)) < 0.5)
-            loss = head(net(images), identities, images=images)
+            loss = head(net(images), identities)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 5)
             optimizer.step()

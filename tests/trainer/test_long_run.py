@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from f2c_plugin.method.head import F2CHead
-from f2c_plugin.method.margin import Margin
+from f2c_plugin import Margin, build_head
 from f2c_plugin.method.pool import DynamicClassPool
-from f2c_plugin.method.schedule import Schedule
 
 IDENTITIES, SLOTS, BATCH = 1000, 64, 16
 
@@ -23,11 +21,13 @@ def resident_mb():
     return pages * resource.getpagesize() / 2**20
 
 
+@pytest.mark.parametrize("recipe", ["resident", "paper"])
 @pytest.mark.parametrize("steps", [3000, pytest.param(100_000, marks=pytest.mark.long)])
-def test_memory_and_files_stay_flat_and_the_pool_whole_over_many_steps(steps):
+def test_memory_and_files_stay_flat_and_the_pool_whole_over_many_steps(steps, recipe):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 8), nn.BatchNorm1d(8))
-    head = F2CHead(net, DynamicClassPool(SLOTS, IDENTITIES, 8), Schedule.paper(Margin(32.0, additive=0.3)))
+    head = build_head(net, IDENTITIES, steps, embedding_size=8, margin=Margin(32.0, additive=0.3), num_slots=SLOTS,
+                      recipe=recipe, hook=True)
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     memory, files = [], []
     for step in range(steps):
@@ -41,7 +41,7 @@ def test_memory_and_files_stay_flat_and_the_pool_whole_over_many_steps(steps):
     print(f"{steps} steps: memory {memory[4]:.1f} MB after a fifth, {memory[-1]:.1f} MB at the end; {files[-1]} open files")
     assert memory[-1] - memory[4] < 0.01 * memory[4] + 1 and files[-1] == files[4]
     head.pool.validate()
-    assert head.pool.clock == steps * BATCH // 2 and head.pool.fill() == 1
+    assert head.pool.clock == steps * BATCH // (1 if recipe == "resident" else 2) and head.pool.fill() == 1
     assert all(value.isfinite().all() for value in head.state_dict().values() if value.is_floating_point())
 
 

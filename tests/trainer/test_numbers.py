@@ -6,7 +6,7 @@ import torch
 from f2c_plugin.data.loader import DualLoader
 from f2c_plugin.errors import TrainingDiverged
 from f2c_plugin.method.gallery import GalleryNet
-from f2c_plugin.method.head import F2CHead
+from f2c_plugin.method.resident_head import ResidentHead
 from f2c_plugin.utils.safe_load import load_states
 from tests.runs import history, refusal, run
 from tests.trainer.test_checkpoint import checkpoints
@@ -40,7 +40,7 @@ def test_images_that_are_not_finite_spoil_neither_pool_nor_nets_and_training_goe
     assert last["synth/accuracy"] > 0.4 and last["step"] == 20
 
 
-def test_gallery_features_that_are_not_finite_are_counted(config, monkeypatch):
+def test_embeddings_that_are_not_finite_are_counted(config, monkeypatch):
     spoil_images(monkeypatch, {3}, torch.nan)
     run(config(frequent=1, val_targets=[]))
     counted = {entry["step"]: entry["f2c/not_finite"] for entry in history()}
@@ -51,7 +51,7 @@ def test_gradients_that_are_not_finite_change_nothing(config, monkeypatch):
     keys = dict(val_targets=[], num_epoch=1, save_all_states=True, frequent=1)
     before = {}
 
-    def spoiled(self, *arguments, forward=F2CHead.forward):
+    def spoiled(self, *arguments, forward=ResidentHead.forward):
         loss = forward(self, *arguments)
         if self.steps == 6:
             before.update({name: value.clone() for name, value in self.probe_net.named_parameters()})
@@ -59,7 +59,7 @@ def test_gradients_that_are_not_finite_change_nothing(config, monkeypatch):
         if self.steps == 7:
             assert all(torch.equal(value, before[name]) for name, value in self.probe_net.named_parameters())
         return loss
-    monkeypatch.setattr(F2CHead, "forward", spoiled)
+    monkeypatch.setattr(ResidentHead, "forward", spoiled)
     run(config(**keys))
     assert before
     assert_whole()
