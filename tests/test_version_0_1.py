@@ -16,7 +16,7 @@ from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.models import NETWORKS, _plain
 from f2c_plugin.tools.report import Run
 from tests.conftest import FIXTURES
-from tests.runs import history, run
+from tests.runs import history, refusal, run
 
 OLD = FIXTURES / "v0_1"
 
@@ -74,3 +74,12 @@ def test_a_run_is_reported_on_with_todays_names():
     old = Run.read(OLD / "run")
     assert len(old.series("f2c/pool_hit_rate")) == 10 and not old.series("f2c/found")
     assert "synth: TAR at FAR 0.1" in old.facts
+
+
+def test_a_training_by_the_recipe_that_is_no_more_is_refused_with_the_version_that_can_end_it(config):
+    Path("out").mkdir()
+    saved = torch.load(OLD / "checkpoint_000000000120.pt")
+    del saved["settings"]["f2c_recipe"]  # "ramp" was the default
+    torch.save(saved, "out/checkpoint_000000000120.pt")
+    message = refusal(config(network="tiny", embedding_size=8, resume=True))
+    assert "f2c_recipe was 'ramp' and is now 'resident'" in message and "f2c-plugin 0.2 can end this training" in message

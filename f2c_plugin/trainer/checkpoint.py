@@ -33,7 +33,7 @@ _Layout = tuple[int, int, int, int]  # ranks, batch size, pairs per step, seed
 _PACK_SAMPLES = 1 << 12  # images that identify a pack
 
 # A checkpoint with another value of one of these, or of another pack, does not fit.
-SAME_TRAINING = ("head", "network", "embedding_size", "num_classes", "num_image", "optimizer", "f2c_pool_rate")
+SAME_TRAINING = ("head", "network", "embedding_size", "num_classes", "num_image", "optimizer", "f2c_pool_rate", "f2c_margin", "f2c_recipe")
 # Other changes are reported, margin_list and lr among them, except those that change nothing in the training.
 NOT_REPORTED = ("resume", "output", "rec", "val_targets", "frequent", "verbose", "num_workers", "save_all_states",
                 "f2c_save_every")
@@ -131,12 +131,14 @@ class Checkpoints:
                 raise ConfigError(f"{path}: its {name} cannot be used: {error}") from error
 
         step = saved["images"] // self.images_per_step
-        if tuple(saved["layout"]) == self.layout:
+        same_layout = tuple(saved["layout"]) == self.layout
+        if same_layout:
             self.sampler.origin = Position(*saved["origin"])
             _set_random_state(saved["random"][self.rank])
-        else:  # the passes go on behind the last image that was seen
-            _, identities, images = saved["position"]
-            self.sampler.origin = Position(step, identities, images)
+        position = Position(step, *saved["position"][1:])
+        # The passes go on behind the last image that was seen. Up to version 0.2, more images came in pairs.
+        if not same_layout or self.sampler.position(step) != position:
+            self.sampler.origin = position
         if hasattr(self.parts["head"], "continue_at"):
             self.parts["head"].continue_at(step)
         log.info("resume: going on from %s: %d images seen, step %d", path, saved["images"], step)
@@ -144,12 +146,17 @@ class Checkpoints:
 
     def _compare(self, saved: dict[str, Any], path: Path) -> None:
         """Compare the settings, by value: a key that is not set has its default. Lists were not kept up to version 0.2."""
+        settings = saved["settings"]
+        if any(name.startswith("gallery.") for name in saved["head"]):  # of version 0.2, which had another default
+            settings = {"f2c_recipe": "ramp", **settings}
         before, now = ({key: list(value) if isinstance(value, tuple) else value for key, value in with_defaults(each).items()}
-                       for each in (saved["settings"], self.settings))
+                       for each in (settings, self.settings))
         changed = {key: f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
                    for key in sorted({*before, *now} - {*NOT_REPORTED}) if before.get(key) != now.get(key)
                    and not (isinstance(now.get(key), list) and key not in saved["settings"])}
         refused = [what for key, what in changed.items() if key in SAME_TRAINING]
+        if before["f2c_recipe"] == "ramp":
+            refused.append("the recipe 'ramp' is no more, and f2c-plugin 0.2 can end this training")
         if saved.get("pack", self.pack) != self.pack:
             refused.append(f"rec={self.cfg.rec!r} is another pack: its images or identities differ")
         if refused:
