@@ -78,7 +78,6 @@ class World:
 
 def train_one(arguments: argparse.Namespace, world: World, run: Run, folder: Path) -> Result:
     """Train in this process, and measure the net."""
-    comparison.install_heads(arguments, run)
     cfg = comparison.config(
         arguments, run, world.dataset.num_classes, rec=str(world.data), network=arguments.network, num_workers=1,
         val_targets=world.val_targets, verbose=-(-run.steps // VERIFIED), output=str(folder))

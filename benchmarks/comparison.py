@@ -5,14 +5,13 @@ count 3. At equal compute, a head takes as many steps as cost what the full FC l
 learning rate and its ramp end with its last step.
 
 Each head has its own learning rate: of those in --lr the one with which it is best on the first seed, in TAR at FAR 1e-3; or,
-where no unseen identities resolve it, in accuracy.
+where no unseen identities resolve it, in accuracy or AUC.
 
 Results go into --work as they come, and none is measured again with the same settings and data, also by a later version:
 each names the commit that it was measured with.
 """
 
 import argparse
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -32,7 +31,6 @@ from head_step import arcface_torch_modules
 
 import f2c_plugin
 from f2c_plugin.arcface_torch import patching
-from f2c_plugin.arcface_torch.entry_points import f2c_dcp
 from f2c_plugin.build import margin_from
 from f2c_plugin.config import DEFAULTS, TrainConfig, slots_for
 from f2c_plugin.data.from_config import steps_per_epoch
@@ -43,53 +41,30 @@ from f2c_plugin.trainer import build
 from f2c_plugin.utils.atomic import written_whole
 
 FARS = "1e-2", "1e-3", "1e-4"
-FULL_FC, PARTIAL_FC, F2C, CHANGED_F2C = "softmax", "partial_fc", "f2c_dcp", "f2c_changed"  # heads
+FULL_FC, PARTIAL_FC, F2C = "softmax", "partial_fc", "f2c_dcp"  # heads
 FORWARD, FORWARD_AND_BACKWARD = 1, 3  # units of compute an image
 
 Keys = dict[str, Any]  # of a config
 Result = dict[str, Any]
 
 
-def changed(**fields: Any) -> Callable[[Schedule], Schedule]:
-    return lambda schedule: dataclasses.replace(schedule, **fields)
-
-
-# What can be changed about the recipe "ramp": config keys, or "schedule", a function that changes its Schedule.
-ABLATIONS: dict[str, Keys] = {
-    "not symmetric": dict(f2c_symmetric=False),
-    "identity-based only": dict(f2c_identity_rate=1.0),
-    "instance-based only": dict(f2c_identity_rate=0.0),
-    "one row": dict(schedule=changed(second_row=False)),
-    "hard negatives instead of own-image keys": dict(schedule=changed(own_image_keys=False)),
-    "nothing learnt outside the pool": dict(schedule=changed(outside_weight=0.0)),
-    "scale in full from the start": dict(schedule=changed(start_scale=1e6)),
-    "ramp over 40 %": dict(schedule=lambda schedule: changed(ramp_steps=schedule.ramp_steps * 4 / 7)(schedule)),
-    "momentum in full from the start": dict(schedule=changed(momentum_start=1.0)),
-    "hard negatives, momentum in full": dict(schedule=changed(own_image_keys=False, momentum_start=1.0)),
-    "momentum 0.9": dict(f2c_momentum=0.9),
-    "momentum 0.999": dict(f2c_momentum=0.999),
-}
-
-
 def variants_at(rates: Iterable[float]) -> dict[str, Keys]:
     """Config keys of all variants, by name; of those with a pool or a sample rate, one for each rate."""
-    def f2c(recipe: str, rate: float, **keys: Any) -> Keys:
-        return dict(head=CHANGED_F2C if "schedule" in keys else F2C, f2c_recipe=recipe, f2c_pool_rate=rate) | keys
-
     variants: dict[str, Keys] = {"full FC": dict(head=FULL_FC), "full FC, with the ramp": dict(head=FULL_FC, softmax_ramp=True)}
     for rate in rates:
+        partial_fc, f2c = dict(head=PARTIAL_FC, sample_rate=rate), dict(head=F2C, f2c_pool_rate=rate)
         variants |= {
-            f"Partial FC {rate:g}": dict(head=PARTIAL_FC, sample_rate=rate),
-            f"Partial FC {rate:g}, with the ramp": dict(head=PARTIAL_FC, sample_rate=rate, softmax_ramp=True),
-            f"F²C {100 * rate:g} %": f2c("resident", rate),
-            f"F²C {100 * rate:g} %, as published": f2c("paper", rate),
-            f"F²C {100 * rate:g} %, recipe ramp": f2c("ramp", rate)}
-    return variants | {f"F²C 10 %, recipe ramp, {name}": f2c("ramp", 0.1, **keys) for name, keys in ABLATIONS.items()}
+            f"Partial FC {rate:g}": partial_fc,
+            f"Partial FC {rate:g}, with the ramp": partial_fc | dict(softmax_ramp=True),
+            f"F²C {100 * rate:g} %": f2c | dict(f2c_recipe="resident"),
+            f"F²C {100 * rate:g} %, as published": f2c | dict(f2c_recipe="paper"),
+            f"F²C {100 * rate:g} %, as published, not symmetric": f2c | dict(f2c_recipe="paper", f2c_symmetric=False)}
+    return variants
 
 
 def units(keys: Keys) -> float:
     """Compute of a variant's step over the images of its batch."""
-    if keys.get("f2c_recipe") not in ("ramp", "paper"):
+    if keys.get("f2c_recipe") != "paper":
         return FORWARD_AND_BACKWARD
     # The gallery net embeds what the probe net embeds; if not symmetric, each of them one half of the batch.
     return (FORWARD_AND_BACKWARD + FORWARD) * (1 if keys.get("f2c_symmetric", True) else 1 / 2)
@@ -218,7 +193,6 @@ def chosen_variants(made: argparse.ArgumentParser, arguments: argparse.Namespace
 def config(arguments: argparse.Namespace, run: Run, num_classes: int, **others: Any) -> TrainConfig:
     """The config of a run, which is one epoch of ``run.steps`` steps, however many passes they are."""
     keys = variants_at(arguments.pool_rate)[run.variant]
-    keys = {key: value for key, value in keys.items() if key != "schedule"}
     if "f2c_pool_rate" in keys:
         keys["f2c_pool_rate"] = min(1.0, max(keys["f2c_pool_rate"], arguments.batch_size / num_classes))
     return TrainConfig(DEFAULTS | dict(
@@ -239,23 +213,13 @@ def classes_in_a_step(cfg: TrainConfig) -> int:
     return slots_for(share, cfg.num_classes)
 
 
-def install_heads(arguments: argparse.Namespace, run: Run) -> None:
-    """Give the trainer the heads that are not its own."""
-    def f2c_changed(cfg: Any, backbone: Any, margin_loss: Any) -> Any:
-        head = f2c_dcp(cfg, backbone, margin_loss)
-        head.schedule = variants_at(arguments.pool_rate)[run.variant]["schedule"](head.schedule)
-        return head
-    f2c_changed.sampler = f2c_dcp.sampler  # type: ignore[attr-defined]
-    build.BUILT_IN_HEADS |= {PARTIAL_FC: partial_fc, CHANGED_F2C: f2c_changed}
-
-
 def partial_fc(cfg: Any, backbone: Any, margin_loss: Any) -> torch.nn.Module:
     """Head factory of arcface_torch's Partial FC, with the ramp if ``softmax_ramp``."""
     losses, partial_fc_v2 = arcface_torch_modules(patching.known_checkout())
     margin = losses.CombinedMarginLoss(margin_loss.s, margin_loss.m1, margin_loss.m2, margin_loss.m3)
     head = partial_fc_v2.PartialFC_V2(margin, cfg.embedding_size, cfg.num_classes, cfg.sample_rate, cfg.fp16)
     if cfg.softmax_ramp:
-        schedule = Schedule.ramp(margin_from(margin_loss), cfg.num_epoch * steps_per_epoch(cfg, 1))
+        schedule = Schedule.resident(margin_from(margin_loss), cfg.num_epoch * steps_per_epoch(cfg, 1))
         steps = itertools.count()
 
         def set_margin(*_: Any) -> None:
@@ -265,11 +229,15 @@ def partial_fc(cfg: Any, backbone: Any, margin_loss: Any) -> torch.nn.Module:
     return head
 
 
+build.BUILT_IN_HEADS[PARTIAL_FC] = partial_fc
+
+
 def score(result: Result) -> float:
     """What learning rates are chosen by."""
     if result.get("tar_1e-3") is not None:
         return result["tar_1e-3"]
-    return float(np.mean([value for key, value in result.items() if key.startswith("accuracy_")]))
+    accuracies = [value for key, value in result.items() if key.startswith("accuracy_")]
+    return float(np.mean(accuracies)) if accuracies else result["auc"] or 0.0
 
 
 def provenance() -> Result:
@@ -317,17 +285,20 @@ class Comparison:
     def folder(self, run: Run) -> Path:
         """A folder that runs of other settings do not share."""
         name = re.sub(r"\W+", "-", f"{run.variant} {run.steps} {run.lr:g} {run.seed}".replace("%", ""))
-        keys = {key: value for key, value in self.variants[run.variant].items() if key != "schedule"}
-        digest = hashlib.sha256(json.dumps([self.setting, keys, run], sort_keys=True).encode()).hexdigest()
+        settings = json.dumps([self.setting, self.variants[run.variant], run], sort_keys=True)
+        digest = hashlib.sha256(settings.encode()).hexdigest()
         return self.arguments.work / f"{name}-{digest[:8]}"
 
     def results(self, runs: Iterable[Run]) -> None:
         """Have the results of these runs, or the reasons why there are none."""
         missing = [run for run in dict.fromkeys(runs) if run not in self._results and run not in self.failed]
-        with ThreadPoolExecutor(max(1, self.arguments.jobs)) as pool:
+        if not self.arguments.jobs:
+            for run in missing:
+                self._result(run)
+            return
+        with ThreadPoolExecutor(self.arguments.jobs) as pool:
             try:
-                for _ in pool.map(self._result, missing):
-                    pass
+                list(pool.map(self._result, missing))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

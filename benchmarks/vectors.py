@@ -104,7 +104,6 @@ def labels_of(arguments: argparse.Namespace) -> Int64s:
 def train_one(arguments: argparse.Namespace, world: World, images: np.ndarray, labels: Int64s, run: Run) -> Result:
     """Train in this process, and measure the net."""
     NETWORKS["perceptron"] = cast(Factory, lambda num_features, fp16: Perceptron(num_features))
-    comparison.install_heads(arguments, run)
     cfg = comparison.config(arguments, run, int(labels.max()) + 1, network="perceptron")
     share_of_pairs = F2CConfig.read(cfg).share_of_pairs if "f2c_recipe" in cfg else 0.0
     sampler = DualSampler.from_labels(labels, cfg.batch_size, share_of_pairs, cfg.seed, run.steps)
