@@ -132,7 +132,8 @@ WRONG = dict(
     rec=["nowhere", 7], f2c_pool_rate=[0, 1.1, 0.01, "1"], f2c_momentum=[1, -0.1], f2c_symmetric=[1, "no"],
     f2c_skip_damaged=[0],
     f2c_shard_pool=[None], f2c_save_every=[0, 1.5], f2c_max_bad_steps=[0, None], f2c_hard_negatives=[0, 2.5],
-    f2c_identity_rate=[1.5, "1"], f2c_export=["both", "best"], f2c_kept_weights=["disk", None], f2c_pool_dtype=["half", None], f2c_recipe=["fast", None],
+    f2c_identity_rate=[1.5, "1"], f2c_export=["both", "best"], f2c_kept_weights=["disk", None],
+    f2c_pool_dtype=["half", None], f2c_recipe=["fast", None],
     f2c_pool_rat=[0.1], f2c_momentun=[0.9], f2c_=[1])
 # Keys that are wrong only beside others, or only where F²C is trained.
 DEPENDS = {"f2c_pool_rate": 0.01, "batch_size": 3, "warmup_epoch": 10**7}

@@ -8,6 +8,7 @@ import torch
 
 from f2c_plugin.errors import TrainingDiverged
 from f2c_plugin.method.pool_head import StepStatistics
+from f2c_plugin.method.resident import ResidentPool
 from f2c_plugin.method.slots import NOT_IN_POOL, Slots
 from f2c_plugin.utils.tensorboard import ScalarWriter
 
@@ -79,19 +80,22 @@ class Monitor:
 
     def _judge(self, values: dict[str, float], pool: Slots) -> None:
         if values["not_finite"]:
-            log.warning("%d gallery features were not finite and were not written into the pool: try a smaller lr or "
+            log.warning("%d features were not finite and were not written into the pool: try a smaller lr or "
                         "fp16=False", values["not_finite"])
-        stay = pool.num_slots / max(values["evictions"], 1e-9)
-        self._warn("stay", values["pool_fill"] == 1 and stay < SHORT_STAY,
-                   f"identities stay in the pool for only {stay:.1f} steps before they are evicted: raise f2c_pool_rate")
-        self._warn("age", values["age"] > max(STALE_SHARE * self.total_steps, STALE_STEPS),
-                   f"the features in the pool are {values['age']:.0f} steps old on average, of {self.total_steps} in all, "
-                   "and the net has changed since: lower f2c_pool_rate")
+        slots_learn = isinstance(pool, ResidentPool)
+        if not slots_learn:
+            stay = pool.num_slots / max(values["evictions"], 1e-9)
+            self._warn("stay", values["pool_fill"] == 1 and stay < SHORT_STAY,
+                       f"identities stay in the pool for only {stay:.1f} steps before they are evicted: raise f2c_pool_rate")
+            self._warn("age", values["age"] > max(STALE_SHARE * self.total_steps, STALE_STEPS),
+                       f"the features in the pool are {values['age']:.0f} steps old on average, of {self.total_steps} in all, "
+                       "and the net has changed since: lower f2c_pool_rate")
         if not math.isnan(values["positive_cosine"]):
             self._best_cosine = max(self._best_cosine, values["positive_cosine"])
             self._warn("cosine", values["positive_cosine"] < self._best_cosine - COSINE_FALL,
                        f"the positive cosine has fallen from {self._best_cosine:.2f} to {values['positive_cosine']:.2f}: "
-                       "the gallery net may follow too slowly (lower f2c_momentum), or the net may be diverging (lower lr)")
+                       + ("the net may be diverging (lower lr)" if slots_learn else
+                          "the gallery net may follow too slowly (lower f2c_momentum), or the net may be diverging (lower lr)"))
 
     def _warn(self, what: str, wrong: bool, message: str) -> None:
         """Warn once each time a value goes wrong."""

@@ -158,7 +158,8 @@ def draw(plan: Plan, path: str | Path) -> None:
     for identities in plan.identities * np.logspace(-1, 1, 21):
         with suppress(ConfigError):  # too few: the pool would be smaller than a batch
             plans.append(replace(plan, identities=int(identities)))
-    for label, size in ((f"F²C, pool rate {plan.pool_rate:g}" + (f", gallery net {plan.network}" if gallery_net else ""), lambda p: p.f2c() + gallery_net),
+    f2c_label = f"F²C, pool rate {plan.pool_rate:g}" + (f", gallery net {plan.network}" if gallery_net else "")
+    for label, size in ((f2c_label, lambda p: p.f2c() + gallery_net),
                         (f"Partial FC, sample rate {plan.pool_rate:g}", lambda p: p.partial_fc(p.pool_rate)),
                         ("full FC", lambda p: p.partial_fc(1.0))):
         axis.loglog([each.identities for each in plans], [size(each) / 2**30 for each in plans], label=label)

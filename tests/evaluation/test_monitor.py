@@ -8,8 +8,9 @@ from torch.nn.functional import normalize
 
 from f2c_plugin.errors import TrainingDiverged
 from f2c_plugin.evaluation.monitor import Monitor
-from f2c_plugin.method.pool_head import StepStatistics
 from f2c_plugin.method.pool import DynamicClassPool
+from f2c_plugin.method.pool_head import StepStatistics
+from f2c_plugin.method.resident import ResidentPool
 
 
 def statistics(**given):
@@ -53,7 +54,7 @@ def test_every_so_many_steps_it_logs_averages_and_keeps_them_as_scalars(caplog, 
 
 @pytest.mark.parametrize("given, writes, total_steps, message", [
     (dict(evictions=4.0), 2, 10**6, "only 2.0 steps before they are evicted: raise f2c_pool_rate"),
-    (dict(not_finite=1.0), 2, 10**6, "2 gallery features were not finite"),
+    (dict(not_finite=1.0), 2, 10**6, "2 features were not finite"),
 ])
 def test_a_problem_is_logged_once_with_the_key_to_change(caplog, given, writes, total_steps, message):
     monitor = Monitor(2, total_steps)
@@ -84,6 +85,17 @@ def test_every_fall_of_the_positive_cosine_is_noticed(caplog):
         monitor.update(step, statistics(positive_cosine=cosine), pool, 2)
     falls = [record.message for record in caplog.records if "has fallen" in record.message]
     assert len(falls) == 2 and "from 0.60 to 0.40" in falls[0] and "f2c_momentum" in falls[0]
+
+
+def test_class_weights_that_learn_may_leave_soon_and_stay_long(caplog):
+    pool = ResidentPool(4, 20, 4)
+    for first in (0, 4, *[8] * 300):
+        pool.admit(torch.arange(first, first + 2), normalize(torch.randn(2, 4)))
+    monitor = Monitor(1, 1000)
+    for cosine in 0.6, 0.3:
+        monitor.update(1, statistics(evictions=4.0, positive_cosine=cosine), pool, 2)
+    warning, = warnings(caplog)
+    assert "has fallen" in warning and "f2c_" not in warning
 
 
 def test_a_normal_run_gets_no_warnings(caplog):

@@ -36,7 +36,8 @@ def test_class_weights_and_slot_table_take_what_is_planned(dtype):
 
 def test_the_gallery_net_takes_what_is_planned():
     gallery = GalleryNet(get_model("r18", 512))
-    assert sum(tensor.nbytes for tensor in gallery.state_dict().values()) == Plan(10_000, network="r18", recipe="paper").gallery_net()
+    planned = Plan(10_000, network="r18", recipe="paper").gallery_net()
+    assert sum(tensor.nbytes for tensor in gallery.state_dict().values()) == planned
     assert Plan(100_000, network="r18").gallery_net() == 0
 
 
