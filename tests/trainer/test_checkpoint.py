@@ -171,6 +171,22 @@ def test_a_run_goes_on_with_another_number_of_ranks(config, before, after, shard
     assert rates == sorted(rates, reverse=True)
 
 
+def test_the_passes_go_on_where_a_checkpoint_says_if_pairs_have_become_fewer(config):
+    """Up to version 0.2, identities with one image came in pairs, too."""
+    keys = dict(num_epoch=1, val_targets=[], f2c_save_every=5)
+    run(config(**keys))
+    middle, end = checkpoints()
+    position = load_states(end)["position"]
+    saved = torch.load(middle)
+    saved["position"] = [5, saved["position"][1] + 2, saved["position"][2] - 4]
+    torch.save(saved, middle)
+    end.unlink()
+    run(config(resume=True, **keys))
+    again = load_states(checkpoints()[-1])
+    assert again["origin"] == saved["position"]
+    assert 2 * again["position"][1] + again["position"][2] == 2 * position[1] + position[2]
+
+
 def load_on_a_rank(rank, world_size, config_path, folder):
     """What every part has loaded, written down by rank 0."""
     torch.set_num_threads(1)
