@@ -32,7 +32,8 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
         total_steps: batches of the whole training; the ramp takes the first 70 % of them, and the rate of the class
             weights falls to 0 over them.
         embedding_size: D, as the backbone returns it.
-        margin: scale and margin.
+        margin: scale and margin: ``Margin(64.0, angular=0.5)`` is ArcFace, ``Margin(64.0, additive=0.4)`` CosFace,
+            ``Margin(64.0, additive=0.4, adaptive=True)`` AdaFace.
         pool_rate: slots as a share of the identities, unless ``num_slots`` is given.
         pool_dtype: of the pool's rows.
         recipe: "resident" (``ResidentHead``; the ranks share the slots), or "paper" (``F2CHead``).
@@ -51,6 +52,8 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
             ("pool_dtype", pool_dtype, pool_dtype.is_floating_point, "a floating point type"),
             ("momentum", momentum, 0 <= momentum < 1, "from 0 to below 1"),
             ("embedding_size", embedding_size, embedding_size > 0, "a whole number above 0"),
+            ("margin", margin, not margin.adaptive or (margin.additive > 0 and not margin.angular),
+             "one with additive above 0 and without angular, if it is adaptive"),
             ("gradient_acc", gradient_acc, gradient_acc > 0, "a whole number above 0"),
             ("num_hard_negatives", num_hard_negatives, num_hard_negatives is None or num_hard_negatives > 0,
              "a whole number above 0, or None")):
@@ -85,16 +88,19 @@ class CombinedMargin(Protocol):
     interclass_filtering_threshold: float
 
 
-def margin_from(margin_loss: CombinedMargin) -> Margin:
-    """The margin of arcface_torch's ``CombinedMarginLoss``.
+def margin_from(margin_loss: CombinedMargin, name: str | None = None) -> Margin:
+    """The margin of arcface_torch's ``CombinedMarginLoss``; with the ``name`` "adaface" AdaFace's, of m = m3.
 
     Raises:
-        ConfigError: a ``margin_list`` that arcface_torch refuses, too.
+        ConfigError: a ``margin_list`` that arcface_torch refuses, too, or without an m for AdaFace.
     """
     m1, m2, m3 = margin_loss.m1, margin_loss.m2, margin_loss.m3
     threshold = margin_loss.interclass_filtering_threshold
+    if name == "adaface" and (m1 != 1.0 or m2 != 0.0 or m3 <= 0):
+        raise ConfigError(f"f2c_margin='adaface': takes its m from the third number of margin_list=({m1}, {m2}, {m3}): set "
+                          "margin_list=(1.0, 0.0, 0.4), as published")
     if m1 == 1.0 and m3 == 0.0:
         return Margin(margin_loss.s, angular=m2, filter_threshold=threshold)
     if m3 > 0:
-        return Margin(margin_loss.s, additive=m3, filter_threshold=threshold)
+        return Margin(margin_loss.s, additive=m3, filter_threshold=threshold, adaptive=name == "adaface")
     raise ConfigError(f"margin_list=({m1}, {m2}, {m3}) is neither ArcFace (1, m2, 0) nor CosFace (1, 0, m3 > 0)")

@@ -27,6 +27,7 @@ class TrainConfig(EasyDict):
 
 PREFIX = "f2c_"
 RECIPES = ("resident", "paper")
+MARGINS = ("adaface",)
 KEPT_WEIGHTS = ("memory", "file")
 POOL_DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("probe", "gallery", "best")
@@ -42,6 +43,7 @@ class F2CConfig:
         init: file of a pretrained net to start from: a ``model.pt``, or a checkpoint of arcface_torch or the built-in
             trainer. See ``initialize``.
         init_classes: whether the class weights in it are those of the first identities of the pack, and are taken, too.
+        margin: the margin, if it is not the one that ``margin_list`` says: "adaface", whose m is the list's third number.
         kept_weights: where the weights of identities out of the pool are, "memory" or "file", a file in
             ``config.output`` that is gone when the training ends. Recipe "resident".
         momentum: m of the gallery net. Recipe "paper".
@@ -68,6 +70,7 @@ class F2CConfig:
     recipe: str = "resident"
     init: str | None = None
     init_classes: bool = False
+    margin: str | None = None
     kept_weights: str = "memory"
     momentum: float = 0.99
     symmetric: bool = True
@@ -134,8 +137,9 @@ class _Values(NamedTuple):
         return None
 
 
-def _one_of(*values: str) -> _Values:
-    return _Values((str,), lambda v: v in values, "one of " + ", ".join(map(repr, values)))
+def _one_of(*values: str | None) -> _Values:
+    types = tuple({type(value) for value in values})
+    return _Values(types, lambda v: v in values, "one of " + ", ".join(map(repr, values)))
 
 
 def _is_margin_list(values: Any) -> bool:
@@ -175,7 +179,9 @@ _KEYS = {
     "f2c_symmetric": _FLAG, "f2c_skip_damaged": _FLAG, "f2c_shard_pool": _FLAG,
     "f2c_save_every": _POSITIVE_INT_OR_NONE, "f2c_max_bad_steps": _POSITIVE_INT, "f2c_hard_negatives": _POSITIVE_INT_OR_NONE,
     "f2c_identity_rate": _Values((int, float, type(None)), lambda v: v is None or 0 <= v <= 1, "from 0 to 1, or None"),
-    "f2c_kept_weights": _one_of(*KEPT_WEIGHTS), "f2c_export": _one_of(*EXPORTS), "f2c_pool_dtype": _one_of(*POOL_DTYPES), "f2c_recipe": _one_of(*RECIPES),
+    "f2c_margin": _one_of(*MARGINS, None),
+    "f2c_kept_weights": _one_of(*KEPT_WEIGHTS), "f2c_export": _one_of(*EXPORTS),
+    "f2c_pool_dtype": _one_of(*POOL_DTYPES), "f2c_recipe": _one_of(*RECIPES),
 }
 
 

@@ -16,7 +16,7 @@ GOOD = dict(batch_size=128, num_classes=10_000, dali=False)
 
 def test_defaults_are_what_the_readme_says():
     assert F2CConfig.read(GOOD) == F2CConfig(
-        0.1, "resident", "memory", 0.99, True, None, None, "float32", False, False, "probe", None, 50)
+        0.1, "resident", None, False, None, "memory", 0.99, True, None, None, "float32", False, False, "probe", None, 50)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -35,6 +35,7 @@ def test_defaults_are_what_the_readme_says():
     (dict(f2c_shard_pool=2), "f2c_shard_pool=2: must be True or False"),
     (dict(batch_size=127, f2c_recipe="paper"), "batch_size=127: .* make it even, 126 or 128"),
     (dict(batch_size=1, f2c_identity_rate=0.5), "batch_size=1: .* make it even, 2$"),
+    (dict(f2c_margin="arcface"), "f2c_margin='arcface': must be one of 'adaface', None"),
     (dict(f2c_kept_weights="disk"), "f2c_kept_weights='disk': must be one of 'memory', 'file'"),
     (dict(f2c_export="gallery"), "f2c_export='gallery': the recipe 'resident' has no gallery net: leave it out, or set "
                                  "f2c_recipe='paper'"),
@@ -115,7 +116,7 @@ RIGHT = dict(
     f2c_momentum=[0.0, 0.999],
     f2c_symmetric=[True, False], f2c_skip_damaged=[True], f2c_shard_pool=[True, False], f2c_save_every=[None, 1],
     f2c_max_bad_steps=[1], f2c_hard_negatives=[None, 5], f2c_identity_rate=[0, 0.5, 1.0, None],
-    f2c_export=["probe"], f2c_kept_weights=["memory", "file"],
+    f2c_export=["probe"], f2c_kept_weights=["memory", "file"], f2c_margin=[None],
     f2c_pool_dtype=["float32", "bfloat16"], f2c_recipe=["resident", "paper"])
 NONSENSE = [None, -1, -0.5, float("nan"), float("inf"), "", "x", "1", b"1", [], {}, (1,), object, 10**30]
 WRONG = dict(
@@ -132,7 +133,7 @@ WRONG = dict(
     rec=["nowhere", 7], f2c_pool_rate=[0, 1.1, 0.01, "1"], f2c_momentum=[1, -0.1], f2c_symmetric=[1, "no"],
     f2c_skip_damaged=[0],
     f2c_shard_pool=[None], f2c_save_every=[0, 1.5], f2c_max_bad_steps=[0, None], f2c_hard_negatives=[0, 2.5],
-    f2c_identity_rate=[1.5, "1"], f2c_export=["both", "best"], f2c_kept_weights=["disk", None],
+    f2c_identity_rate=[1.5, "1"], f2c_export=["both", "best"], f2c_kept_weights=["disk", None], f2c_margin=["arcface", 0.4],
     f2c_pool_dtype=["half", None], f2c_recipe=["fast", None],
     f2c_pool_rat=[0.1], f2c_momentun=[0.9], f2c_=[1])
 # Keys that are wrong only beside others, or only where F²C is trained.

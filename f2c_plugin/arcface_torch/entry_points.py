@@ -34,7 +34,8 @@ def _head(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcF
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     head = build_head(
-        backbone, cfg["num_classes"], total_steps, embedding_size=cfg["embedding_size"], margin=margin_from(margin_loss),
+        backbone, cfg["num_classes"], total_steps, embedding_size=cfg["embedding_size"],
+        margin=margin_from(margin_loss, settings.margin),
         pool_rate=settings.pool_rate, pool_dtype=getattr(torch, settings.pool_dtype), recipe=settings.recipe,
         kept_weights=folder, shard_pool=settings.shard_pool, momentum=settings.momentum, symmetric=settings.symmetric,
         num_hard_negatives=settings.hard_negatives, seed=cfg.get("seed") or 0, gradient_acc=cfg.get("gradient_acc", 1),

@@ -109,6 +109,6 @@ class ImageQuality(nn.Module):
         length = torch.where(finite, length.clamp(*_LENGTHS), 0)
         mean = length.sum() / finite.sum().clamp_min(1)
         variance = torch.where(finite, length - mean, 0).square().sum() / (finite.sum() - 1).clamp_min(1)
-        rate = torch.where(self.mean == 0, 1.0, _RATE) * finite.any()
+        rate = torch.full_like(self.mean, _RATE).masked_fill(self.mean == 0, 1) * finite.any()
         self.mean += rate * (mean - self.mean)
         self.std += rate * (variance.sqrt() - self.std)

@@ -133,8 +133,8 @@ def resident_loss(embeddings: Tensor, own: slice, arrival: Arrival, pool: Reside
     counted[1:] = targets[1:] != targets[:-1]
     is_target_slot = torch.zeros(pool.num_slots, dtype=torch.bool, device=probes.device).index_fill_(0, targets, True)
     left_out = is_target_slot[pool.first:pool.end]
-    others = pool_softmax(probes, pool.rows[0], left_out, margin.scale, 1, margin.filter_threshold, dtype, pool.shard, pool.first,
-                          unit_rows=False)
+    others = pool_softmax(probes, pool.rows[0], left_out, margin.scale, 1, margin.filter_threshold, dtype, pool.shard,
+                          pool.first, unit_rows=False)
 
     with torch.enable_grad():
         weights = pool.rows_at(targets)[0].to(probes.dtype).requires_grad_()  # (B, D)

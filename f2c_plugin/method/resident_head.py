@@ -48,8 +48,8 @@ class ResidentHead(PoolHead):
         labels = identities_in(local_labels)
         embeddings = at_least_float32(embeddings_in(local_embeddings))
         if len(embeddings) != len(labels) or not len(labels):
-            raise InputError(f"{len(embeddings)} embeddings and {len(labels)} labels: the head takes what the backbone made of a "
-                             "batch, and a label for each image")
+            raise InputError(f"{len(embeddings)} embeddings and {len(labels)} labels: the head takes what the backbone made of "
+                             "a batch, and a label for each image")
         check_numbers(embeddings, labels, self.pool.embedding_size, self.pool.num_identities)
         rank, world_size = this_rank()
         check_room(len(labels) * world_size, self.pool.num_identities, self.pool.num_slots)
@@ -67,10 +67,6 @@ class ResidentHead(PoolHead):
             (arrival.evicted != NOT_IN_POOL).sum().float(), arrival.num_not_finite.float(),
             result.loss.detach().isfinite().float(), margin.scale), len(features))
         return result.loss
-
-    def put_class_weights(self, identities: Tensor, weights: Tensor) -> None:
-        """Start from the weights (n, D) of identities int64 (n,), before the first batch. All ranks call this."""
-        self.pool.kept.put(identities, weights)
 
     def put_class_weights(self, identities: Tensor, weights: Tensor) -> None:
         """Start from the weights (n, D) of identities int64 (n,), before the first batch. All ranks call this."""

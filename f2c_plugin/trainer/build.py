@@ -25,7 +25,7 @@ HeadFactory = Callable[[Any, nn.Module, CombinedMargin], nn.Module]
 
 def softmax(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> nn.Module:
     """Head factory of the full FC layer. Scale and margin are in full from the first step, unless ``softmax_ramp``."""
-    margin = margin_from(margin_loss)
+    margin = margin_from(margin_loss, cfg.get("f2c_margin"))
     if cfg["softmax_ramp"]:
         schedule = Schedule.resident(margin, cfg["num_epoch"] * steps_per_epoch(cfg, distributed.get_world_size()))
     else:

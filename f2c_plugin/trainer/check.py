@@ -33,7 +33,7 @@ def check(cfg: TrainConfig, world_size: int = 1) -> None:
         (["head"], lambda: head_factory(cfg.head)),
         (["sampler"], lambda: cfg.sampler and load_plugin(SAMPLERS, cfg.sampler)),
         (["network"], lambda: _on_meta(rest.network, rest.embedding_size)),
-        (["margin_list"], lambda: margin_from(margin_loss(rest))),
+        (["margin_list"], lambda: margin_from(margin_loss(rest), None if "f2c_margin" in bad else cfg.get("f2c_margin"))),
         (["network", "embedding_size", "num_classes", "f2c_init"], lambda: _init_file(rest)),
         (["optimizer"], lambda: build_optimizer(rest, [torch.zeros(1)])),
         (["num_image", "batch_size"], lambda: steps_per_epoch(cfg, world_size)),

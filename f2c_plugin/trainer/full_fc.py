@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from f2c_plugin.method.margin import Margin
+from f2c_plugin.method.margin import ImageQuality, Margin
 from f2c_plugin.method.schedule import Schedule
 
 
@@ -17,6 +17,7 @@ class FullFC(nn.Module):
         schedule: scale and margin of each step.
 
     Attributes:
+        quality: of images, if the margin follows it.
         steps: batches seen.
     """
 
@@ -24,6 +25,7 @@ class FullFC(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.normal(0, 0.01, (num_classes, embedding_size)))
         self.schedule = schedule
+        self.quality = ImageQuality() if schedule.margin.adaptive else None
         self.steps = 0
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
@@ -31,7 +33,8 @@ class FullFC(nn.Module):
         cosine = normalize(local_embeddings) @ normalize(self.weight).T  # (B, D) @ (D, N) -> (B, N)
         margin = self.schedule.margin_at(self.steps)
         self.steps += 1
-        return margin_softmax(cosine, local_labels, margin)
+        quality = self.quality(local_embeddings) if self.quality else None
+        return margin_softmax(cosine, local_labels, margin, quality)
 
     @torch.no_grad()
     def put_class_weights(self, identities: Tensor, weights: Tensor) -> None:
@@ -43,7 +46,7 @@ class FullFC(nn.Module):
         self.steps = step
 
 
-def margin_softmax(cosine: Tensor, labels: Tensor, margin: Margin) -> Tensor:
+def margin_softmax(cosine: Tensor, labels: Tensor, margin: Margin, quality: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of s · cosines (B, K) with the margin on the labelled columns, scalar."""
-    target = margin.target(cosine.gather(1, labels[:, None]))  # (B, 1)
-    return cross_entropy(margin.scale * margin.filtered(cosine).scatter(1, labels[:, None], target), labels)
+    target = margin.target(cosine.gather(1, labels[:, None])[:, 0], quality)  # (B,)
+    return cross_entropy(margin.scale * margin.filtered(cosine).scatter(1, labels[:, None], target[:, None]), labels)

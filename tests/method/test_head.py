@@ -15,6 +15,7 @@ from f2c_plugin.utils.distributed import WHOLE, Shard
 from tests.reference.head import SlowHead
 
 MARGIN = Margin(scale=16.0, angular=0.3)
+ADAFACE = Margin(scale=16.0, additive=0.3, adaptive=True)
 NUM_IDENTITIES, NUM_SLOTS, BATCH, STEPS = 30, 12, 12, 20
 
 
@@ -24,9 +25,9 @@ def make_net():
                          nn.Linear(16, 6)).double()
 
 
-def make_head(net, symmetric=True, gradient_acc=1, num_slots=NUM_SLOTS, shard=WHOLE):
+def make_head(net, symmetric=True, gradient_acc=1, num_slots=NUM_SLOTS, shard=WHOLE, margin=MARGIN):
     pool = DynamicClassPool(num_slots, NUM_IDENTITIES, 6, shard=shard).double()
-    return F2CHead(net, pool, Schedule.paper(MARGIN, 0.9), symmetric, 3, gradient_acc)
+    return F2CHead(net, pool, Schedule.paper(margin, 0.9), symmetric, 3, gradient_acc).double()
 
 
 def batches(steps=STEPS, batch=BATCH, seed=0):
@@ -40,10 +41,10 @@ def batches(steps=STEPS, batch=BATCH, seed=0):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("gradient_acc", [1, 3])
-def test_twenty_steps_equal_the_slow_reference(symmetric, gradient_acc):
+@pytest.mark.parametrize("gradient_acc, margin", [(1, MARGIN), (3, MARGIN), (1, ADAFACE)], ids=["1", "3", "AdaFace"])
+def test_twenty_steps_equal_the_slow_reference(symmetric, gradient_acc, margin):
     net = make_net()
-    head = make_head(net, symmetric, gradient_acc)
+    head = make_head(net, symmetric, gradient_acc, margin=margin)
     gallery = make_net().train()
     gallery[4].p = 0.0
     slow = SlowHead(head, gallery)

@@ -1,7 +1,5 @@
 """Resident classes against a slow reference, on one rank and over gloo."""
 
-import logging
-
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -16,13 +14,16 @@ from tests.reference.resident import SlowResident
 
 NUM_IDENTITIES, NUM_SLOTS, BATCH, STEPS, SIZE = 40, 14, 12, 30, 6
 MARGINS = {"CosFace": Margin(16.0, additive=0.3), "ArcFace": Margin(16.0, angular=0.4),
-           "filtered": Margin(16.0, additive=0.2, filter_threshold=0.3)}
+           "filtered": Margin(16.0, additive=0.2, filter_threshold=0.3), "AdaFace": Margin(16.0, additive=0.3, adaptive=True)}
 
 
 def make_head(margin=MARGINS["CosFace"], **keys):
     torch.manual_seed(3)
     keys = dict(embedding_size=SIZE, margin=margin, num_slots=NUM_SLOTS, pool_dtype=torch.float64) | keys
-    return build_head(nn.Linear(3, SIZE).double(), NUM_IDENTITIES, STEPS, **keys)
+    head = build_head(nn.Linear(3, SIZE).double(), NUM_IDENTITIES, STEPS, **keys)
+    if head.quality:
+        head.quality.double()
+    return head
 
 
 def batches(steps=STEPS, batch=BATCH, seed=0):
@@ -57,10 +58,10 @@ def test_steps_equal_the_slow_reference(margin, chunk_entries, monkeypatch):
     assert by_recency[by_recency >= 0].tolist() == list(slow.slots)
 
 
-def run_rank(rank, world_size, folder, state):
+def run_rank(rank, world_size, folder, margin, state):
     """Half of each batch on each of two ranks; loads ``state`` if given, and goes on with the batches from there."""
     distributed.init_process_group("gloo", f"file://{folder}/rendezvous{state is not None}", world_size=world_size, rank=rank)
-    head = make_head()
+    head = make_head(MARGINS[margin])
     if state is not None:
         head.load_state_dict(state)
     results = []
@@ -74,13 +75,13 @@ def run_rank(rank, world_size, folder, state):
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_that_share_the_slots_equal_one_rank_and_a_state_loads_on_any_number_of_them(tmp_path, world_size):
-    alone = make_head()
+@pytest.mark.parametrize("world_size, margin", [(2, "CosFace"), (3, "AdaFace")])
+def test_ranks_that_share_the_slots_equal_one_rank_and_a_state_loads_on_any_number_of_them(tmp_path, world_size, margin):
+    alone = make_head(MARGINS[margin])
     expected = [(loss := alone(*batch), torch.autograd.grad(loss, batch[0])[0]) for batch in batches()]
     state = None
     for half in range(2):
-        multiprocessing.spawn(run_rank, (world_size, tmp_path, state), world_size)
+        multiprocessing.spawn(run_rank, (world_size, tmp_path, margin, state), world_size)
         ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world_size)]
         for step in range(STEPS // 2):
             loss, gradient = expected[half * STEPS // 2 + step]
@@ -93,12 +94,13 @@ def test_ranks_that_share_the_slots_equal_one_rank_and_a_state_loads_on_any_numb
     assert ranks[1][1]["pool.kept.rows"].size(1) < NUM_IDENTITIES == state["pool.kept.rows"].size(1)
 
 
-def test_a_head_resumed_from_its_state_goes_on_bit_for_bit():
+@pytest.mark.parametrize("margin", MARGINS.values(), ids=MARGINS)
+def test_a_head_resumed_from_its_state_goes_on_bit_for_bit(margin):
     steps = list(batches())
-    head = make_head()
+    head = make_head(margin)
     for batch in steps[:15]:
         head(*batch)
-    again = make_head(seed=5)
+    again = make_head(margin, seed=5)
     again.load_state_dict(head.state_dict())
     for batch in steps[15:]:
         assert torch.equal(again(*batch), head(*batch))

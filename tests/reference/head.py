@@ -5,6 +5,7 @@ from copy import deepcopy
 import torch
 
 from tests.reference.loss import slow_loss
+from tests.reference.margin import SlowQuality
 from tests.reference.pool import SlowPool
 
 
@@ -22,12 +23,13 @@ class SlowHead:
         self.steps = 0
         self.pool = SlowPool(head.pool)
         self.gallery = gallery
+        self.quality = SlowQuality()
 
-    def half_step(self, gallery, gallery_labels, probe, probe_labels):
+    def half_step(self, gallery, gallery_labels, probe, probe_labels, qualities):
         two_keys, _ = self.pool.write(gallery_labels.tolist(), gallery)
         slots = torch.tensor([self.pool.slots.get(identity, -1) for identity in probe_labels.tolist()])
         return slow_loss(probe, slots, self.pool.rows.clone(), torch.tensor(sorted(two_keys)),
-                         self.schedule.margin_at(self.steps), 3)
+                         self.schedule.margin_at(self.steps), 3, qualities)
 
     def step(self, net, images, embeddings, labels, symmetric, follow):
         loss = self.loss(net, images, embeddings, labels, symmetric, follow)
@@ -49,11 +51,12 @@ class SlowHead:
                 gallery_x = self.gallery(images.chunk(2)[0])
             else:
                 gallery_x, gallery_y = self.gallery(images).chunk(2)
+        qualities = self.quality(embeddings)
         if not symmetric:
-            return self.half_step(gallery_x, label_x, embeddings, label_y)
+            return self.half_step(gallery_x, label_x, embeddings, label_y, qualities)
         probe_x, probe_y = embeddings.chunk(2)
         before = deepcopy(self.pool)
-        first = self.half_step(gallery_y, label_y, probe_x, label_x)
+        first = self.half_step(gallery_y, label_y, probe_x, label_x, qualities[:len(label_x)])
         self.pool = before
-        second = self.half_step(gallery_x, label_x, probe_y, label_y)
+        second = self.half_step(gallery_x, label_x, probe_y, label_y, qualities[len(label_x):])
         return first + second

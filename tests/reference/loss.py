@@ -2,14 +2,17 @@
 
 import torch
 
+from tests.reference.margin import slow_target
 
-def slow_loss(embeddings, labels, rows, two_keys, margin, num_hard_negatives):
+
+def slow_loss(embeddings, labels, rows, two_keys, margin, num_hard_negatives, qualities=None):
     """The loss of a half-step, without a margin softmax over more than one probe at a time.
 
     Args:
         labels: slot of each probe's identity, or -1.
         rows: (2, K, D) of the pool in this half-step.
         two_keys: slots of which the second view shows row 1.
+        qualities: of the probes' images, for AdaFace's margin.
     """
     second_view = rows[0].clone()
     for slot in two_keys.tolist():
@@ -17,7 +20,7 @@ def slow_loss(embeddings, labels, rows, two_keys, margin, num_hard_negatives):
     total = embeddings.sum() * 0
     for view in rows[0], second_view:
         positives, negatives = [], []
-        for embedding, label in zip(embeddings, labels.tolist(), strict=True):
+        for embedding, label, quality in zip(embeddings, labels.tolist(), qualities or [None] * len(labels), strict=True):
             cosines = []
             for slot, feature in enumerate(view):
                 cosine = embedding @ feature / embedding.norm()
@@ -25,10 +28,7 @@ def slow_loss(embeddings, labels, rows, two_keys, margin, num_hard_negatives):
                     cosine = cosine * 0
                 cosines.append(cosine)
             if label >= 0:
-                own = cosines[label]
-                if margin.angular:
-                    own = torch.cos(torch.acos(own) + margin.angular)
-                cosines[label] = own - margin.additive
+                cosines[label] = slow_target(cosines[label], margin, quality)
                 logits = margin.scale * torch.stack(cosines)
                 positives.append(torch.logsumexp(logits, 0) - logits[label])
             else:

@@ -5,6 +5,8 @@ import math
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
+from tests.reference.margin import SlowQuality, slow_target
+
 
 class SlowResident:
     """A full FC layer over the identities in a dict, least recently used first.
@@ -19,6 +21,7 @@ class SlowResident:
         self.free = list(range(pool.num_slots))
         self.weights = list(pool.rows[0].clone())
         self.kept = {}
+        self.quality = SlowQuality()
 
     def step(self, embeddings, labels, margin, rate):
         """Mean loss over the batch of all ranks. The weights take their step."""
@@ -29,10 +32,11 @@ class SlowResident:
         absent = math.log((self.num_identities - 1) / (self.num_slots - 1)) / margin.scale
         logits = margin.filtered(cosine) + absent
         target = torch.tensor([self.slots[identity] for identity in labels.tolist()])
-        own = margin.target(cosine.gather(1, target[:, None])[:, 0])
+        own = [slow_target(row[slot], margin, quality)
+               for row, slot, quality in zip(cosine, target.tolist(), self.quality(embeddings), strict=True)]
         for image in first_images:
             own[image] = probes[image] @ probes[image].detach()
-        loss = cross_entropy(margin.scale * logits.scatter(1, target[:, None], own[:, None]), target)
+        loss = cross_entropy(margin.scale * logits.scatter(1, target[:, None], torch.stack(own)[:, None]), target)
         gradient, = torch.autograd.grad(loss, weights, retain_graph=True)
         self.weights = list(weights.detach() - rate * gradient)
         return loss

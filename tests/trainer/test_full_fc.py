@@ -7,7 +7,7 @@ from f2c_plugin.method.margin import Margin
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.trainer import build
 from f2c_plugin.utils.safe_load import load_states
-from tests.runs import history, losses, run
+from tests.runs import history, losses, refusal, run
 from tests.trainer.test_checkpoint import checkpoints, equal
 
 STEPS = 20
@@ -41,3 +41,17 @@ def test_a_ramp_that_is_resumed_in_its_middle_ends_bit_for_bit_as_without_a_brea
     run(config(save_all_states=True, resume=True, **KEYS, **keys))
     assert losses() == whole and equal(torch.load("out/model.pt"), model)
     assert history()[-1]["step"] == STEPS
+
+
+@pytest.mark.parametrize("head", ["softmax", "f2c_dcp"])
+def test_adafaces_running_statistics_go_on_where_a_training_resumes(config, head):
+    keys = KEYS | dict(head=head, f2c_margin="adaface", save_all_states=True)
+    run(config(**keys))
+    end = checkpoints()[-1]
+    whole = load_states(end)["head"]
+    assert whole["quality.mean"] > 0 and whole["quality.std"] > 0
+    end.unlink()
+    run(config(resume=True, **keys))
+    assert equal(load_states(checkpoints()[-1])["head"], whole)
+    message = refusal(config(resume=True, **keys | dict(f2c_margin=None)))
+    assert "belongs to another training: f2c_margin was 'adaface' and is now None" in message

@@ -172,6 +172,8 @@ def test_the_baseline_takes_odd_batches(config):
     (dict(margin_list=(1.0, 10**400, 0.0)), "must be three numbers"),
     (dict(margin_list=(1.0, 0.5, 0.2, 0.1)), "margin_list"),
     (dict(margin_list=(2.0, 0.5, 0.0)), r"margin_list=(2.0, 0.5, 0.0) is neither ArcFace"),
+    (dict(margin_list=(1.0, 0.5, 0.0), f2c_margin="adaface"), "f2c_margin='adaface': takes its m from the third number of "
+                                                              "margin_list=(1.0, 0.5, 0.0): set margin_list=(1.0, 0.0, 0.4)"),
 ], ids=str)
 def test_bad_input_is_refused_with_the_key_or_file_the_value_and_the_remedy(config, keys, message):
     assert message in refusal(config(**keys))
