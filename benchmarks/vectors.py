@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.45, help="standard deviation; default: %(default)s")
     parser.add_argument("--nuisance", type=float, default=1.8,
                         help="standard deviation of what means nothing; that of identities is 1; default: %(default)s")
-    parser.add_argument("--world-seed", type=int, default=0)
+    parser.add_argument("--world-seed", type=int, default=4, help="worlds differ by a few points; default: %(default)s")
     arguments = parser.parse_args()
     variants = comparison.chosen_variants(parser, arguments)
     own = {name: getattr(arguments, name) for name in ("identities", "images", "noise", "nuisance", "world_seed")}
@@ -134,7 +134,7 @@ def main() -> None:
     try:
         labels = labels_of(arguments)
         world = World(arguments.noise, arguments.nuisance, arguments.world_seed)
-        name = "_".join(["vectors", *(f"{value:g}" for value in own.values()), *(["long-tail"] if arguments.long_tail else [])])
+        name = "_".join(["vectors", *map(str, own.values()), *(["long-tail"] if arguments.long_tail else [])])
         path = arguments.work / f"{name}.npy"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
