@@ -1,14 +1,13 @@
 """F²C (Faster Face Classification, CVPR 2022): train on many identities without a weight for each.
 
-In a training loop of your own, with any backbone and any map-style dataset with labels::
+In a training loop of your own, with any backbone and any dataset with labels::
 
-    sampler = DualSampler.from_labels(labels, batch_size=128)
-    loader = DataLoader(dataset, batch_sampler=sampler)
+    loader = DataLoader(dataset, batch_size=128, shuffle=True, drop_last=True)
     head = build_head(backbone, num_identities=len(set(labels)), total_steps=epochs * len(loader), embedding_size=512)
     optimizer = SGD(backbone.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     for epoch in range(epochs):
         for images, identities in loader:
-            loss = head(backbone(images), identities, images=images)
+            loss = head(backbone(images), identities)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -34,20 +33,23 @@ if TYPE_CHECKING:
     from f2c_plugin.method.head import F2CHead
     from f2c_plugin.method.margin import Margin
     from f2c_plugin.method.pool import DynamicClassPool
+    from f2c_plugin.method.resident import ResidentPool
+    from f2c_plugin.method.resident_head import ResidentHead
     from f2c_plugin.method.schedule import Schedule
 
 __version__ = "0.2.0"
 
 __all__ = [
     "DualLoader", "DualSampler", "DynamicClassPool", "F2CError", "F2CHead", "GalleryNet", "IdentityIndex", "Margin", "Monitor",
-    "RecordDataset", "RecordWriter", "Schedule", "VerificationSet", "build_head",
+    "RecordDataset", "RecordWriter", "ResidentHead", "ResidentPool", "Schedule", "VerificationSet", "build_head",
 ]
 
 # Imported at first use: PyTorch takes seconds, in which a training must already hear signals.
 _HOMES = {name: module for module, names in {
     "build": ["build_head"], "errors": ["F2CError"], "evaluation.monitor": ["Monitor"], "method.head": ["F2CHead"],
     "evaluation.verification": ["VerificationSet"], "method.gallery": ["GalleryNet"], "method.margin": ["Margin"],
-    "method.pool": ["DynamicClassPool"], "method.schedule": ["Schedule"],
+    "method.pool": ["DynamicClassPool"], "method.resident": ["ResidentPool"],
+    "method.resident_head": ["ResidentHead"], "method.schedule": ["Schedule"],
     "data": ["DualLoader", "DualSampler", "IdentityIndex", "RecordDataset", "RecordWriter"]}.items() for name in names}
 
 

@@ -27,8 +27,12 @@ def make_net(dtype=torch.float32):
 
 
 def make_head(backbone, **arguments):
-    arguments = {"embedding_size": EMBEDDING_SIZE, "margin": Margin(16.0, angular=0.3), "num_slots": 12} | arguments
+    arguments = {"embedding_size": EMBEDDING_SIZE, "margin": Margin(16.0, angular=0.3), "num_slots": 12,
+                 "recipe": "paper"} | arguments
     return build_head(backbone, NUM_IDENTITIES, 20, **arguments)
+
+
+RECIPES = pytest.mark.parametrize("recipe", ["resident", "paper"])
 
 
 def batches(steps=1, seed=0, dtype=torch.float32):
@@ -177,22 +181,24 @@ class Returning(nn.Module):
         return self.pack(self.net(images))
 
 
+@RECIPES
 @pytest.mark.parametrize("hook", [True, False])
-def test_a_backbone_may_return_a_tuple_that_begins_with_the_embeddings(hook):
+def test_a_backbone_may_return_a_tuple_that_begins_with_the_embeddings(hook, recipe):
     losses = []
     for net in Returning(lambda embeddings: embeddings), Returning(lambda embeddings: (embeddings, embeddings[:, :2])):
-        losses.append(train(net, make_head(net, hook=hook), batches(4), hook))
+        losses.append(train(net, make_head(net, hook=hook, recipe=recipe), batches(4), hook))
     assert losses[0] == losses[1]
 
 
+@RECIPES
 @pytest.mark.parametrize("hook", [True, False])
 @pytest.mark.parametrize("pack, found", [
     (lambda embeddings: {"embedding": embeddings, "quality": 1}, "a dict with embedding, quality"),
     (lambda embeddings: embeddings[:, :, None], "a tensor of shape (12, 6, 1)"),
     (lambda embeddings: (), "a tuple"), (lambda embeddings: None, "a NoneType")], ids=["dict", "3d", "empty", "none"])
-def test_a_backbone_that_returns_no_embeddings_is_refused_with_what_it_returns(pack, found, hook):
+def test_a_backbone_that_returns_no_embeddings_is_refused_with_what_it_returns(pack, found, hook, recipe):
     net = Returning(pack)
-    head = make_head(net, hook=hook)
+    head = make_head(net, hook=hook, recipe=recipe)
     images, labels = batch()
     with pytest.raises(InputError, match=f"the backbone returns {re.escape(found)}.* wrap the backbone in a module"):
         head(net(images), labels, **({} if hook else {"images": images}))
@@ -227,6 +233,8 @@ def test_a_pool_smaller_than_the_identities_of_a_batch_is_refused_with_the_small
     with pytest.raises(ConfigError, match=r"a pool of 5 slots, .* up to 6 identities: .* at least 6 slots \(pool_rate=0.2\)"):
         make_head(net, num_slots=5)(net(images), labels, images=images)
     make_head(net, num_slots=None, pool_rate=0.2)(net(images), labels, images=images)
+    with pytest.raises(ConfigError, match=r"a pool of 6 slots, .* up to 12 identities: .* at least 12 slots \(pool_rate=0.4\)"):
+        make_head(net, num_slots=6, recipe="resident")(net(images), labels)
 
 
 # Batches
@@ -235,23 +243,23 @@ def test_a_pool_smaller_than_the_identities_of_a_batch_is_refused_with_the_small
 BAD_BATCHES = {
     "label too large": (lambda net, images, labels: (net(images), labels % 2 + 29, images), "labels from 29 to 30"),
     "label negative": (lambda net, images, labels: (net(images), -labels, images), r"labels from -\d+ to"),
-    "too few labels": (lambda net, images, labels: (net(images), labels[:10], images), "12 images and 10 labels"),
+    "too few labels": (lambda net, images, labels: (net(images), labels[:10], images), "12 (images|embeddings) and 10 labels"),
     "one-hot labels": (lambda net, images, labels: (net(images), torch.eye(30).long()[labels], images),
-                       "12 images and 360 labels"),
+                       "12 (images|embeddings) and 360 labels"),
     "labels with fractions": (lambda net, images, labels: (net(images), labels + 0.5, images), "labels of torch.float32"),
     "embedding size": (lambda net, images, labels: (torch.randn(BATCH, 7), labels, images),
                        "embeddings of 7 numbers for a pool of 6: set embedding_size"),
-    "too few embeddings": (lambda net, images, labels: (net(images)[:10], labels, images), "10 embeddings for 12 images"),
-    "odd": (lambda net, images, labels: (net(images[:11]), labels[:11], images[:11]),
-            "11 images and 11 labels: F²C needs an even batch with a label for each image"),
-    "empty": (lambda net, images, labels: (torch.empty(0, 6), labels[:0], images[:0]), "0 images and 0 labels"),
+    "too few embeddings": (lambda net, images, labels: (net(images)[:10], labels, images),
+                           "10 embeddings (for 12 images|and 12 labels)"),
+    "empty": (lambda net, images, labels: (torch.empty(0, 6), labels[:0], images[:0]), "0 (images|embeddings) and 0 labels"),
 }
 
 
+@RECIPES
 @pytest.mark.parametrize("make, message", BAD_BATCHES.values(), ids=BAD_BATCHES)
-def test_a_batch_that_does_not_fit_is_refused_and_leaves_the_pool_as_it_was(make, message):
+def test_a_batch_that_does_not_fit_is_refused_and_leaves_the_pool_as_it_was(make, message, recipe):
     net = make_net()
-    head = make_head(net)
+    head = make_head(net, recipe=recipe)
     train(net, head, batches(2))
     before = deepcopy(head.pool.state_dict())
     embeddings, labels, images = make(net, *batch())
@@ -261,23 +269,35 @@ def test_a_batch_that_does_not_fit_is_refused_and_leaves_the_pool_as_it_was(make
     train(net, head, batches(2))
 
 
-def test_labels_may_come_as_a_column():
+def test_only_the_recipe_with_pairs_needs_an_even_batch():
+    net = make_net()
+    images, labels = (part[:11] for part in batch())
+    with pytest.raises(InputError, match="11 images and 11 labels: F²C needs an even batch with a label for each image"):
+        make_head(net)(net(images), labels, images=images)
+    assert make_head(net, recipe="resident")(net(images), labels).isfinite()
+
+
+@RECIPES
+def test_labels_may_come_as_a_column(recipe):
     net = make_net()
     images, labels = batch()
-    row, column = (make_head(net)(net(images), shaped, images=images) for shaped in (labels, labels[:, None].int()))
+    row, column = (make_head(net, recipe=recipe)(net(images), shaped, images=images)
+                   for shaped in (labels, labels[:, None].int()))
     assert torch.equal(row, column)
 
 
 # Number formats
 
 
+@RECIPES
 @pytest.mark.parametrize("pool_dtype", DTYPES[1:])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_backbone_and_pool_may_have_different_dtypes(dtype, pool_dtype):
+def test_backbone_and_pool_may_have_different_dtypes(dtype, pool_dtype, recipe):
     expected_net = make_net(torch.float64)
-    expected = train(expected_net, make_head(expected_net, pool_dtype=torch.float64), batches(4, dtype=torch.float64))
+    expected_head = make_head(expected_net, pool_dtype=torch.float64, recipe=recipe)
+    expected = train(expected_net, expected_head, batches(4, dtype=torch.float64))
     net = make_net(dtype)
-    head = make_head(net, pool_dtype=pool_dtype)
+    head = make_head(net, pool_dtype=pool_dtype, recipe=recipe)
     losses = train(net, head, batches(4, dtype=dtype))
     exact = dtype in DTYPES[:2] and pool_dtype == torch.float32
     assert losses == pytest.approx(expected, rel=1e-5 if exact else 0.03)
@@ -295,10 +315,11 @@ class WithoutAutocast(nn.Module):
             return self.net(images)
 
 
+@RECIPES
 @pytest.mark.parametrize("autocast", [False, True])
-def test_only_the_argument_autocast_decides_in_which_type_the_products_with_the_pool_run(autocast):
+def test_only_the_argument_autocast_decides_in_which_type_the_products_with_the_pool_run(autocast, recipe):
     net = WithoutAutocast()
-    inside, outside = (make_head(net, autocast=autocast) for _ in range(2))
+    inside, outside = (make_head(net, autocast=autocast, recipe=recipe) for _ in range(2))
     for images, labels in batches(4):
         embeddings = net(images)
         with torch.autocast("cpu", torch.bfloat16):
@@ -326,6 +347,7 @@ def test_a_prepared_backbone_is_refused_where_its_copy_would_run_the_original(ac
     prepared = accelerator.prepare(net)
     with pytest.raises(ConfigError, match="build the head before"):
         make_head(prepared)
+    make_head(prepared, recipe="resident")  # makes no copy
     images, labels = batch()
     assert torch.isfinite(head(prepared(images), labels, images=images))
 
@@ -339,6 +361,7 @@ def test_a_backbone_that_accelerate_leaves_as_it_is_works(accelerate):
 def test_a_compiled_backbone_is_refused():
     with pytest.raises(ConfigError, match="build the head before"):
         make_head(torch.compile(make_net()))
+    make_head(torch.compile(make_net()), recipe="resident")
 
 
 def run_rank(rank, world_size, folder):
@@ -378,7 +401,7 @@ def test_on_two_ranks_a_wrapped_backbone_works_by_argument_and_by_hook_and_the_p
 
 def test_the_loop_in_the_docstring_of_the_package_runs_as_written():
     code, = re.findall(r"::\n\n((?:    .*\n)+)", f2c_plugin.__doc__)
-    labels = list(range(640)) * 2
+    labels = list(range(1300))
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 512), nn.BatchNorm1d(512))
     before = deepcopy(backbone.state_dict())
     dataset = TensorDataset(torch.randn(len(labels), 3, 2, 2), torch.tensor(labels))

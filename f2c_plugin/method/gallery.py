@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from f2c_plugin.utils.inputs import embeddings_in
+from f2c_plugin.utils.inputs import check_copyable, embeddings_in
 
 
 class GalleryNet(nn.Module):
@@ -20,10 +20,13 @@ class GalleryNet(nn.Module):
     Args:
         probe_net: the net to follow, not wrapped in DDP. It returns embeddings (B, D), or a tuple
             that begins with them.
+    Raises:
+        ConfigError: a copy of it would run the original.
     """
 
     def __init__(self, probe_net: nn.Module):
         super().__init__()
+        check_copyable(probe_net)
         self.net = deepcopy(probe_net).requires_grad_(False)
         self.train()
 

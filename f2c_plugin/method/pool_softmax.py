@@ -98,7 +98,7 @@ def learn(rows: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tenso
     dtype = dtype or probes.dtype
     factors = (all_probes * scale).to(dtype).T.contiguous()  # (D, W·B)
     for chunk in _chunks(rows, max(len(all_probes), rows.size(1))):
-        row = at_least_float32(rows[chunk])
+        row = rows[chunk].to(probes.dtype)
         unit = normalize(row)
         logits = (unit.to(dtype) @ factors).to(probes.dtype)  # (C, D) @ (D, W·B) -> (C, W·B)
         takes_no_step = left_out[chunk, None]

@@ -9,16 +9,19 @@ from f2c_plugin.errors import ConfigError, InputError
 
 
 def unwrapped(backbone: nn.Module) -> nn.Module:
-    """The net itself, without DDP around it.
+    """The net itself, without DDP around it."""
+    return cast(nn.Module, backbone.module) if isinstance(backbone, nn.parallel.DistributedDataParallel) else backbone
+
+
+def check_copyable(net: nn.Module) -> None:
+    """Check that a copy of the net would run by itself.
 
     Raises:
-        ConfigError: a copy of the net would run the original.
+        ConfigError: it would run the original.
     """
-    net = cast(nn.Module, backbone.module) if isinstance(backbone, nn.parallel.DistributedDataParallel) else backbone
     if "forward" in vars(net):
         raise ConfigError("the backbone's forward method has been replaced (by accelerate's prepare, or by compile), so its "
                           "copy, the gallery net, would run the original: build the head before")
-    return net
 
 
 def embeddings_in(output: object) -> Tensor:
