@@ -30,7 +30,7 @@ def test_many_identities_with_one_image_are_a_warning(sizes, warning):
 @pytest.mark.parametrize("sizes, warning", [
     ([8] * 10, None),  # 10 % of the images each, as in any pack of ten identities
     ([1] * 9 + [1000], None),  # 99 % of the images, but less than ten times the mean of 101
-    ([4] * 1999 + [80], None),  # exactly 1 %
+    ([4] * 1980 + [80], None),  # exactly 1 %
     ([4] * 1500 + [90] + [4] * 499, "identity 3000 has 90 images, 1.1% of all: check with `f2c-plugin inspect --ident"),
     ([1] * 50 + [30, 20, 30, 9], "identity 100 has 30 images, 21.6% of all (1 more have over 1% each): check")])
 def test_an_identity_of_over_1_percent_of_the_images_and_ten_times_the_mean_is_a_warning(sizes, warning):
