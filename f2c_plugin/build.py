@@ -23,14 +23,15 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
                pool_dtype: torch.dtype = torch.float32, recipe: str = "resident", kept_weights: Path | None = None,
                shard_pool: bool = False, momentum: float = 0.99, symmetric: bool = True,
                num_hard_negatives: int | None = None, seed: int = 0, gradient_acc: int = 1, autocast: bool = False,
-               hook: bool = False, classes: tuple[type[ResidentHead], type[F2CHead]] = (ResidentHead, F2CHead)) -> PoolHead:
+               hook: bool = False, pretrained: bool = False,
+               classes: tuple[type[ResidentHead], type[F2CHead]] = (ResidentHead, F2CHead)) -> PoolHead:
     """A head with its pool and schedule, on the backbone's device. The defaults are those of the config keys.
 
     Args:
         backbone: the probe net, on its device, before or after it is wrapped in DDP.
         num_identities: labels are 0 … num_identities − 1.
-        total_steps: batches of the whole training; the ramp takes the first 70 % of them, and the rate of the class
-            weights falls to 0 over them.
+        total_steps: batches of the whole training; the ramp takes the first 70 % of them, or 30 % if ``pretrained``, and
+            the rate of the class weights falls to 0 over them.
         embedding_size: D, as the backbone returns it.
         margin: scale and margin: ``Margin(64.0, angular=0.5)`` is ArcFace, ``Margin(64.0, additive=0.4)`` CosFace,
             ``Margin(64.0, additive=0.4, adaptive=True)`` AdaFace.
@@ -43,6 +44,7 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
         momentum: m of the gallery net.
         symmetric, num_hard_negatives, gradient_acc, autocast, hook: see ``F2CHead``.
         seed: of the random vectors in slots not yet taken; the same on all ranks.
+        pretrained: whether the backbone is a trained net. Recipe "resident".
         classes: what to make; subclasses of these.
     Raises:
         ConfigError: an argument out of range, an unknown recipe, a pool without slots or with more than
@@ -61,7 +63,7 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
             raise ConfigError(f"{name}={value}: must be {expected}")
     if next(backbone.parameters(), None) is None:
         raise ConfigError("the backbone has no parameters: there is nothing to train")
-    schedule = Schedule.named(recipe, margin, total_steps, momentum)
+    schedule = Schedule.named(recipe, margin, total_steps, momentum, pretrained)
     slots = slots_for(pool_rate, num_identities) if num_slots is None else num_slots
     if not 0 < slots <= num_identities:
         given = f"pool_rate={pool_rate}" if num_slots is None else f"num_slots={num_slots}"

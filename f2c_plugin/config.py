@@ -41,7 +41,7 @@ class F2CConfig:
         pool_rate: slots of the pool as a share of ``num_classes``.
         recipe: "resident", slots that learn; or "paper", as published, with a gallery net. See ``Schedule``.
         init: file of a pretrained net to start from: a ``model.pt``, or a checkpoint of arcface_torch or the built-in
-            trainer. See ``initialize``.
+            trainer. The ramp is shorter then. See ``initialize``, ``Schedule``.
         init_classes: whether the class weights in it are those of the first identities of the pack, and are taken, too.
         margin: the margin, if it is not the one that ``margin_list`` says: "adaface", whose m is the list's third number.
         kept_weights: where the weights of identities out of the pool are, "memory" or "file", a file in

@@ -103,6 +103,12 @@ def test_a_training_starts_from_the_net_in_a_file_and_the_log_says_what_was_take
     assert caplog.messages[-1] == f"f2c_init={model!r}: taken: backbone ({len(net.state_dict())} tensors); left: {left}"
 
 
+@pytest.mark.parametrize("head", ["f2c_dcp", "softmax"])
+def test_the_ramp_is_shorter_from_a_pretrained_net(config, model, head):
+    schedules = [start(config(head=head, softmax_ramp=True, f2c_init=file)).head.schedule for file in (model, None)]
+    assert [schedule.ramp_steps for schedule in schedules] == [0.3 * 20, 0.7 * 20]
+
+
 def test_a_gallery_net_starts_from_the_same_states_as_the_probe_net(config, net, model):
     state = start(config(f2c_init=model, f2c_recipe="paper"))
     assert same(state.head.nets["gallery"].net.state_dict(), net.state_dict())

@@ -39,7 +39,8 @@ def _head(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcF
         pool_rate=settings.pool_rate, pool_dtype=getattr(torch, settings.pool_dtype), recipe=settings.recipe,
         kept_weights=folder, shard_pool=settings.shard_pool, momentum=settings.momentum, symmetric=settings.symmetric,
         num_hard_negatives=settings.hard_negatives, seed=cfg.get("seed") or 0, gradient_acc=cfg.get("gradient_acc", 1),
-        autocast=bool(cfg.get("fp16")), hook=True, classes=(ArcFaceTorchResidentHead, ArcFaceTorchF2CHead))
+        autocast=bool(cfg.get("fp16")), hook=True, pretrained=settings.init is not None,
+        classes=(ArcFaceTorchResidentHead, ArcFaceTorchF2CHead))
     assert isinstance(head, ArcFaceTorchHead)
     head.configure(cfg, settings, total_steps)
     log.info("F²C head: a pool of %d slots for %d identities, %.1f MB on every rank; recipe %r", head.pool.num_slots,

@@ -12,7 +12,8 @@ class Schedule:
 
     ``Schedule.resident`` (ours, the default): the scale grows linearly from 8 and the margin from 0 to the configured ones
     over the first 70 % of the run: with the full scale from the first step, embeddings, which start out nearly equal for
-    everyone, take long to separate. The rate of the class weights falls linearly to 0, as the learning rate does.
+    everyone, take long to separate. Those of a pretrained net are apart already; 30 % are enough for it to get used to new
+    class weights. The rate of the class weights falls linearly to 0, as the learning rate does.
 
     ``Schedule.paper``: scale, margin and momentum in full from the first step; slots hold features and do not learn.
 
@@ -35,9 +36,9 @@ class Schedule:
     momentum: float = 0.99
 
     @classmethod
-    def resident(cls, margin: Margin, total_steps: int) -> "Schedule":
-        """The ramp, for a run of ``total_steps``."""
-        return cls(margin, total_steps, ramp_steps=max(1.0, 0.7 * total_steps))
+    def resident(cls, margin: Margin, total_steps: int, pretrained: bool = False) -> "Schedule":
+        """The ramp, for a run of ``total_steps`` from a pretrained net or from scratch."""
+        return cls(margin, total_steps, ramp_steps=max(1.0, (0.3 if pretrained else 0.7) * total_steps))
 
     @classmethod
     def paper(cls, margin: Margin, momentum: float = 0.99) -> "Schedule":
@@ -45,11 +46,12 @@ class Schedule:
         return cls(margin, momentum=momentum)
 
     @classmethod
-    def named(cls, recipe: str, margin: Margin, total_steps: int, momentum: float = 0.99) -> "Schedule":
+    def named(cls, recipe: str, margin: Margin, total_steps: int, momentum: float = 0.99,
+              pretrained: bool = False) -> "Schedule":
         """The schedule of a recipe. Raises ConfigError unless it is "resident" or "paper"."""
         if recipe not in ("resident", "paper"):
             raise ConfigError(f"recipe={recipe!r}: must be 'resident' or 'paper'")
-        return cls.resident(margin, total_steps) if recipe == "resident" else cls.paper(margin, momentum)
+        return cls.resident(margin, total_steps, pretrained) if recipe == "resident" else cls.paper(margin, momentum)
 
     def margin_at(self, step: int) -> Margin:
         """Scale and margin of a step, counted from 0."""

@@ -27,7 +27,8 @@ def softmax(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> nn
     """Head factory of the full FC layer. Scale and margin are in full from the first step, unless ``softmax_ramp``."""
     margin = margin_from(margin_loss, cfg.get("f2c_margin"))
     if cfg["softmax_ramp"]:
-        schedule = Schedule.resident(margin, cfg["num_epoch"] * steps_per_epoch(cfg, distributed.get_world_size()))
+        total_steps = cfg["num_epoch"] * steps_per_epoch(cfg, distributed.get_world_size())
+        schedule = Schedule.resident(margin, total_steps, pretrained=bool(cfg.get("f2c_init")))
     else:
         schedule = Schedule(margin)
     head = FullFC(cfg["embedding_size"], cfg["num_classes"], schedule)

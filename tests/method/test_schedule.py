@@ -16,6 +16,12 @@ def test_the_ramp_grows_from_a_small_scale_and_no_margin_to_the_configured_ones_
     assert ramp.margin_at(700) == ramp.margin_at(999) == FULL
 
 
+def test_the_ramp_of_a_pretrained_net_ends_at_30_percent():
+    ramp = Schedule.named("resident", FULL, 1000, pretrained=True)
+    assert ramp.margin_at(0).scale == 8.0 and ramp.margin_at(150).angular == 0.25 and ramp.margin_at(300) == FULL
+    assert ramp.margin_at(299) != FULL
+
+
 @pytest.mark.parametrize("step", [0, 5, 99])
 def test_the_paper_has_scale_margin_and_momentum_in_full_from_the_first_step(step):
     paper = Schedule.paper(FULL, 0.99)
