@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from f2c_plugin.config import load_config
+from f2c_plugin.arcface_torch.entry_points import f2c_dcp
+from f2c_plugin.config import TrainConfig, load_config
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.initial import initialize
 from f2c_plugin.method.margin import Margin
@@ -17,6 +18,7 @@ from f2c_plugin.method.resident_head import ResidentHead
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.models import get_model
 from f2c_plugin.synthetic.dataset import write_dataset
+from f2c_plugin.trainer.build import margin_loss
 from f2c_plugin.trainer.check import check
 from f2c_plugin.trainer.full_fc import FullFC
 from f2c_plugin.trainer.loop import build_state
@@ -135,6 +137,14 @@ def test_a_training_that_resumes_does_not_load_it_again(config, net, model, capl
     run(path)
     assert same(parameters(torch.load("out/model.pt"), net), parameters(trained, net))
     assert f"f2c_init={model!r} is not loaded: the training goes on from its own checkpoint" in caplog.messages
+
+
+def test_the_factory_loads_it_for_arcface_torch_unless_that_resumes(config, net, model):
+    cfg = load_config(config(f2c_init=model))
+    for resume in True, False:
+        backbone = get_model("tiny", SIZE)
+        f2c_dcp(TrainConfig(cfg | dict(resume=resume)), backbone, margin_loss(cfg))
+        assert same(backbone.state_dict(), net.state_dict()) is not resume
 
 
 @pytest.mark.parametrize("change, message", {

@@ -136,6 +136,19 @@ def test_configs_without_a_head_train_partial_fc_as_before(patched, packs, sampl
     assert not torch.equal(rank_0["state_dict_softmax_fc"]["weight"], rank_1["state_dict_softmax_fc"]["weight"])
 
 
+def test_f2c_goes_on_from_checkpoints_of_partial_fc_on_other_ranks(patched, packs):
+    before = patched / "work_dirs" / "pfc_10"
+    if not (before / "checkpoint_gpu_1.pt").is_file():
+        write_config(patched, "pfc_10", packs, MORE, num_epoch=1, val_targets=[])
+        run(patched, "pfc_10")
+    file = str(before / "checkpoint_gpu_1.pt")
+    write_config(patched, "grown", packs, MORE, head="f2c_dcp", f2c_pool_rate=1.0, f2c_init=file, f2c_init_classes=True,
+                 num_epoch=1, val_targets=[])
+    log = run(patched, "grown", ranks=1)
+    taken = re.search(r"taken: backbone \((\d+) tensors\), class weights of 40 identities; left: epoch, global_step", log)
+    assert f"f2c_init={file!r}" in log and int(taken[1]) > 100 and all(map(math.isfinite, losses(log)))
+
+
 @pytest.mark.parametrize("keys", [dict(), dict(head="f2c_dcp", f2c_pool_rate=1.0)], ids=["Partial FC", "F²C"])
 def test_merged_checkpoints_resume_in_arcface_torch_on_another_number_of_ranks(patched, packs, keys):
     name = f"merged_{len(keys)}"
