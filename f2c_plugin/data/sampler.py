@@ -147,14 +147,14 @@ class DualSampler(Sampler[list[int]]):
     Args:
         batch_size: images per rank and step; even, unless ``identity_rate`` is 0.
         num_steps: steps per epoch; None takes images // (batch_size · world_size), as arcface_torch does.
-        identity_rate: largest share of the batch that the identity-based loader fills, 0 to 1.
+        identity_rate: largest share of the batch that the identity-based loader fills, 0 to 1; the paper's is 2/3.
         seed: the same on all ranks.
         rank, world_size: None takes the value of the process group, or 0 and 1 without one.
 
     Raises InputError if the batch cannot be split into pairs, an epoch has no steps, or an argument is out of range.
     """
 
-    def __init__(self, index: IdentityIndex, batch_size: int, num_steps: int | None = None, identity_rate: float = 2 / 3,
+    def __init__(self, index: IdentityIndex, batch_size: int, num_steps: int | None = None, identity_rate: float = 0.0,
                  seed: int = 0, rank: int | None = None, world_size: int | None = None):
         group_rank, group_size = this_rank()
         rank = group_rank if rank is None else rank
@@ -186,7 +186,7 @@ class DualSampler(Sampler[list[int]]):
         self.pairs = ShuffledPairs((seed, 2))
 
     @classmethod
-    def from_labels(cls, labels: Labels, batch_size: int, identity_rate: float = 2 / 3, seed: int = 0,
+    def from_labels(cls, labels: Labels, batch_size: int, identity_rate: float = 0.0, seed: int = 0,
                     num_steps: int | None = None, rank: int | None = None, world_size: int | None = None) -> "DualSampler":
         """A sampler over any dataset whose item i shows identity ``labels[i]``, a whole number from 0.
 

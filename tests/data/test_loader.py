@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def make_loader(num_workers=0, root=FIXTURES / "insightface", epoch=0):
     dataset = RecordDataset(root)
-    loader = DualLoader(dataset, DualSampler(dataset.index, 6, 4, seed=3), CPU, num_workers)
+    loader = DualLoader(dataset, DualSampler(dataset.index, 6, 4, 2 / 3, seed=3), CPU, num_workers)
     loader.sampler.set_epoch(epoch)
     return loader
 

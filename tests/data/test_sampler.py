@@ -166,21 +166,21 @@ def test_without_an_identity_of_two_images_batches_are_random_images_and_a_warni
 def test_the_identities_of_pairs_take_four_bytes_each_and_none_without_pairs():
     sizes = np.random.default_rng(0).integers(1, 4, 1000)
     index = index_of(sizes)
-    assert DualSampler(index, 8, 1).paired.nbytes == 4 * np.count_nonzero(sizes > 1)
+    assert DualSampler(index, 8, 1, 2 / 3).paired.nbytes == 4 * np.count_nonzero(sizes > 1)
     assert DualSampler(index, 8, 1, identity_rate=0.0).paired.nbytes == 0
 
 
 def test_the_identity_rate_sets_the_share_of_pairs():
     index = index_of([5] * 420)
     for batch_size, pairs in (128, 42), (12, 4), (6, 2), (2, 0):
-        assert split(DualSampler(index, batch_size, 10), 0)[0].shape == (2, pairs)
+        assert split(DualSampler(index, batch_size, 10, 2 / 3), 0)[0].shape == (2, pairs)
 
 
 def test_batches_depend_only_on_seed_epoch_rank_and_world_size():
     index = index_of([4] * 50)
 
     def epoch(number, seed=1, rank=0, world_size=2):
-        sampler = DualSampler(index, 8, 6, seed=seed, rank=rank, world_size=world_size)
+        sampler = DualSampler(index, 8, 6, 2 / 3, seed=seed, rank=rank, world_size=world_size)
         sampler.set_epoch(number)
         batches = list(sampler)
         assert len(batches) == len(sampler) == 6
@@ -193,7 +193,7 @@ def test_batches_depend_only_on_seed_epoch_rank_and_world_size():
 
 def test_an_epoch_continues_where_the_previous_one_ended():
     index = index_of([2] * 40)
-    sampler = DualSampler(index, 8, 5)
+    sampler = DualSampler(index, 8, 5, 2 / 3)
     taken = []
     for epoch in range(16):
         sampler.set_epoch(epoch)
@@ -256,7 +256,7 @@ def test_passes_continue_without_gap_or_repetition_when_the_number_of_ranks_or_t
 @pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple, lambda labels: np.array(labels, np.uint8),
                                   lambda labels: torch.tensor(labels, dtype=torch.int32)])
 def test_labels_of_any_kind_give_the_same_batches(kind):
-    assert list(DualSampler.from_labels(kind(LABELS), 8, seed=2)) == list(DualSampler.from_labels(LABELS, 8, seed=2))
+    assert list(DualSampler.from_labels(kind(LABELS), 8, 2 / 3, seed=2)) == list(DualSampler.from_labels(LABELS, 8, 2 / 3, seed=2))
 
 
 def test_a_sampler_from_labels_pairs_images_of_equal_labels_and_covers_the_images_in_an_epoch():
@@ -264,7 +264,7 @@ def test_a_sampler_from_labels_pairs_images_of_equal_labels_and_covers_the_image
     assert len(sampler) == len(LABELS) // 8 == len(list(sampler))
     pairs, _ = split(sampler, 0)
     assert pairs.shape[1] > 0 and all(LABELS[a] == LABELS[b] for a, b in pairs.T)
-    assert len(DualSampler.from_labels(LABELS, 8, rank=1, world_size=2)) == len(LABELS) // 16
+    assert len(DualSampler.from_labels(LABELS, 8, 2 / 3, rank=1, world_size=2)) == len(LABELS) // 16
     assert len(DualSampler.from_labels(LABELS, 8, num_steps=100)) == 100
 
 
@@ -287,7 +287,7 @@ def test_a_plain_data_loader_yields_epoch_after_epoch_and_each_pass_takes_every_
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_set_epoch_chooses_the_next_epoch_of_a_plain_data_loader(num_workers):
-    sampler = DualSampler.from_labels(LABELS, 8, seed=4)
+    sampler = DualSampler.from_labels(LABELS, 8, 2 / 3, seed=4)
     loader = DataLoader(range(len(LABELS)), batch_sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0)
     for epoch, first_step in (3, 0), (1, 2), (1, 0):
         sampler.set_epoch(epoch, first_step)
@@ -299,8 +299,8 @@ def test_set_epoch_chooses_the_next_epoch_of_a_plain_data_loader(num_workers):
 
 def write_batches(rank, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    from_group = DualSampler.from_labels(LABELS, 8, seed=3)
-    given = DualSampler.from_labels(LABELS, 8, seed=3, rank=2, world_size=3)
+    from_group = DualSampler.from_labels(LABELS, 8, 2 / 3, seed=3)
+    given = DualSampler.from_labels(LABELS, 8, 2 / 3, seed=3, rank=2, world_size=3)
     torch.save([list(from_group), list(given)], folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -309,8 +309,8 @@ def test_ranks_come_from_the_process_group_unless_given(tmp_path):
     multiprocessing.spawn(write_batches, (tmp_path,), nprocs=2)
     for rank in range(2):
         from_group, given = torch.load(tmp_path / f"{rank}.pt")
-        assert from_group == list(DualSampler.from_labels(LABELS, 8, seed=3, rank=rank, world_size=2))
-        assert given == list(DualSampler.from_labels(LABELS, 8, seed=3, rank=2, world_size=3))
+        assert from_group == list(DualSampler.from_labels(LABELS, 8, 2 / 3, seed=3, rank=rank, world_size=2))
+        assert given == list(DualSampler.from_labels(LABELS, 8, 2 / 3, seed=3, rank=2, world_size=3))
 
 
 @pytest.mark.parametrize("labels, found", [
@@ -324,7 +324,7 @@ def test_bad_labels_are_refused_with_what_was_found(labels, found):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(batch_size=7), "batch_size=7: .* make it even"),
+    (dict(batch_size=7, identity_rate=0.5), "batch_size=7: .* make it even"),
     (dict(batch_size=0), "batch_size=0 gives"),
     (dict(batch_size=-2), "batch_size=-2 gives"),
     (dict(batch_size=52), "batch_size=52 gives 0 steps an epoch for 51 images on 1 ranks"),
@@ -349,5 +349,5 @@ def test_labels_beyond_int32_stay_exact():
     assert index.identity.tolist() == labels and index.numbers.tolist() == sorted(set(labels))
     assert [index.images_of(label).tolist() for label in (2**31 + 1, 2**63 - 1, 2**63 - 2)] == [[0, 3], [2, 4], [6]]
     small = np.unique(labels, return_inverse=True)[1]
-    assert list(DualSampler.from_labels(labels, 4)) == list(DualSampler.from_labels(small, 4))
+    assert list(DualSampler.from_labels(labels, 4, 2 / 3)) == list(DualSampler.from_labels(small, 4, 2 / 3))
     assert IdentityIndex.from_labels(LABELS).identity.dtype == IdentityIndex.from_labels([2**31 - 1]).identity.dtype == np.int32
