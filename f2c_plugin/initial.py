@@ -38,9 +38,9 @@ class TakesClassWeights(Protocol):
 class ClassWeights:
     """The class weights of a checkpoint, which may be larger than main memory: of identities 0 … N − 1.
 
-    Their norms stay as they are. A norm makes the steps of a class weight small, and weights that have learnt have a larger one
-    (about 0.8) than new ones (0.2 in a pool, 0.1 to 0.2 in a full FC layer). With the norm of new ones they would lose what
-    they have learnt: in the world of vectors 1.7 points of TAR at FAR 1e-3.
+    Their norms stay as they are. The larger the norm, the smaller the steps, and weights that have learnt have a larger one
+    (about 0.8) than new ones (0.2 in a pool, 0.1 to 0.2 in a full FC layer). With that of new ones they lose some of what they
+    have learnt: in the world of vectors 0.2 to 1.7 points of TAR at FAR 1e-3.
 
     Attributes:
         parts: (n, D) of the first n identities, (n, D) of the next n, and so on. 0 where an identity has none.

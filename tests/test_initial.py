@@ -116,11 +116,13 @@ def test_a_gallery_net_starts_from_the_same_states_as_the_probe_net(config, net,
     assert same(state.head.nets["gallery"].net.state_dict(), net.state_dict())
 
 
-def test_steps_that_are_not_finite_leave_a_pretrained_net_as_it_was(config, net, model, monkeypatch):
+def test_steps_that_are_not_finite_leave_a_pretrained_net_as_it_was(config, net, model, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     spoil_images(monkeypatch, range(10), torch.nan)
     run(config(f2c_init=model, num_epoch=1, val_targets=[]))
     saved = torch.load("out/model.pt")
     assert all(torch.equal(saved[name], value) for name, value in net.state_dict().items() if value.is_floating_point())
+    assert caplog.text.count("taken: backbone") == 1
 
 
 def test_a_training_that_resumes_does_not_load_it_again(config, net, model, caplog):
