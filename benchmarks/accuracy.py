@@ -1,7 +1,7 @@
 """What heads learn from the same images: F²C in its variants, the full FC layer and Partial FC.
 
     python benchmarks/accuracy.py                                   # about five minutes on two cores
-    python benchmarks/accuracy.py --identities 10000 --seeds 3 --lr 0.05 0.1 0.2 --variants all
+    python benchmarks/accuracy.py --identities 10000 --passes 1 4 --seeds 3 --lr 0.05 0.1 0.2
     python benchmarks/accuracy.py --data PACK --passes 5 15
 
 Every run is a training by the built-in trainer, from the same initial weights for a seed. Its probe net is verified on the
@@ -138,14 +138,14 @@ def plot(rows: dict[str, Any], path: Path, name: str) -> None:
 
 def main() -> None:
     parser = comparison.parser(__doc__ or "")
+    parser.set_defaults(passes=[3.0])
     parser.add_argument("--data", type=Path, metavar="PACK", help="to train on; without it, synthetic faces are drawn")
     parser.add_argument("--unseen", type=Path, metavar="PACK", help="of identities that are in no training set")
     parser.add_argument("--val-targets", nargs="*", metavar="NAME", help="verification sets; by default all that the pack has")
     parser.add_argument("--pairs", type=int, default=6000, help="of the verification set, if it is drawn")
-    parser.add_argument("--network", default="tiny")
+    parser.add_argument("--network", default="tiny", help="backbone")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="of the first table and verification set")
-    arguments = parser.parse_args()
-    variants = comparison.chosen_variants(parser, arguments)
+    arguments, variants = comparison.parsed(parser)
     try:
         world = World(arguments)
         if not (world.val_targets or world.unseen):

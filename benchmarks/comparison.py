@@ -144,8 +144,9 @@ def auc(scores: np.ndarray, same: np.ndarray) -> float | None:
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The options that all comparisons have."""
-    made = argparse.ArgumentParser(description=description.split("\n")[0])
-    made.add_argument("--identities", type=int, default=1000)
+    made = argparse.ArgumentParser(description=description.split("\n")[0],
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--identities", type=int, default=1000, help="of the training set")
     made.add_argument("--images", type=int, default=20, help="of an identity")
     made.add_argument("--long-tail", action="store_true", help="so many images on average, but half of the identities have one "
                                                                "or two")
@@ -153,25 +154,38 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--split", type=float, default=0.0, metavar="SHARE", help="of the identities with several images, "
                                                                                 "split in two")
     made.add_argument("--passes", type=float, nargs="+", default=[1.0], help="over the images")
-    made.add_argument("--equal", nargs="+", default=["images", "compute"], choices=["images", "compute"])
-    made.add_argument("--seeds", type=int, default=1)
+    made.add_argument("--equal", nargs="+", default=["images", "compute"], choices=["images", "compute"], help="what is equal")
+    made.add_argument("--seeds", type=int, default=1, help="runs of each head")
     made.add_argument("--variants", nargs="+", metavar="NAME", help='all, or some of those that "--variants list" prints')
-    made.add_argument("--pool-rate", type=float, nargs="+", default=[1.0, 0.1, 0.01],
+    made.add_argument("--pool-rate", type=float, nargs="+", default=[1.0, 0.1],
                       help="slots as a share of the identities, and Partial FC's sample rate; a pool has room for a batch")
-    made.add_argument("--batch-size", type=int, default=128)
-    made.add_argument("--embedding-size", type=int, default=128)
-    made.add_argument("--lr", type=float, nargs="+", default=[0.1])
-    made.add_argument("--scale", type=float, default=32.0)
-    made.add_argument("--margin-list", type=float, nargs=3, default=[1.0, 0.0, 0.35])
+    made.add_argument("--batch-size", type=int, default=128, help="images a step")
+    made.add_argument("--embedding-size", type=int, default=128, help="D")
+    made.add_argument("--lr", type=float, nargs="+", default=[0.1], help="of several, each head has its own")
+    made.add_argument("--scale", type=float, default=32.0, help="s")
+    made.add_argument("--margin-list", type=float, nargs=3, default=[1.0, 0.0, 0.35], help="as in a config")
     made.add_argument("--jobs", type=int, default=1, help="runs at a time; 0 runs them in this process")
-    made.add_argument("--work", type=Path, default=Path("work_dirs/comparisons"))
-    made.add_argument("--json", type=Path, metavar="FILE")
+    made.add_argument("--work", type=Path, default=Path("work_dirs/comparisons"),
+                      help="folder of all runs; what is finished there is not repeated")
+    made.add_argument("--json", type=Path, metavar="FILE", help="to write every result into")
     made.add_argument("--child", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     return made
 
 
-def chosen_variants(made: argparse.ArgumentParser, arguments: argparse.Namespace) -> dict[str, Keys]:
-    """The variants to compare. Ends the process after "--variants list", or if there is no such variant."""
+def parsed(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, Keys]]:
+    """The options, and the variants to compare. Ends the process after "--variants list", or if an option is wrong."""
+    arguments = made.parse_args(argv)
+    for option, values, valid, expected in (
+            ("--wrong-labels", [arguments.wrong_labels], lambda v: 0 <= v <= 1, "from 0 to 1"),
+            ("--split", [arguments.split], lambda v: 0 <= v <= 1, "from 0 to 1"),
+            ("--pool-rate", arguments.pool_rate, lambda v: 0 < v <= 1, "above 0, up to 1"),
+            ("--passes", arguments.passes, lambda v: v > 0, "above 0"),
+            ("--lr", arguments.lr, lambda v: v > 0, "above 0"),
+            ("--seeds", [arguments.seeds], lambda v: v >= 1, "at least 1"),
+            ("--jobs", [arguments.jobs], lambda v: v >= 0, "at least 0"),
+            ("--batch-size", [arguments.batch_size], lambda v: v >= 2, "at least 2")):
+        if wrong := [value for value in values if not valid(value)]:
+            made.error(f"{option} {wrong[0]}: must be {expected}")
     everything = variants_at(arguments.pool_rate)
     if arguments.variants == ["list"]:
         print("\n".join(everything))
@@ -187,7 +201,7 @@ def chosen_variants(made: argparse.ArgumentParser, arguments: argparse.Namespace
         except patching.CheckoutError:
             print("without Partial FC: set ARCFACE_TORCH or run `f2c-plugin fetch-host`", file=sys.stderr)
             names = [name for name in names if everything[name]["head"] != PARTIAL_FC]
-    return {name: everything[name] for name in names}
+    return arguments, {name: everything[name] for name in names}
 
 
 def config(arguments: argparse.Namespace, run: Run, num_classes: int, **others: Any) -> TrainConfig:
@@ -254,8 +268,8 @@ class Comparison:
     """Runs of variants on one world.
 
     Args:
-        arguments: of ``parser``.
-        variants: of ``chosen_variants``.
+        arguments: of ``parsed``.
+        variants: of ``parsed``.
         setting: what the results depend on beside the run, JSON; the same setting gives the same results.
         num_images: in a pass.
         train: from a run and a folder for its files to what it has measured.

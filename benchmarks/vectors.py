@@ -123,12 +123,11 @@ def train_one(arguments: argparse.Namespace, world: World, images: np.ndarray, l
 def main() -> None:
     parser = comparison.parser(__doc__ or "")
     parser.set_defaults(batch_size=256, identities=10_000)
-    parser.add_argument("--noise", type=float, default=0.45, help="standard deviation; default: %(default)s")
+    parser.add_argument("--noise", type=float, default=0.45, help="standard deviation")
     parser.add_argument("--nuisance", type=float, default=1.8,
-                        help="standard deviation of what means nothing; that of identities is 1; default: %(default)s")
-    parser.add_argument("--world-seed", type=int, default=4, help="worlds differ by a few points; default: %(default)s")
-    arguments = parser.parse_args()
-    variants = comparison.chosen_variants(parser, arguments)
+                        help="standard deviation of what means nothing; that of identities is 1")
+    parser.add_argument("--world-seed", type=int, default=4, help="worlds differ by a few points")
+    arguments, variants = comparison.parsed(parser)
     own = {name: getattr(arguments, name) for name in ("identities", "images", "noise", "nuisance", "world_seed")}
     setting = {"world": "vectors"} | comparison.setting_of(arguments) | own
     try:

@@ -55,8 +55,8 @@ def results(comparison, tmp_path, monkeypatch):
     """Compares variants whose results are made up; returns the tables and counts the runs."""
     def compare(measured, *arguments, num_images=1000):
         made = comparison.parser("made up")
-        parsed = made.parse_args([*arguments, "--jobs", "0", "--batch-size", "10", "--work", str(tmp_path / "work")])
-        variants = comparison.chosen_variants(made, parsed)
+        parsed, variants = comparison.parsed(made, ["--jobs", "0", "--batch-size", "10", "--work", str(tmp_path / "work"),
+                                                    *arguments])
         runs = []
 
         def train(run, folder):
@@ -79,18 +79,16 @@ def test_so_many_labels_are_wrong_and_each_other_identity_is_as_likely(worlds):
     np.testing.assert_array_equal(wrong, worlds.with_wrong_labels(labels, 0.2, np.random.default_rng(0)))
 
 
-def test_so_many_identities_are_split_into_halves(worlds):
+@pytest.mark.parametrize("share, count", [(0.3, 3), (1.0, 10), (0.0, 0)])
+def test_so_many_identities_are_split_into_halves(worlds, share, count):
     sizes = np.array([1, 2, 3, 10, 11, 1, 4, 5, 6, 7, 8, 9])  # ten with several images
     labels = np.random.default_rng(1).permutation(np.repeat(np.arange(12), sizes))
-    split = worlds.with_split_identities(labels, 0.3, np.random.default_rng(0))
+    split = worlds.with_split_identities(labels, share, np.random.default_rng(0))
     moved = split != labels
-    assert sorted(set(split[moved])) == [12, 13, 14]
-    for new in 12, 13, 14:
+    assert sorted(set(split[moved])) == list(range(12, 12 + count)) and len(set(labels[moved])) == count
+    for new in range(12, 12 + count):
         old, = set(labels[split == new])
         assert (split == new).sum() == sizes[old] // 2 and (split == old).sum() == sizes[old] - sizes[old] // 2
-    assert len(set(labels[moved])) == 3
-    everyone = worlds.with_split_identities(labels, 1.0, np.random.default_rng(0))
-    assert np.bincount(everyone).tolist()[12:] and len(set(everyone)) == 22 and np.bincount(everyone).max() == 6
 
 
 def test_a_spoiled_pack_has_the_same_images_with_other_labels_and_leaves_the_pack_as_it_was(worlds, faces, tmp_path):
@@ -207,6 +205,16 @@ def test_a_run_that_fails_names_its_folder_and_error_and_the_others_go_on(result
     for run in comparison.Run(FULL_FC, 100, 0.2, 0), comparison.Run(FULL_FC, 100, 0.1, 1):
         assert f"{comparison.describe(run)}: {compared.folder(run)}: not finite after step 3" in str(exit.value)
     assert f"| {FULL_FC} | 0.1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option, value, expected", [
+    ("--wrong-labels", "20.0", "from 0 to 1"), ("--split", "-0.1", "from 0 to 1"), ("--pool-rate", "0.0", "above 0, up to 1"),
+    ("--passes", "0.0", "above 0"), ("--lr", "-0.1", "above 0"), ("--seeds", "0", "at least 1"), ("--jobs", "-1", "at least 0"),
+    ("--batch-size", "1", "at least 2")])
+def test_options_out_of_range_are_refused(results, capsys, option, value, expected):
+    with pytest.raises(SystemExit):
+        results(None, option, value)
+    assert f"{option} {value}: must be {expected}" in capsys.readouterr().err
 
 
 def test_an_unknown_variant_is_refused_with_those_there_are(results, capsys):
