@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -255,11 +256,10 @@ def score(result: Result) -> float:
 
 
 def provenance() -> Result:
-    """The commit that is at work here, and the versions of what it works with."""
-    root = Path(__file__).parent
-    described = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True,
-                               text=True)
-    return {"commit": described.stdout.strip() or None,
+    """The commit that is at work here, None outside a checkout, and the versions of what it works with."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    described = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
+    return {"commit": described.stdout.strip() or None if described else None,
             "versions": {"f2c_plugin": f2c_plugin.__version__, "torch": torch.__version__, "numpy": np.__version__,
                          "python": platform.python_version()}}
 

@@ -187,7 +187,8 @@ def test_results_are_kept_with_their_commit_and_those_of_other_settings_apart(re
     again, tables, none = results(lambda run: {"tar_1e-3": 0.7}, "--variants", FULL_FC)
     assert len(runs) == 1 and not none
     found, = tables[0]["rows"][FULL_FC]["runs"]
-    assert found["tar_1e-3"] == 0.5 and re.match(r"[0-9a-f]{12}", found["commit"]) and found["versions"]["torch"]
+    assert found["tar_1e-3"] == 0.5 and found["versions"]["torch"] == torch.__version__
+    assert found["commit"] is None or re.search(r"[0-9a-f]{12}", found["commit"])
     folder = first.folder(runs[0])
     first.setting["world"] = "other"
     assert first.folder(runs[0]) != folder != again.folder(runs[0]._replace(lr=0.3))
