@@ -78,9 +78,9 @@ def _sine(cosine: Tensor) -> Tensor:
 class ImageQuality(nn.Module):
     """Quality of images, as AdaFace reads it from the lengths of their embeddings: h · (length − mean) / std, from -1 to 1.
 
-    Images that are hard to recognise have short embeddings. Mean and standard deviation are running averages over the
-    batches of all ranks, equal on all of them. The first batch sets them; the authors' code begins with a mean of 20 and a
-    standard deviation of 100, which takes hundreds of steps to forget.
+    That is their quality in nets in which images that are hard to recognise have shorter embeddings than others. Mean and
+    standard deviation are running averages over the batches of all ranks, equal on all of them. The first batch sets them;
+    the authors' code begins with a mean of 20 and a standard deviation of 100, which takes hundreds of steps to forget.
 
     Attributes:
         mean, std: float (), 0 before the first batch.
