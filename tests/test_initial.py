@@ -295,7 +295,7 @@ def test_files_of_ranks_that_do_not_make_a_whole_are_refused(config, net, tmp_pa
 
 
 SLOTS = {"pool.kept.rows": torch.randn(1, 7, SIZE), "pool.rows": torch.randn(1, 2, SIZE),
-         "pool.slot_identity": torch.tensor([6, -1])}
+         "pool.slot_identity": torch.tensor([0, -1])}
 
 
 @pytest.mark.parametrize("change", [
@@ -311,4 +311,5 @@ def test_a_pool_whose_parts_do_not_fit_each_other_is_refused(config, net, tmp_pa
             start(path)
     else:
         found = weights_of(start(path).head)
-        assert len(found) == 7 and torch.equal(found[6], SLOTS["pool.rows"][0, 0])
+        assert len(found) == 7 and torch.equal(found[0], SLOTS["pool.rows"][0, 0])
+        assert torch.equal(found[6], SLOTS["pool.kept.rows"][0, 6])
