@@ -92,6 +92,8 @@ def test_a_batch_of_one_image_and_lengths_out_of_range_give_numbers():
     assert quality(torch.ones(1, 4)).isfinite().all()
     assert quality(torch.tensor([[1e6], [0.0]])).tolist() == [1.0, -1.0]
     torch.testing.assert_close(quality.mean, torch.tensor(0.99 * 2 + 0.01 * 50.0005))
+    of_100 = 0.333 * 25 / 35.3563  # counts as 100 beside 50: mean 75, deviation 35.3553
+    torch.testing.assert_close(ImageQuality()(torch.tensor([[1e6], [50.0]])), torch.tensor([of_100, -of_100]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
