@@ -55,7 +55,7 @@ class F2CHead(PoolHead):
         self.num_hard_negatives = num_hard_negatives or default_hard_negatives(pool.num_slots)
         self.gradient_acc = gradient_acc
         self.autocast = autocast
-        self._last_followed = 0  # the step before which the gallery net last followed
+        self._last_followed: int = 0  # the step before which the gallery net last followed
         self._hooked: tuple[int, Tensor] | None = None  # number of images and their gallery features
         self._hook = ImageHook(backbone, self._take_images) if hook else None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from f2c_plugin.utils.atomic import naming
@@ -46,13 +47,13 @@ class KeptWeights(ShardedRows):
     def _zeros(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         num_bytes = int(np.prod(shape)) * dtype.itemsize
         if self._folder is None or not num_bytes:
-            memory = np.zeros(num_bytes, np.uint8)  # unlike torch's, their pages come with the first write
+            memory: NDArray[np.uint8] = np.zeros(num_bytes, np.uint8)  # unlike torch's, their pages come with the first write
         else:
             with naming(self._folder), tempfile.TemporaryFile(dir=self._folder) as file:
                 if hasattr(os, "posix_fallocate"):  # not on macOS; a disk that fills up later would end the process
                     os.posix_fallocate(file.fileno(), 0, num_bytes)
                 memory = np.memmap(file, np.uint8, "r+", shape=(num_bytes,))
-        return torch.from_numpy(memory).view(dtype).view(shape)
+        return torch.as_tensor(memory).view(dtype).view(shape)
 
     def take(self, identities: Tensor) -> Tensor:
         """The weights of identities (B,), (B, D), on their device, at least float32. All ranks call this with the same ones.

@@ -64,7 +64,7 @@ class PoolHead(nn.Module):
         self.pool = pool
         self.schedule = schedule
         self.quality = ImageQuality() if schedule.margin.adaptive else None
-        self.steps = 0
+        self.steps: int = 0
         self.statistics: StepStatistics | None = None
         self.monitor: StepObserver | None = None
 

@@ -106,7 +106,7 @@ def learn(rows: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tenso
             takes_no_step = takes_no_step | (logits > scale * filter_threshold)
         softmax = logits.sub_(log_denominator).exp_().masked_fill_(takes_no_step, 0)
         step = (softmax.to(dtype) @ factors.T).to(probes.dtype)  # (C, W·B) @ (W·B, D) -> (C, D)
-        step.addcmul_(torch.linalg.vecdot(step, unit)[:, None], unit, value=-1)
+        step.addcmul_((step * unit).sum(1, keepdim=True), unit, value=-1)
         step.mul_(-rate / len(all_probes) / lengths(row)[:, None]).add_(row)
         rows[chunk] = rounded_at_random(step, rows.dtype)
 

@@ -94,8 +94,9 @@ def test_f2c_pulls_probes_to_their_slots(config, keys):
 
 
 @pytest.mark.parametrize("keys", [dict(fp16=True), dict(gradient_acc=2), dict(optimizer="adamw", lr=1e-3),
-                                  dict(f2c_recipe="paper", f2c_symmetric=False), dict(f2c_recipe="paper", f2c_identity_rate=0.0),
-                                  dict(f2c_identity_rate=1.0), dict(f2c_kept_weights="file", batch_size=11),
+                                  dict(f2c_recipe="paper", f2c_symmetric=False),
+                                  dict(f2c_recipe="paper", f2c_identity_rate=0.0), dict(f2c_identity_rate=1.0),
+                                  dict(f2c_kept_weights="file", batch_size=11),
                                   dict(margin_list=(1.0, 0.5, 0.0), interclass_filtering_threshold=0.4),
                                   dict(f2c_recipe="paper", f2c_pool_dtype="bfloat16"), dict(warmup_epoch=1),
                                   dict(f2c_pool_dtype="bfloat16"), dict(f2c_pool_dtype="float16", fp16=True)], ids=str)
