@@ -29,7 +29,7 @@ def head_of(path):
 
 
 def test_the_gallery_net_is_verified_beside_arcface_torchs_own_verification(config, caplog):
-    head, _ = head_of(config(output="."))
+    head, _ = head_of(config(output=".", f2c_recipe="paper"))
     with caplog.at_level(logging.INFO):
         head.verify(20)
     assert re.search(r"\[gallery_synth\]\[20\]Accuracy-Flip: 0\.\d{5}\+-0\.\d{5}", caplog.text)
@@ -38,7 +38,7 @@ def test_the_gallery_net_is_verified_beside_arcface_torchs_own_verification(conf
 
 @pytest.mark.parametrize("export", ["probe", "gallery", "best"])
 def test_the_chosen_net_is_selected_and_both_accuracies_are_logged(config, caplog, export):
-    head, probe_net = head_of(config(output=".", f2c_export=export))
+    head, probe_net = head_of(config(output=".", f2c_recipe="paper", f2c_export=export))
     with caplog.at_level(logging.INFO):
         selected = head.select_net()
     pattern = r"\[(gallery_|)synth\]\[30\]Accuracy-Flip: (\d\.\d+)"
@@ -55,7 +55,16 @@ def test_the_chosen_net_is_selected_and_both_accuracies_are_logged(config, caplo
 def test_best_without_a_verification_set_is_refused_at_the_start_and_missing_sets_are_skipped(config, caplog):
     for val_targets in [], ["lfw"]:
         with pytest.raises(ConfigError, match=r"f2c_export='best', but of val_targets=\[.*\] there is none in"):
-            head_of(config(f2c_export="best", val_targets=val_targets))
+            head_of(config(f2c_recipe="paper", f2c_export="best", val_targets=val_targets))
     head, probe_net = head_of(config(output=".", val_targets=["lfw"]))
     head.verify(20)
     assert head.select_net() is probe_net and not list(Path().glob("*_scores.npz"))
+
+
+def test_a_head_without_a_gallery_net_verifies_nothing_and_selects_the_probe_net(config, caplog):
+    head, probe_net = head_of(config(output="."))
+    with caplog.at_level(logging.INFO):
+        head.verify(20)
+        assert head.select_net() is probe_net
+    assert "gallery" not in caplog.text and "model.pt is the probe net" in caplog.text
+    assert [path.name for path in Path().glob("*_scores.npz")] == ["synth_scores.npz"]
