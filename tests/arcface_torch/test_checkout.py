@@ -127,6 +127,22 @@ def test_f2c_trains_verifies_saves_and_resumes_with_the_pool_as_it_was(patched, 
     assert resumed["state_dict_softmax_fc"]["_extra_state"] == 60
 
 
+def test_class_weights_that_learn_train_save_and_resume(patched, packs):
+    keys = dict(head="f2c_dcp", f2c_pool_rate=0.6, val_targets=[])
+    write_config(patched, "resident", packs, MORE, **keys)
+    assert all(map(math.isfinite, losses(run(patched, "resident"))))
+    folder = patched / "work_dirs" / "resident"
+    heads = [torch.load(folder / f"checkpoint_gpu_{rank}.pt")["state_dict_softmax_fc"] for rank in range(2)]
+    assert heads[0]["pool.kept.rows"].shape == (1, MORE[0], 64) and heads[1]["pool.kept.rows"].shape == (1, MORE[0] // 2, 64)
+    assert torch.equal(heads[0]["pool.rows"], heads[1]["pool.rows"])  # of all ranks
+    write_config(patched, "resident", packs, MORE, **keys, resume=True, num_epoch=3)
+    assert all(map(math.isfinite, losses(run(patched, "resident"))))
+    resumed = torch.load(folder / "checkpoint_gpu_0.pt")
+    clocks = [head["pool.clock"].item() for head in (heads[0], resumed["state_dict_softmax_fc"])]
+    assert resumed["global_step"] * clocks[0] == heads[0]["_extra_state"] * clocks[1] > 0
+    assert resumed["state_dict_softmax_fc"]["_extra_state"] == resumed["global_step"]
+
+
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])
 def test_configs_without_a_head_train_partial_fc_as_before(patched, packs, sample_rate):
     name = f"pfc_{int(10 * sample_rate)}"
