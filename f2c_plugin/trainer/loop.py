@@ -200,7 +200,7 @@ def _finish(state: TrainState, results: Results, images_seen: int, seconds: floa
     """Write model.pt and model.onnx of the selected net, and report.json."""
     cfg, folder = state.cfg, Path(state.cfg.output)
     nets = state.nets
-    which = select_net(cfg.get("f2c_export", "probe"), results) if "gallery" in nets else "probe"
+    which = select_net(cfg.get("f2c_export", "probe") if "gallery" in nets else "probe", results)
     net = cast(GalleryNet, nets["gallery"]).net if which == "gallery" else nets["probe"]
     write_states(net.state_dict(), folder / "model.pt")
     exported = get_model(cfg.network, cfg.embedding_size)  # in float32, and without hooks
