@@ -4,20 +4,21 @@
     python benchmarks/head_step.py --identities 100000 1000000 100000000 --slots 200000 --plot sweep.png
     python benchmarks/head_step.py --network r18 --identities 1000000 --batch-size 64
 
-Forward, backward and optimizer on embeddings of dimension 512. The net is one linear layer, so the
-gallery net costs next to nothing; with --network it is the whole training step of that backbone,
+Forward, backward and optimizer on embeddings of dimension 512. The net is one linear layer, so that
+a gallery net costs next to nothing; with --network it is the whole training step of that backbone,
 gallery net included. Each head runs in processes of its own, one for each rank; steps of
 all heads take turns, and medians and quartiles are over these. Memory is the peak of a process over
 what it had before it built its head (on a GPU, the most that was allocated).
 
-- f2c: this project's head, symmetric, with the published recipe's full scale from the first step;
-- plain_f2c: the same loss by plain autograd, half-step by half-step and view by view;
+- f2c: this project's head. The weights of the identities that are not in its pool, D numbers for each, are no GPU's memory,
+  and on a CPU show in the peak only as they come; all of them are printed by themselves;
+- f2c_paper: as published, symmetric;
 - partial_fc: arcface_torch's own file, from ARCFACE_TORCH or the cache that `f2c-plugin fetch-host` fills,
   patched in a copy to run without a GPU, at a sample rate that samples as many classes as the pool
   has slots;
 - full_fc: every class in every step;
-- floor: the two matrix products that F²C cannot do without, probes × pool and softmax × pool, alone,
-  in the fastest of several ways of cutting them up;
+- floor: the three matrix products that f2c cannot do without, embeddings × pool, softmax × pool and softmax × embeddings,
+  alone, in the fastest of several ways of cutting them up;
 - backbone, gallery (with --network): the probe net's forward, backward and optimizer alone, and the
   gallery net's forward and following alone.
 """
@@ -32,6 +33,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -44,67 +46,28 @@ from f2c_plugin.arcface_torch import patching
 from f2c_plugin.build import build_head
 from f2c_plugin.config import POOL_DTYPES, F2CConfig
 from f2c_plugin.method.gallery import GalleryNet
-from f2c_plugin.method.loss import default_hard_negatives
 from f2c_plugin.method.margin import Margin
-from f2c_plugin.method.pool import DynamicClassPool
 from f2c_plugin.method.schedule import Schedule
-from f2c_plugin.method.slots import NOT_IN_POOL
 from f2c_plugin.models import NETWORKS, get_model
 from f2c_plugin.tools.plan import Plan
-from f2c_plugin.trainer.full_fc import FullFC, margin_softmax
+from f2c_plugin.trainer.full_fc import FullFC
 
 EMBEDDING_SIZE = 512
 MARGIN = Margin(scale=64.0, additive=0.4)
 # Memory of float32 matrices of classes × D that these heads are known to hold at their peak, to
-# leave out what cannot fit. plain_f2c and f2c are small beside them.
+# leave out what cannot fit. F²C's are small beside them.
 COPIES = {"partial_fc": 4.5, "full_fc": 7}
 
 
-def f2c(net, identities, arguments):
-    return build_head(net, identities, 1, embedding_size=EMBEDDING_SIZE, margin=MARGIN,
+def f2c(net, identities, arguments, recipe="resident", **others):
+    kept_weights = Path(tempfile.gettempdir()) if arguments.kept_weights == "file" else None
+    return build_head(net, identities, arguments.repeats + 2, embedding_size=EMBEDDING_SIZE, margin=MARGIN,
                       num_slots=arguments.slots_of(identities), pool_dtype=getattr(torch, arguments.pool_dtype),
-                      shard_pool=arguments.shard_pool, recipe="paper", autocast=arguments.fp16, hook=True)
+                      recipe=recipe, kept_weights=kept_weights, autocast=arguments.fp16, **others)
 
 
-class PlainF2C(nn.Module):
-    """The loss as its definition says it: logits of all slots, twice for each half-step, and autograd."""
-
-    def __init__(self, net, pool):
-        super().__init__()
-        self.net, self.pool = (net,), pool  # in a tuple, so that its weights are not the head's
-        net.register_forward_pre_hook(lambda _, args: setattr(self, "images", args[0]))
-
-    def forward(self, embeddings, labels):
-        with torch.no_grad():
-            gallery = self.net[0].weight @ self.images.T  # what the linear gallery net makes of them, (D, B)
-        halves = [part.chunk(2) for part in (gallery.T, embeddings, labels)]
-        (gallery_x, gallery_y), (probe_x, probe_y), (label_x, label_y) = halves
-        first = self._half_step(probe_x, label_x, self.pool.preview(label_y, gallery_y))
-        view = self.pool.preview(label_x, gallery_x)
-        second = self._half_step(probe_y, label_y, view)
-        self.pool.commit(view)
-        return first + second
-
-    def _half_step(self, probes, labels, view):
-        rows = self.pool.rows.clone()
-        view.write_into(rows, view.assignment.slot)
-        two_keys = view.assignment.slot[view.assignment.has_two_keys]
-        second = rows[0].clone()
-        second[two_keys] = rows[1, two_keys]
-        slots = view.lookup(labels)
-        in_pool = slots != NOT_IN_POOL
-        loss = 0
-        for each in rows[0], second:
-            cosine = normalize(probes) @ each.T
-            if in_pool.any():
-                loss = loss + margin_softmax(cosine[in_pool], slots[in_pool], MARGIN)
-            if not in_pool.all():
-                loss = loss + cosine[~in_pool].topk(default_hard_negatives(len(each))).values.clamp_min(0).mean()
-        return loss
-
-
-def plain_f2c(net, identities, arguments):
-    return PlainF2C(net, DynamicClassPool(arguments.slots_of(identities), identities, EMBEDDING_SIZE))
+def f2c_paper(net, identities, arguments):
+    return f2c(net, identities, arguments, "paper", shard_pool=arguments.shard_pool, hook=True)
 
 
 def full_fc(net, identities, arguments):
@@ -144,13 +107,14 @@ class Floor(nn.Module):
         factors = embeddings.detach().to(self.rows.dtype).T.contiguous()
         for start in range(0, len(self.rows), chunk):
             part = self.rows[start:start + chunk]
-            (part @ factors).T @ part
+            softmax = part @ factors
+            softmax.T @ part, softmax @ factors.T
 
 
 def floor(net, identities, arguments):
     dtype = torch.get_autocast_dtype(arguments.device) if arguments.fp16 else torch.float32
     slots = arguments.slots_of(identities)
-    return Floor(slots // arguments.ranks if arguments.shard_pool else slots, dtype, arguments.device)
+    return Floor(slots // arguments.ranks, dtype, arguments.device)
 
 
 class Alone(nn.Module):
@@ -178,10 +142,10 @@ def gallery(net, identities, arguments):
     return Gallery(net)
 
 
-HEADS = {"f2c": f2c, "floor": floor, "partial_fc": partial_fc, "plain_f2c": plain_f2c, "full_fc": full_fc,
+HEADS = {"f2c": f2c, "f2c_paper": f2c_paper, "floor": floor, "partial_fc": partial_fc, "full_fc": full_fc,
          "backbone": backbone, "gallery": gallery}
 WITH_BACKBONE = ("backbone", "gallery")  # what is measured only with one, and what only without
-WITHOUT_BACKBONE = ("floor", "plain_f2c")
+WITHOUT_BACKBONE = ("floor",)
 
 
 class Memory:
@@ -310,12 +274,16 @@ def free_mb(device):
     return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) / 1024
 
 
+def plan_of(arguments, identities):
+    return Plan(identities, arguments.ranks, batch_size=arguments.batch_size, pool_dtype=arguments.pool_dtype,
+                pool_rate=arguments.slots_of(identities) / identities, shard_pool=arguments.shard_pool)
+
+
 def planned_mb(arguments, identities, here):
     """What ``f2c-plugin plan`` says of the heads measured."""
-    slots = arguments.slots_of(identities)
-    plan = Plan(identities, arguments.ranks, batch_size=arguments.batch_size, pool_rate=slots / identities,
-                pool_dtype=arguments.pool_dtype, shard_pool=arguments.shard_pool)
-    planned = {"f2c": plan.f2c(arguments.device), "partial_fc": plan.partial_fc(slots / identities)}
+    plan = plan_of(arguments, identities)
+    planned = {"f2c": plan.f2c(arguments.device), "f2c_paper": replace(plan, recipe="paper").f2c(arguments.device),
+               "partial_fc": plan.partial_fc(plan.pool_rate)}
     return {f"{name}_planned_mb": round(size / 2**20) for name, size in planned.items() if name in here}
 
 
@@ -328,17 +296,19 @@ def summary(arguments, identities, measured):
         result |= {f"{name}_ms": round(middle, 1), f"{name}_ms_quartiles": [round(low, 1), round(high, 1)]}
         if name != "floor":
             result[f"{name}_peak_mb"] = round(peak)
-    for name in ("partial_fc", "plain_f2c", "full_fc"):
+    for name in ("f2c_paper", "partial_fc", "full_fc"):
         if name in here and "f2c" in here:
             result[f"ratio_vs_{name}"] = round(result[f"{name}_ms"] / result["f2c_ms"], 2)
             result[f"memory_ratio_vs_{name}"] = round(result[f"{name}_peak_mb"] / result["f2c_peak_mb"], 2)
+    if "f2c" in here:
+        result["f2c_kept_weights_mb"] = round(plan_of(arguments, identities).kept_weights() / 2**20)
     if not arguments.network:
         result |= planned_mb(arguments, identities, here)
     if arguments.network:
         images = 1000 * arguments.batch_size * arguments.ranks
         result |= {f"{name}_images_per_s": round(images / result[f"{name}_ms"], 1) for name in here if name != "gallery"}
-    if "gallery" in here and "f2c" in here:
-        result["gallery_share"] = round(result["gallery_ms"] / result["f2c_ms"], 3)
+    if "gallery" in here and "f2c_paper" in here:
+        result["gallery_share"] = round(result["gallery_ms"] / result["f2c_paper_ms"], 3)
     if "floor" in here and "f2c" in here:
         result["ratio_to_floor"] = round(result["f2c_ms"] / result["floor_ms"], 2)
     return result
@@ -354,7 +324,7 @@ def show(result):
                 peak += f" (planned {result[f'{name}_planned_mb']})"
             print(f"  {name:<11} {result[f'{name}_ms']:>9.1f} ms  (quartiles {low} to {high})   {peak}")
     for key in result:
-        if "ratio" in key or "per_s" in key or "share" in key:
+        if "ratio" in key or "per_s" in key or "share" in key or "kept" in key:
             print(f"  {key:<28} {result[key]}")
 
 
@@ -365,7 +335,8 @@ def plot(results, path):
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, suffix, label in zip(axes, ("_ms", "_peak_mb"), ("ms a step", "peak MB"), strict=True):
-        for name, title in (("f2c", "F²C"), ("partial_fc", "Partial FC"), ("full_fc", "full FC")):
+        for name, title in (("f2c", "F²C"), ("f2c_paper", "F²C, as published"), ("partial_fc", "Partial FC"),
+                            ("full_fc", "full FC")):
             points = [(result["identities"], result[name + suffix]) for result in results if name + suffix in result]
             if points:
                 axis.loglog(*zip(*points, strict=True), "o-", label=title)
@@ -393,7 +364,8 @@ def main():
     size.add_argument("--slots", type=int, help="size of the pool, and number of classes that Partial FC samples")
     parser.add_argument("--batch-size", type=int, default=128, help="of a rank")
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--shard-pool", action="store_true")
+    parser.add_argument("--shard-pool", action="store_true", help="of f2c_paper; f2c's always is")
+    parser.add_argument("--kept-weights", default="memory", choices=["memory", "file"], help="of f2c")
     parser.add_argument("--pool-dtype", default="float32", choices=POOL_DTYPES)
     parser.add_argument("--fp16", action="store_true", help="mixed precision, as config.fp16")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -404,8 +376,8 @@ def main():
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args(namespace=Arguments())
     smallest = min(map(arguments.slots_of, arguments.identities))
-    if smallest < arguments.batch_size // 2 * arguments.ranks:
-        parser.error("the pool must hold the identities of half a global batch: raise --identities, --pool-rate or --slots")
+    if smallest < arguments.batch_size * arguments.ranks:
+        parser.error("the pool must hold the identities of a global batch: raise --identities, --pool-rate or --slots")
     try:
         arguments.checkout = patching.known_checkout()
     except patching.CheckoutError:
@@ -415,8 +387,7 @@ def main():
     available, cases = free_mb(arguments.device), []
     for identities in arguments.identities:
         for name in HEADS:
-            if name not in arguments.heads or name in (WITHOUT_BACKBONE if arguments.network else WITH_BACKBONE) \
-                    or (name == "plain_f2c" and arguments.ranks > 1):
+            if name not in arguments.heads or name in (WITHOUT_BACKBONE if arguments.network else WITH_BACKBONE):
                 continue
             if (needed := needed_mb(name, identities)) < available:
                 cases.append((name, identities))
