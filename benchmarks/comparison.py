@@ -33,7 +33,7 @@ from head_step import arcface_torch_modules
 import f2c_plugin
 from f2c_plugin.arcface_torch import patching
 from f2c_plugin.build import margin_from
-from f2c_plugin.config import DEFAULTS, TrainConfig, slots_for
+from f2c_plugin.config import DEFAULTS, MARGINS, TrainConfig, slots_for
 from f2c_plugin.data.from_config import steps_per_epoch
 from f2c_plugin.errors import F2CError
 from f2c_plugin.evaluation.verification import tar_at_far
@@ -165,6 +165,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--lr", type=float, nargs="+", default=[0.1], help="of several, each head has its own")
     made.add_argument("--scale", type=float, default=32.0, help="s")
     made.add_argument("--margin-list", type=float, nargs=3, default=[1.0, 0.0, 0.35], help="as in a config")
+    made.add_argument("--margin", choices=MARGINS, help="another margin; its m is the list's third number")
     made.add_argument("--jobs", type=int, default=1, help="runs at a time; 0 runs them in this process")
     made.add_argument("--work", type=Path, default=Path("work_dirs/comparisons"),
                       help="folder of all runs; what is finished there is not repeated")
@@ -197,6 +198,8 @@ def parsed(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> 
         if name not in everything:
             made.error(f"--variants {name!r}: must be of {', '.join(everything)}")
     if any(everything[name]["head"] == PARTIAL_FC for name in names):
+        if arguments.margin:
+            made.error(f"--margin {arguments.margin}: arcface_torch's Partial FC has no such margin; leave out its variants")
         try:
             patching.known_checkout()
         except patching.CheckoutError:
@@ -213,13 +216,14 @@ def config(arguments: argparse.Namespace, run: Run, num_classes: int, **others: 
     return TrainConfig(DEFAULTS | dict(
         num_classes=num_classes, num_image=run.steps * arguments.batch_size, num_epoch=1, batch_size=arguments.batch_size,
         embedding_size=arguments.embedding_size, lr=run.lr, seed=run.seed, scale=arguments.scale,
-        margin_list=tuple(arguments.margin_list)) | keys | others)
+        margin_list=tuple(arguments.margin_list), f2c_margin=arguments.margin) | keys | others)
 
 
 def setting_of(arguments: argparse.Namespace) -> Result:
     """What the results of all comparisons depend on, beside the run and its variant."""
-    return {name: getattr(arguments, name) for name in ("batch_size", "embedding_size", "scale", "margin_list", "long_tail",
-                                                        "wrong_labels", "split")}
+    names = ["batch_size", "embedding_size", "scale", "margin_list", "long_tail", "wrong_labels", "split"]
+    # Without another margin, the setting is that of results from before this option.
+    return {name: getattr(arguments, name) for name in names + ["margin"] * bool(arguments.margin)}
 
 
 def classes_in_a_step(cfg: TrainConfig) -> int:

@@ -225,6 +225,22 @@ def test_an_unknown_variant_is_refused_with_those_there_are(results, capsys):
     results(lambda run: {"tar_1e-3": 0.5}, "--variants", "F²C 20 %", "--pool-rate", "0.2")
 
 
+def test_another_margin_is_that_of_every_head_and_of_other_results(results, comparison, monkeypatch, capsys):
+    first, *_ = results(lambda run: {"tar_1e-3": 0.5}, "--variants", FULL_FC)
+    other, *_ = results(lambda run: {"tar_1e-3": 0.6}, "--variants", FULL_FC, "--margin", "adaface")
+    assert comparison.setting_of(first.arguments).items() < comparison.setting_of(other.arguments).items()
+    vectors = importlib.import_module("vectors")
+    for variant in FULL_FC, "F²C 100 %":
+        cfg = comparison.config(other.arguments, comparison.Run(variant, 1, 0.1, 0), 20, network="mlp")
+        monkeypatch.setitem(NETWORKS, "mlp", lambda num_features, fp16: vectors.Perceptron(num_features))
+        with vectors.process_group():
+            head = vectors.build_state(cfg, torch.device("cpu"), 1).head
+        assert head.schedule.margin.adaptive and head.quality
+    with pytest.raises(SystemExit):
+        results(None, "--margin", "adaface", "--variants", "Partial FC 1")
+    assert "--margin adaface: arcface_torch's Partial FC has no such margin" in capsys.readouterr().err
+
+
 # The scripts.
 
 @pytest.fixture
