@@ -157,8 +157,8 @@ def test_a_small_file_that_stands_for_much_is_refused_before_it_takes_memory(tmp
         load_states(tmp_path / "checkpoint.pt")
 
 
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3)])
-@pytest.mark.parametrize("keys", POOLS, ids=str)
+@pytest.mark.parametrize("before, after, keys", [(1, 2, POOLS[0]), (2, 1, POOLS[0]), (2, 3, POOLS[0]), (1, 2, POOLS[1]),
+                                                 (2, 3, POOLS[2])], ids=str)
 def test_a_run_goes_on_with_another_number_of_ranks(config, before, after, keys):
     keys = keys | dict(batch_size=4, num_epoch=2, frequent=1, val_targets=[], f2c_save_every=5)
     run_on(before, config(**keys))
