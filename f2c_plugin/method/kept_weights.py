@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
+from f2c_plugin.errors import ConfigError
 from f2c_plugin.utils.atomic import naming
 from f2c_plugin.utils.distributed import WHOLE, Shard
+from f2c_plugin.utils.host_memory import seen_by
 from f2c_plugin.utils.sharded_rows import ShardedRows
-from f2c_plugin.utils.tensors import at_least_float32
 
 _BLOCK = 1 << 24  # numbers that a rank hands over at a time
 
@@ -21,7 +22,8 @@ _BLOCK = 1 << 24  # numbers that a rank hands over at a time
 class KeptWeights(ShardedRows):
     """A class weight for each of N identities, in main memory or in a memory-mapped file; 0 where there is none yet.
 
-    The identities are split over the ranks. The weights stay on the CPU, wherever the head goes.
+    The identities are split over the ranks. The weights stay off the GPU, wherever the head goes: it reads and writes main
+    memory itself, a few hundred weights a step, and the CPU does not wait. With a file the CPU does both, and waits.
 
     A ``state_dict`` of rank 0 holds all of them, and loads on any number of ranks; that of another rank holds its own,
     and loads on the same rank of as many.
@@ -40,6 +42,8 @@ class KeptWeights(ShardedRows):
                  folder: Path | None = None):
         self._folder = folder
         super().__init__(1, num_identities, embedding_size, dtype=dtype, shard=shard)
+        self._in_memory = self.rows
+        self._on_gpu: Tensor | None = None
 
     def _first_rows(self, num_rows: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
         return self._zeros((num_rows, self.end - self.first, size), dtype)
@@ -55,22 +59,25 @@ class KeptWeights(ShardedRows):
                 memory = np.memmap(file, np.uint8, "r+", shape=(num_bytes,))
         return torch.as_tensor(memory).view(dtype).view(shape)
 
-    def take(self, identities: Tensor) -> Tensor:
-        """The weights of identities (B,), (B, D), on their device, at least float32. All ranks call this with the same ones.
-
-        Makes the CPU wait for a GPU, as ``put`` does.
-        """
-        index, own = self._local(identities)
-        weights = at_least_float32(self.rows[0, index.cpu()]).to(identities.device)
-        return self.shard.sum(torch.where(own[:, None], weights, 0))
-
-    def put(self, identities: Tensor, weights: Tensor) -> None:
-        """Keep the weights (B, D) of identities (B,), all different except those below 0, which are left out."""
-        index, own = self._local(identities)
-        self.rows[0, index[own].cpu()] = weights[own].to(self.rows.device, self.rows.dtype)
-
     def _apply(self, fn: Any, recurse: bool = True) -> "KeptWeights":
-        return self  # neither moved nor converted with the rest of the head
+        """Stay in main memory, and keep the type. A GPU to which the rest of the head goes reads and writes it there."""
+        device = fn(self.rows.new_empty(0)).device
+        if device.type != "cuda" or self._folder:  # to lock a file in memory would need the memory
+            self.rows = self._in_memory
+            return self
+        if self._on_gpu is None:
+            try:
+                self._on_gpu = seen_by(device, self._in_memory)
+            except RuntimeError as error:
+                raise ConfigError(f"f2c_kept_weights='memory': {error}; set it to 'file'") from error
+        self.rows = self._on_gpu
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shard.world_size == 1 and self.rows.is_cuda:  # save what is in main memory, not a copy
+            torch.cuda.current_stream(self.rows.device).synchronize()
+            destination[prefix + "rows"] = self._in_memory
 
     def _rows_of_all_ranks(self) -> Tensor:
         """(1, N, D) on rank 0; on others those of their own identities."""

@@ -74,8 +74,8 @@ class ResidentPool(Slots):
         slot, was_in_pool, evicted = self.places(identities)
         occurrence, _, first, _ = occurrences(identities)
         before = self.rows_at(slot)[0]  # (B, D) weights that the slots hold
-        self.kept.put(evicted, before)
-        kept = self.kept.take(identities)
+        self.kept.write(evicted, before)
+        kept = self.kept.rows_at(identities)[0]
         is_new = ~was_in_pool & (kept == 0).all(1)
         finite = embeddings.isfinite().all(1)
         # An embedding that is not finite leaves what the slot held, which is at least a direction.

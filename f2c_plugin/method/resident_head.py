@@ -70,4 +70,4 @@ class ResidentHead(PoolHead):
 
     def put_class_weights(self, identities: Tensor, weights: Tensor) -> None:
         """Start from the weights (n, D) of identities int64 (n,), before the first batch. All ranks call this."""
-        self.pool.kept.put(identities, weights)
+        self.pool.kept.write(identities, weights)

@@ -16,7 +16,8 @@ _BLOCK = 1 << 10  # slots whose first random rows come from one generator
 class ShardedRows(nn.Module):
     """R rows of D numbers for each of K slots; a rank holds those of its share of the slots.
 
-    A ``state_dict`` holds the rows of all ranks, so it loads on any number of ranks.
+    A ``state_dict`` holds the rows of all ranks, so it loads on any number of ranks. Slots that are read and written are
+    on the device of the computation; if the rows are not, the CPU waits.
 
     Args:
         num_rows, num_slots, size: R, K, D.
@@ -57,7 +58,7 @@ class ShardedRows(nn.Module):
         together with the same slots.
         """
         index, own = self._local(slots)
-        rows = at_least_float32(self.rows[:count, index])
+        rows = at_least_float32(self.rows[:count, index.to(self.rows.device)]).to(slots.device)
         if self.shard.world_size > 1:
             rows = self.shard.sum(torch.where(own[:, None], rows, 0))
         return rows
@@ -75,9 +76,11 @@ class ShardedRows(nn.Module):
         return entry, index[entry], own.any()
 
     def write(self, slots: Tensor, values: Tensor):
-        """Set row 0 of slots (A,) to values (A, D). Entries of the same slot hold the same values."""
+        """Set row 0 of slots (A,) to values (A, D), but for negative slots. Entries of one slot hold the same values."""
         entry, index, any_own = self.own_entries(slots)
-        self.rows[0, index] = torch.where(any_own, values[entry].to(self.rows.dtype), self.rows[0, index])
+        values = values[entry].to(self.rows)
+        index, any_own = index.to(self.rows.device), any_own.to(self.rows.device)
+        self.rows[0, index] = torch.where(any_own, values, self.rows[0, index])
 
     def _local(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Index into ``rows`` of slots (A,), and whether this rank holds them; the index of others means nothing."""

@@ -1,0 +1,37 @@
+"""Main memory that a GPU reads and writes itself."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Bytes:
+    """Memory by its address, as ``torch.as_tensor`` takes it; keeps its owner alive."""
+
+    def __init__(self, owner: Tensor):
+        self._owner = owner
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (owner.nbytes,), "typestr": "|u1", "data": (owner.data_ptr(), False), "version": 3}
+
+
+def seen_by(device: torch.device, tensor: Tensor) -> Tensor:
+    """A tensor on a GPU over the memory of a contiguous tensor on the CPU: what one writes, the other reads.
+
+    The memory is locked, so that it cannot be swapped out, for as long as ``tensor`` lives. It should be called once for
+    each; operations go over the bus, so they should touch few entries.
+
+    Raises:
+        RuntimeError: CUDA cannot lock the memory; says why.
+    """
+    if not tensor.nbytes:
+        return tensor.to(device)
+    runtime: Any = torch.cuda.cudart()
+    with torch.cuda.device(device):
+        code = int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0))
+        if code:
+            raise RuntimeError(f"cannot lock {tensor.nbytes >> 20:,} MB of main memory for {device}: "
+                               f"{runtime.cudaGetErrorString(runtime.cudaError(code))}")
+        weakref.finalize(tensor, runtime.cudaHostUnregister, tensor.data_ptr())
+        return torch.as_tensor(_Bytes(tensor), device=device).view(tensor.dtype).view(tensor.shape)
