@@ -1,0 +1,158 @@
+"""Counts what a training step asks of a GPU: python -m tests.cuda_stand_in.count JSON, in a process with the stand-in.
+
+The JSON has the keys of a config, and "ranks". Prints JSON, of a step after the first two:
+    kernels: {"head": …, "gallery net": …} operations that launch one.
+    mixed: operations over tensors of both devices, each a wait.
+    reads: operations that bring a value to the CPU, or whose result has a shape that depends on values.
+    strided: softmaxes and reductions of a large tensor over a dimension that is not the last, which run in few threads.
+    bytes_per_slot: that the head reads and writes, for each slot of this rank.
+    peak: bytes above the state.
+"""
+
+import collections
+import json
+import os
+import sys
+import types
+import weakref
+from importlib.metadata import entry_points
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, distributed, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from f2c_plugin.method import kept_weights
+
+FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "detach", "alias", "_unsafe_view",
+        "view", "_local_scalar_dense"}
+READS = "_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero"
+REDUCTIONS = "_softmax", "_log_softmax", "sum", "amax", "max", "mean", "logsumexp", "norm", "argmax", "topk", "sort", "cumsum"
+LARGE = 1 << 20  # entries
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations, by the part of the step at work; "" is not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = ""
+        self.kernels: collections.Counter[str] = collections.Counter()
+        self.operations: collections.Counter[str] = collections.Counter()
+        self.mixed: list[str] = []
+        self.reads: list[str] = []
+        self.strided: list[str] = []
+        self.bytes = self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def hold(self, tensor: Tensor) -> None:
+        """Count the memory of a tensor as long as it lives."""
+        storage = tensor.untyped_storage()
+        known = self._known.get(id(storage))
+        if tensor.device.type != "cuda" or (known and known() is storage):
+            return
+        size = storage.nbytes()
+
+        def free(_: Any) -> None:
+            self.live -= size
+        self._known[id(storage)] = weakref.ref(storage, free)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        inputs, outputs = tensors((args, kwargs)), tensors(result)
+        for tensor in outputs:
+            self.hold(tensor)
+        name = str(function).split(".")[1]
+        if not self.part:
+            return result
+        if any(read in name for read in READS):
+            self.reads.append(name)
+        if {"cpu", "cuda"} <= {tensor.device.type for tensor in inputs + outputs}:
+            self.mixed.append(name)
+        if name in FREE or function.is_view or not str(function).startswith(("aten.", "c10d.")):
+            return result
+        self.kernels[self.part] += 1
+        self.operations[name] += 1
+        if self.part == "head" and not name.startswith("index"):  # these would count all that they choose from
+            self.bytes += sum(tensor.nbytes for tensor in inputs + outputs if tensor.device.type == "cuda")
+        if name in REDUCTIONS and inputs[0].numel() >= LARGE and self._over_a_stride(inputs[0], args[1:]):
+            self.strided.append(f"{name} {list(inputs[0].shape)}")
+        return result
+
+    @staticmethod
+    def _over_a_stride(tensor: Tensor, args: Any) -> bool:
+        dims = next((arg if isinstance(arg, (list, tuple)) else [arg] for arg in args if isinstance(arg, (int, list, tuple))), [])
+        return any(tensor.stride(dim) != 1 for dim in dims)
+
+
+class Net(nn.Module):
+    """Of many parameters, so that the update of its twin shows. Its own operations are not counted."""
+
+    def __init__(self, counter: Counter):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 512), nn.BatchNorm1d(512),
+                                    *[nn.Linear(512, 512) for _ in range(100)])
+        self.counter = (counter,)
+
+    def forward(self, images: Tensor) -> Tensor:
+        counter, = self.counter
+        with mock.patch.object(counter, "part", ""):
+            return self.layers(images)
+
+
+def main() -> None:
+    case = dict(fp16=True, ranks=1, autocast="float16", f2c_pool_dtype="float16") | json.loads(sys.argv[1])
+    ranks, autocast, slots = case.pop("ranks"), getattr(torch, case.pop("autocast")), case.pop("slots", 200_000)
+    if ranks > 1:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+        distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    identities = case.pop("identities", 2_000_000)
+    cfg: dict[str, Any] = dict(
+        head="f2c_dcp", num_classes=identities, num_image=20 * identities, embedding_size=512, batch_size=128, num_epoch=1,
+        frequent=10**9, rec=".", val_targets=[], seed=0, f2c_pool_rate=slots / identities, margin_list=(1.0, 0.0, 0.4)) | case
+    factory = next(iter(entry_points(group="arcface_torch.heads", name="f2c_dcp"))).load()
+    margin = types.SimpleNamespace(s=64.0, m1=1.0, m2=0.0, m3=0.4, interclass_filtering_threshold=0)
+    counter = Counter()
+    nn.Module.to = lambda self, *_, **__: self  # fake parameters cannot be moved; all is made on the device here
+    torch.set_autocast_dtype("cuda", autocast)
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        net = Net(counter).train()
+        head = factory(cfg, net, margin).train()
+        # Not before, because with a GPU tensors are made on the CPU first.
+        torch.cuda.is_available, torch.cuda.device_count, torch.cuda.current_device = lambda: True, lambda: 1, lambda: 0
+        if hasattr(head.pool, "kept"):
+            kept_weights.seen_by = lambda device, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            head.pool.kept._apply(lambda tensor: tensor.to("cuda"))
+        images = torch.empty(cfg["batch_size"], 3, 8, 8)
+        labels = torch.empty(cfg["batch_size"], dtype=torch.int64)
+        for step in range(3):
+            if step == 2:
+                counter.__enter__()
+                for tensor in (*net.parameters(), *net.buffers(), *head.buffers(), *head.parameters()):
+                    counter.hold(tensor)
+                counter.part, counter.peak, state = "gallery net", counter.live, counter.live
+            embeddings = net(images)
+            counter.part = "head" * (step == 2)
+            loss = head(embeddings, labels)
+            torch.autograd.grad(loss, embeddings)
+        counter.__exit__(None, None, None)
+    print(json.dumps({
+        "kernels": counter.kernels, "mixed": counter.mixed, "reads": counter.reads, "strided": counter.strided,
+        "bytes_per_slot": round(counter.bytes / (slots / ranks)), "peak": counter.peak - state,
+        "most": dict(counter.operations.most_common(15))}))
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
+    os._exit(0)  # PyTorch's end would wait for a device
