@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.tensors import at_least_float32, largest_of_columns, lengths, rounded_at_random, with_gradient
+from f2c_plugin.utils.tensors import inverse_lengths, largest_of_columns, rounded_at_random, with_gradient
 
 # The logit of a slot that is left out. Finite, so that a chunk with no other slot has a softmax, too.
 LEFT_OUT = -1e30
@@ -99,16 +98,19 @@ def learn(rows: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tenso
     factors = (all_probes * scale).to(dtype).T.contiguous()  # (D, W·B)
     for chunk in _chunks(rows, max(len(all_probes), rows.size(1))):
         row = rows[chunk].to(probes.dtype)
-        unit = normalize(row)
-        logits = (unit.to(dtype) @ factors).to(probes.dtype)  # (C, D) @ (D, W·B) -> (C, W·B)
+        inverse = inverse_lengths(row)  # (C, 1)
+        logits = (row.to(dtype) @ factors).to(probes.dtype).mul_(inverse)  # (C, D) @ (D, W·B) -> (C, W·B)
         takes_no_step = left_out[chunk, None]
         if filter_threshold > 0:
             takes_no_step = takes_no_step | (logits > scale * filter_threshold)
         softmax = logits.sub_(log_denominator).exp_().masked_fill_(takes_no_step, 0)
-        step = (softmax.to(dtype) @ factors.T).to(probes.dtype)  # (C, W·B) @ (W·B, D) -> (C, D)
-        step.addcmul_((step * unit).sum(1, keepdim=True), unit, value=-1)
-        step.mul_(-rate / len(all_probes) / lengths(row)[:, None]).add_(row)
-        rows[chunk] = rounded_at_random(step, rows.dtype)
+        # row − rate / (n · |row|) · (gradient − its part along the row), written so that the matrices are passed over least.
+        gradient = (softmax.to(dtype) @ factors.T).to(probes.dtype)  # (C, W·B) @ (W·B, D) -> (C, D)
+        step = rate / len(all_probes) * inverse
+        along = torch.einsum("cd,cd->c", gradient, row)[:, None] * inverse.square()
+        row.mul_(1 + step * along).addcmul_(gradient, step, value=-1)
+        if row.dtype != rows.dtype:  # else it is the chunk itself
+            rows[chunk] = rounded_at_random(row, rows.dtype)
 
 
 def _chunks(rows: Tensor, width: int) -> Iterator[slice]:
@@ -125,11 +127,13 @@ def _one_pass(queries: Tensor, rows: Tensor, bias: Tensor, filter_threshold: flo
     values = [queries.new_full((num_hardest, len(queries)), LEFT_OUT)]  # of each chunk
     hardest = [torch.zeros_like(values[0], dtype=torch.int64)]
     factors = queries.to(dtype).T.contiguous()  # (D, B)
-    for chunk in _chunks(rows, len(queries) if unit_rows else max(len(queries), rows.size(1))):
-        part = rows[chunk] if unit_rows else normalize(at_least_float32(rows[chunk]))
-        part = part.to(dtype)  # (C, D)
+    for chunk in _chunks(rows, len(queries)):
+        part = rows[chunk].to(dtype)  # (C, D)
         # Slots by probes, not the other way round: the CPU's matrix product is a third faster that way.
         logits = (part @ factors).to(queries.dtype)  # (C, D) @ (D, B) -> (C, B)
+        inverse = None if unit_rows else inverse_lengths(rows[chunk])
+        if inverse is not None:
+            logits *= inverse
         filtered = logits > filter_threshold if filter_threshold > 0 else None
         if filtered is not None:
             logits.masked_fill_(filtered, 0)
@@ -140,6 +144,8 @@ def _one_pass(queries: Tensor, rows: Tensor, bias: Tensor, filter_threshold: flo
         here = top[0] - softmax.gather(0, where[:1])[0].log()  # log-sum-exp of this chunk
         if filtered is not None:
             softmax.masked_fill_(filtered, 0)  # a constant has no gradient
+        if inverse is not None:
+            softmax *= inverse
 
         total = torch.logaddexp(log_sum_exp, here)
         mean_row *= (log_sum_exp - total).exp()[:, None]

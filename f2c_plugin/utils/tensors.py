@@ -32,6 +32,12 @@ def lengths(vectors: Tensor) -> Tensor:
     return vectors.norm(dim=-1)
 
 
+def inverse_lengths(vectors: Tensor) -> Tensor:
+    """1 / length of vectors (n, D), (n, 1), at least float32."""
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    return vectors.norm(dim=1, keepdim=True, dtype=dtype).clamp(min=1e-12).reciprocal()
+
+
 def all_different(values: Tensor) -> bool:
     """Whether no two of ``values`` (n,) are equal. Waits for the device."""
     return len(values.unique()) == len(values)

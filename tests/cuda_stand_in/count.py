@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from f2c_plugin.method import kept_weights
 
-FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "detach", "alias", "_unsafe_view",
-        "view", "_local_scalar_dense"}
+FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "detach", "alias",
+        "_unsafe_view", "view", "_local_scalar_dense"}
 READS = "_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero"
 REDUCTIONS = "_softmax", "_log_softmax", "sum", "amax", "max", "mean", "logsumexp", "norm", "argmax", "topk", "sort", "cumsum"
 LARGE = 1 << 20  # entries
@@ -90,8 +90,8 @@ class Counter(TorchDispatchMode):
 
     @staticmethod
     def _over_a_stride(tensor: Tensor, args: Any) -> bool:
-        dims = next((arg if isinstance(arg, (list, tuple)) else [arg] for arg in args if isinstance(arg, (int, list, tuple))), [])
-        return any(tensor.stride(dim) != 1 for dim in dims)
+        dims = next((arg for arg in args if isinstance(arg, (int, list, tuple))), [])
+        return any(tensor.stride(dim) != 1 for dim in ([dims] if isinstance(dims, int) else dims))
 
 
 class Net(nn.Module):
