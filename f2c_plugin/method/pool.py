@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from f2c_plugin.method.slots import NOT_IN_POOL, Slots
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.tensors import lengths, occurrences
+from f2c_plugin.utils.tensors import lengths, occurrences, true_of_all
 
 _UNIT_TOLERANCE = 0.02  # of the length of a row; bfloat16 rounds by less
 
@@ -147,8 +147,8 @@ class DynamicClassPool(Slots):
     def invariants(self) -> dict[str, Tensor | bool]:
         return super().invariants() | {
             "next rows are 0 or 1": ((self.next_row == 0) | (self.next_row == 1)).all(),
-            "rows are unit vectors or 0": (
-                ((lengths(self.rows.float()) - 1).abs() < _UNIT_TOLERANCE) | (self.rows == 0).all(2)).all()}
+            "rows are unit vectors or 0": true_of_all(
+                self.rows, lambda rows: ((lengths(rows.float()) - 1).abs() < _UNIT_TOLERANCE) | (rows == 0).all(2))}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any):
         if prefix + "due_row" in state_dict:  # its name in version 0.1

@@ -18,7 +18,7 @@ from f2c_plugin.method.margin import Margin
 from f2c_plugin.method.pool_softmax import learn, pool_softmax
 from f2c_plugin.method.slots import Slots
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.tensors import lengths, occurrences, rounded_at_random
+from f2c_plugin.utils.tensors import lengths, occurrences, rounded_at_random, true_of_all
 
 # Norm of a class weight that enters. Its first steps are large, as those of a full FC layer's weights, which begin with a
 # norm of 0.01 · √D = 0.11 to 0.23; steps at right angles let the norm grow, so later ones are smaller.
@@ -85,7 +85,8 @@ class ResidentPool(Slots):
         return Arrival(slot, was_in_pool, is_new & (occurrence == 0), evicted, (~finite).sum())
 
     def invariants(self) -> dict[str, Tensor | bool]:
-        return super().invariants() | {"class weights have a direction": (lengths(self.rows.float()) > 0).all()}
+        return super().invariants() | {
+            "class weights have a direction": true_of_all(self.rows, lambda rows: lengths(rows.float()) > 0)}
 
 
 class ResidentLoss(NamedTuple):

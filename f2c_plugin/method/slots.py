@@ -8,7 +8,7 @@ from torch import Tensor
 from f2c_plugin.errors import PoolStateError
 from f2c_plugin.utils.distributed import WHOLE, Shard
 from f2c_plugin.utils.sharded_rows import ShardedRows
-from f2c_plugin.utils.tensors import all_different, occurrences
+from f2c_plugin.utils.tensors import all_different, occurrences, true_of_all
 
 NOT_IN_POOL = -1
 
@@ -141,7 +141,7 @@ class Slots(ShardedRows):
                 all_different(recency) and bool(((recency >= 0) & (recency < self.clock)).all())),
             "slots not yet taken are in the order of their numbers": (
                 self.last_used[~taken] == (slots - self.num_slots)[~taken]).all(),
-            "rows are finite": self.rows.isfinite().all(),
+            "rows are finite": true_of_all(self.rows, torch.isfinite),
             "the table finds every identity in its slot": (table == slots[taken]).all(),
             "the table finds no other": (self.slot_of != NOT_IN_POOL).sum() == len(identities),
         }

@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.functional import normalize
 
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.tensors import at_least_float32
+from f2c_plugin.utils.tensors import at_least_float32, true_of_all
 
 _BLOCK = 1 << 10  # slots whose first random rows come from one generator
 
@@ -110,7 +110,7 @@ class ShardedRows(nn.Module):
             if rows.dim() != 3 or rows.size(1) != self.num_slots:
                 error_messages.append(f"{prefix}rows: size mismatch, {tuple(rows.shape)} for a pool of {self.num_slots} slots")
                 return  # and leave what is there as it is
-            if not rows.isfinite().all():  # looks at all rows, so that all ranks refuse what one has to
+            if not true_of_all(rows, torch.isfinite):  # looks at all rows, so that all ranks refuse what one has to
                 error_messages.append(f"{prefix}rows: the pool is damaged; it does not hold that rows are finite")
                 return
             state_dict = {**state_dict, prefix + "rows": rows[:, self.first:self.end]}

@@ -1,5 +1,6 @@
 """Operations on tensors; of fixed shapes and without a wait for the device unless said."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 _GROUP = 32  # numbers of which the maximum is compared first
+_BLOCK = 1 << 15  # vectors that are looked at together
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -36,6 +38,11 @@ def inverse_lengths(vectors: Tensor) -> Tensor:
     """1 / length of vectors (n, D), (n, 1), at least float32."""
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     return vectors.norm(dim=1, keepdim=True, dtype=dtype).clamp(min=1e-12).reciprocal()
+
+
+def true_of_all(vectors: Tensor, condition: Callable[[Tensor], Tensor]) -> Tensor:
+    """Whether a condition, bool (R, n, …), is true of all vectors (R, N, D), bool (). Needs memory for a block of them."""
+    return torch.stack([condition(block).all() for block in vectors.split(_BLOCK, dim=1)]).all()
 
 
 def all_different(values: Tensor) -> bool:
