@@ -108,7 +108,7 @@ class Floor(nn.Module):
         for start in range(0, len(self.rows), chunk):
             part = self.rows[start:start + chunk]
             softmax = part @ factors
-            softmax.T @ part, softmax @ factors.T
+            _ = softmax.T @ part, softmax @ factors.T
 
 
 def floor(net, identities, arguments):

@@ -359,3 +359,11 @@ def test_the_units_of_compute_are_what_a_step_does(comparison, monkeypatch, vari
         vectors.train_step(state, torch.randn(8, 128), torch.arange(8))
     units = (3 * counted["probe"] + counted["gallery"]) / 8
     assert units == comparison.units(comparison.variants_at([1.0])[variant]) and counted["probe"] in (8, 4)
+
+
+def test_the_table_of_all_worlds_in_the_docs_is_that_of_the_committed_results():
+    learning = importlib.import_module("learning")
+    table = learning.table()
+    assert table in (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
+    for file in learning.RESULTS.glob("learning_*.json"):
+        assert learning.world(json.loads(file.read_text())["setting"]) in table
