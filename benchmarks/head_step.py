@@ -340,10 +340,14 @@ def plot(results, path):
             points = [(result["identities"], result[name + suffix]) for result in results if name + suffix in result]
             if points:
                 axis.loglog(*zip(*points, strict=True), "o-", label=title)
+        if suffix == "_peak_mb" and "f2c_peak_mb" in results[0]:
+            axis.loglog([result["identities"] for result in results],
+                        [result["f2c_peak_mb"] + result["f2c_kept_weights_mb"] for result in results], "C0--",
+                        label="F²C with all weights in main memory")
         low, high = axis.get_ylim()
         axis.set(xlabel="identities", ylabel=label, ylim=(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))))
         axis.grid(alpha=0.3, which="both")
-        axis.legend()
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     slots = {result["slots"] for result in results}
     if len(slots) == 1:
         figure.suptitle(f"one step of the head, {slots.pop():,} slots or sampled classes")
