@@ -42,8 +42,6 @@ class KeptWeights(ShardedRows):
                  folder: Path | None = None):
         self._folder = folder
         super().__init__(1, num_identities, embedding_size, dtype=dtype, shard=shard)
-        self._in_memory = self.rows
-        self._on_gpu: Tensor | None = None
 
     def _first_rows(self, num_rows: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
         return self._zeros((num_rows, self.end - self.first, size), dtype)
@@ -62,35 +60,42 @@ class KeptWeights(ShardedRows):
     def _apply(self, fn: Any, recurse: bool = True) -> "KeptWeights":
         """Stay in main memory, and keep the type. A GPU to which the rest of the head goes reads and writes it there."""
         device = fn(self.rows.new_empty(0)).device
-        if device.type != "cuda" or self._folder:  # to lock a file in memory would need the memory
-            self.rows = self._in_memory
-            return self
-        if self._on_gpu is None:
+        with_the_gpu = device.type == "cuda" and not self._folder  # to lock a file in memory would need the memory
+        if self.rows.is_cuda and not with_the_gpu:
+            self.rows = self._locked
+        elif with_the_gpu and not self.rows.is_cuda:
+            self._locked = self.rows
             try:
-                self._on_gpu = seen_by(device, self._in_memory)
+                self.rows = seen_by(device, self.rows)
             except RuntimeError as error:
                 raise ConfigError(f"f2c_kept_weights='memory': {error}; set it to 'file'") from error
-        self.rows = self._on_gpu
         return self
+
+    def _in_memory(self) -> Tensor:
+        """The rows as the CPU sees them, once the GPU has written what it was asked to."""
+        if not self.rows.is_cuda:
+            return self.rows
+        torch.cuda.current_stream(self.rows.device).synchronize()
+        return self._locked
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.shard.world_size == 1 and self.rows.is_cuda:  # save what is in main memory, not a copy
-            torch.cuda.current_stream(self.rows.device).synchronize()
-            destination[prefix + "rows"] = self._in_memory
+        if self.shard.world_size == 1:
+            destination[prefix + "rows"] = self._in_memory()
 
     def _rows_of_all_ranks(self) -> Tensor:
         """(1, N, D) on rank 0; on others those of their own identities."""
-        num_rows, _, size = self.rows.shape
+        own_rows = self._in_memory()
+        num_rows, _, size = own_rows.shape
         is_first = self.shard.rank == 0
-        whole = self._zeros((num_rows, self.num_slots, size), self.rows.dtype) if is_first else self.rows
+        whole = self._zeros((num_rows, self.num_slots, size), own_rows.dtype) if is_first else own_rows
         device = "cuda" if distributed.get_backend() == "nccl" else "cpu"  # where collectives take their tensors from
         for rank in range(self.shard.world_size):
             start, end = Shard(rank, self.shard.world_size).range_of(self.num_slots)
             for first in range(start, end, max(1, _BLOCK // size)):
                 last = min(first + max(1, _BLOCK // size), end)
                 own = rank == self.shard.rank
-                part = (self.rows[0, first - start:last - start] if own else self.rows.new_empty(last - first, size)).to(device)
+                part = (own_rows[0, first - start:last - start] if own else own_rows.new_empty(last - first, size)).to(device)
                 distributed.broadcast(part.contiguous() if own else part, rank)
                 if is_first:
                     whole[0, first:last] = part.cpu()

@@ -19,8 +19,8 @@ class _Bytes:
 def seen_by(device: torch.device, tensor: Tensor) -> Tensor:
     """A tensor on a GPU over the memory of a contiguous tensor on the CPU: what one writes, the other reads.
 
-    The memory is locked, so that it cannot be swapped out, for as long as ``tensor`` lives. It should be called once for
-    each; operations go over the bus, so they should touch few entries.
+    The memory is locked, so that it cannot be swapped out, for as long as the result lives; it can be locked once at a time.
+    Operations go over the bus, so they should touch few entries.
 
     Raises:
         RuntimeError: CUDA cannot lock the memory; says why.
@@ -33,5 +33,6 @@ def seen_by(device: torch.device, tensor: Tensor) -> Tensor:
         if code:
             raise RuntimeError(f"cannot lock {tensor.nbytes >> 20:,} MB of main memory for {device}: "
                                f"{runtime.cudaGetErrorString(runtime.cudaError(code))}")
-        weakref.finalize(tensor, runtime.cudaHostUnregister, tensor.data_ptr())
-        return torch.as_tensor(_Bytes(tensor), device=device).view(tensor.dtype).view(tensor.shape)
+        memory = _Bytes(tensor)  # which the result keeps
+        weakref.finalize(memory, runtime.cudaHostUnregister, tensor.data_ptr())
+        return torch.as_tensor(memory, device=device).view(tensor.dtype).view(tensor.shape)
