@@ -1,5 +1,6 @@
 """Trainings that are long: whether anything grows, runs over or drifts apart. By `pytest -m long`."""
 
+import gc
 import os
 import resource
 import subprocess
@@ -24,6 +25,7 @@ def resident_mb():
 @pytest.mark.parametrize("recipe", ["resident", "paper"])
 @pytest.mark.parametrize("steps", [3000, pytest.param(100_000, marks=pytest.mark.long)])
 def test_memory_and_files_stay_flat_and_the_pool_whole_over_many_steps(steps, recipe):
+    gc.collect()  # what earlier tests left in cycles would be let go, and its files closed, somewhere in the middle
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 8), nn.BatchNorm1d(8))
     head = build_head(net, IDENTITIES, steps, embedding_size=8, margin=Margin(32.0, additive=0.3), num_slots=SLOTS,
@@ -39,7 +41,7 @@ def test_memory_and_files_stay_flat_and_the_pool_whole_over_many_steps(steps, re
             memory.append(resident_mb())
             files.append(len(os.listdir("/proc/self/fd")))
     print(f"{steps} steps: memory {memory[4]:.1f} MB after a fifth, {memory[-1]:.1f} MB at the end; {files[-1]} open files")
-    assert memory[-1] - memory[4] < 0.01 * memory[4] + 1 and files[-1] == files[4]
+    assert memory[-1] - memory[4] < 0.01 * memory[4] + 1 and files[-1] <= files[4]
     head.pool.validate()
     assert head.pool.clock == steps * BATCH // (1 if recipe == "resident" else 2) and head.pool.fill() == 1
     assert all(value.isfinite().all() for value in head.state_dict().values() if value.is_floating_point())
