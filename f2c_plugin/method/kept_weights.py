@@ -71,6 +71,17 @@ class KeptWeights(ShardedRows):
                 raise ConfigError(f"f2c_kept_weights='memory': {error}; set it to 'file'") from error
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: the weights stay in main memory, also with a GPU."""
+        state = self.__dict__ | {"_buffers": self._buffers | {"rows": self._in_memory()}, "device": self.rows.device}
+        state.pop("_locked", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        module: Any = super()
+        module.__setstate__(state)
+        self.to(self.__dict__.pop("device"))
+
     def _in_memory(self) -> Tensor:
         """The rows as the CPU sees them, once the GPU has written what it was asked to."""
         if not self.rows.is_cuda:

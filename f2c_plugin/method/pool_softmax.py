@@ -59,8 +59,8 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, n
     """
     all_probes = shard.gather(probes.detach()).flatten(0, 1)  # (W·B, D)
     bias = torch.where(left_out, LEFT_OUT, 0.0).to(probes.dtype)
-    log_sum_exp, mean_row, hardest, values = _one_pass(all_probes * scale, rows, bias, scale * filter_threshold,
-                                                       num_hardest, dtype or probes.dtype, unit_rows)
+    log_sum_exp, mean_row, hardest, values = _one_pass(all_probes, rows, bias, scale, filter_threshold, num_hardest,
+                                                       dtype or probes.dtype, unit_rows)
     if shard.world_size > 1:
         local = slice(shard.rank * len(probes), (shard.rank + 1) * len(probes))
         every = shard.gather(log_sum_exp)  # (W, W·B)
@@ -95,18 +95,19 @@ def learn(rows: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tenso
     all_probes = torch.where(finite[:, None], all_probes, 0)
     log_denominator = torch.where(finite, log_denominator, torch.inf)
     dtype = dtype or probes.dtype
-    factors = (all_probes * scale).to(dtype).T.contiguous()  # (D, W·B)
+    factors = all_probes.to(dtype).T.contiguous()  # (D, W·B)
     for chunk in _chunks(rows, max(len(all_probes), rows.size(1))):
         row = rows[chunk].to(probes.dtype)
         inverse = inverse_lengths(row)  # (C, 1)
-        logits = (row.to(dtype) @ factors).to(probes.dtype).mul_(inverse)  # (C, D) @ (D, W·B) -> (C, W·B)
+        # (C, D) @ (D, W·B) -> (C, W·B). Scaled afterwards: long rows times s would be more than half precision holds.
+        logits = (row.to(dtype) @ factors).to(probes.dtype).mul_(scale * inverse)
         takes_no_step = left_out[chunk, None]
         if filter_threshold > 0:
             takes_no_step = takes_no_step | (logits > scale * filter_threshold)
         softmax = logits.sub_(log_denominator).exp_().masked_fill_(takes_no_step, 0)
-        # row − rate / (n · |row|) · (gradient − its part along the row), written so that the matrices are passed over least.
-        gradient = (softmax.to(dtype) @ factors.T).to(probes.dtype)  # (C, W·B) @ (W·B, D) -> (C, D)
-        step = rate / len(all_probes) * inverse
+        # row − rate · s / (n · |row|) · (gradient − its part along the row), so that the matrices are passed over least.
+        gradient = (softmax.to(dtype) @ factors.T).to(probes.dtype)  # (C, W·B) @ (W·B, D) -> (C, D), over s
+        step = rate * scale / len(all_probes) * inverse
         along = torch.einsum("cd,cd->c", gradient, row)[:, None] * inverse.square()
         row.mul_(1 + step * along).addcmul_(gradient, step, value=-1)
         if row.dtype != rows.dtype:  # else it is the chunk itself
@@ -119,22 +120,22 @@ def _chunks(rows: Tensor, width: int) -> Iterator[slice]:
     return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
 
 
-def _one_pass(queries: Tensor, rows: Tensor, bias: Tensor, filter_threshold: float, num_hardest: int, dtype: torch.dtype,
-              unit_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-sum-exp (B,), softmax · rows (B, D), indices (B, h) and values (B, h) of the largest logits)."""
-    log_sum_exp = queries.new_full((len(queries),), -torch.inf)
-    mean_row = torch.zeros_like(queries)
-    values = [queries.new_full((num_hardest, len(queries)), LEFT_OUT)]  # of each chunk
+def _one_pass(probes: Tensor, rows: Tensor, bias: Tensor, scale: float, filter_threshold: float, num_hardest: int,
+              dtype: torch.dtype, unit_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-sum-exp (B,), softmax · directions of the rows (B, D), indices and values of the largest logits (B, h))."""
+    log_sum_exp = probes.new_full((len(probes),), -torch.inf)
+    mean_row = torch.zeros_like(probes)
+    values = [probes.new_full((num_hardest, len(probes)), LEFT_OUT)]  # of each chunk
     hardest = [torch.zeros_like(values[0], dtype=torch.int64)]
-    factors = queries.to(dtype).T.contiguous()  # (D, B)
-    for chunk in _chunks(rows, len(queries)):
+    factors = (scale * probes if unit_rows else probes).to(dtype).T.contiguous()  # (D, B)
+    for chunk in _chunks(rows, len(probes)):
         part = rows[chunk].to(dtype)  # (C, D)
         # Slots by probes, not the other way round: the CPU's matrix product is a third faster that way.
-        logits = (part @ factors).to(queries.dtype)  # (C, D) @ (D, B) -> (C, B)
+        logits = (part @ factors).to(probes.dtype)  # (C, D) @ (D, B) -> (C, B)
         inverse = None if unit_rows else inverse_lengths(rows[chunk])
         if inverse is not None:
-            logits *= inverse
-        filtered = logits > filter_threshold if filter_threshold > 0 else None
+            logits *= scale * inverse
+        filtered = logits > scale * filter_threshold if filter_threshold > 0 else None
         if filtered is not None:
             logits.masked_fill_(filtered, 0)
         logits += bias[chunk, None]
@@ -149,7 +150,7 @@ def _one_pass(queries: Tensor, rows: Tensor, bias: Tensor, filter_threshold: flo
 
         total = torch.logaddexp(log_sum_exp, here)
         mean_row *= (log_sum_exp - total).exp()[:, None]
-        mean_row += (softmax.T.to(dtype) @ part).to(queries.dtype) * (here - total).exp()[:, None]  # (B, C) @ (C, D)
+        mean_row += (softmax.T.to(dtype) @ part).to(probes.dtype) * (here - total).exp()[:, None]  # (B, C) @ (C, D)
         log_sum_exp = total
         values.append(top)
         hardest.append(where + chunk.start)

@@ -1,5 +1,8 @@
 """Resident classes against a slow reference, on one rank and over gloo."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
@@ -123,6 +126,33 @@ def test_kept_weights_stay_on_the_cpu_and_in_their_type():
     head = make_head(pool_dtype=torch.float32).to(torch.float16)
     assert head.pool.rows.dtype == torch.float16 and head.pool.kept.rows.dtype == torch.float32
     assert head.to("meta").pool.kept.rows.device.type == "cpu"
+
+
+def test_a_copy_of_a_head_has_kept_weights_of_its_own():
+    head = make_head()
+    for batch in batches(8):
+        head(*batch)
+    kept = head.pool.kept
+    saved = kept.rows.clone()
+    copies = deepcopy(head).pool.kept, pickle.loads(pickle.dumps(kept))
+    kept.rows.zero_()
+    assert saved.any() and all(torch.equal(copy.rows, saved) for copy in copies)
+
+
+@pytest.mark.parametrize("length", [0.1, 1, 1e5])
+def test_half_precision_holds_the_logits_of_class_weights_of_any_length(length):
+    precise, half = make_head(Margin(64.0, additive=0.3)), make_head(Margin(64.0, additive=0.3))
+    for head in (precise, half):
+        head.pool.rows *= length
+    half.autocast = True
+    with torch.autocast("cpu", torch.float16):
+        for embeddings, labels in batches(3):
+            expected, loss = precise(embeddings, labels), half(embeddings, labels)
+            torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+            gradient, expected_gradient = (torch.autograd.grad(each, embeddings)[0] for each in (loss, expected))
+            torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=2e-2)
+            longest = precise.pool.rows.abs().max().item()
+            torch.testing.assert_close(half.pool.rows, precise.pool.rows, rtol=0, atol=2e-2 * longest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
