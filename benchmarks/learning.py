@@ -1,13 +1,16 @@
 """What heads learn in all worlds, as a table of the results that are committed.
 
-    python benchmarks/learning.py
+    python benchmarks/learning.py [--plot FILE]
 
 Reads benchmarks/results/learning_*.json, which accuracy.py and vectors.py write with --json. TAR at FAR 1e-2 and 1e-3 on all
 pairs of images of unseen identities, at equal images: means over the seeds; of the second the standard deviation, too.
 """
 
+import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from comparison import Result
@@ -32,28 +35,80 @@ def world(setting: Result) -> str:
     return name
 
 
+class Row(NamedTuple):
+    """The runs of each head in a world with a number of passes."""
+
+    world: str
+    passes: float
+    runs: dict[str, list[Result]]
+
+
+def rows() -> Iterator[Row]:
+    for file in sorted(RESULTS.glob("learning_*.json")):
+        report = json.loads(file.read_text())
+        for each in report["tables"]:
+            if each["equal"] == "images":
+                runs = {name: row["runs"] for name, row in each["rows"].items() if name in HEADS}
+                yield Row(world(report["setting"]), each["passes"], runs)
+
+
+def tars(runs: list[Result], far: str = "1e-3") -> np.ndarray:
+    """In percent, one for each seed."""
+    return 100 * np.array([run[f"tar_{far}"] for run in runs])
+
+
 def cell(runs: list[Result]) -> str:
-    coarse, fine = (100 * np.array([run[f"tar_{far}"] for run in runs]) for far in ("1e-2", "1e-3"))
+    coarse, fine = tars(runs, "1e-2"), tars(runs)
     spread = f" ± {fine.std(ddof=1):.1f}" if len(fine) > 1 else ""
     return f"{coarse.mean():.1f}; {fine.mean():.1f}{spread}"
 
 
 def table() -> str:
     """The table in Markdown: a row for each world and number of passes; the head that is best at FAR 1e-3 is bold."""
-    rows: list[str] = []
-    for file in sorted(RESULTS.glob("learning_*.json")):
-        report = json.loads(file.read_text())
-        for each in report["tables"]:
-            if each["equal"] != "images":
-                continue
-            runs = {name: row["runs"] for name, row in each["rows"].items() if name in HEADS}
-            best = max(runs, key=lambda name: np.mean([run["tar_1e-3"] for run in runs[name]]))
-            cells = {name: cell(found) for name, found in runs.items()}
-            cells[best] = f"**{cells[best]}**"
-            rows.append(" | ".join([f"| {world(report['setting'])}", f"{each['passes']:g}",
-                                    *(cells.get(name, "") for name in HEADS)]) + " |")
-    return "\n".join(["| world | passes | " + " | ".join(HEADS.values()) + " |", "|---" * (len(HEADS) + 2) + "|", *rows])
+    lines = ["| world | passes | " + " | ".join(HEADS.values()) + " |", "|---" * (len(HEADS) + 2) + "|"]
+    for row in rows():
+        best = max(row.runs, key=lambda name: tars(row.runs[name]).mean())
+        cells = {name: cell(found) for name, found in row.runs.items()}
+        cells[best] = f"**{cells[best]}**"
+        lines.append(" | ".join([f"| {row.world}", f"{row.passes:g}", *(cells.get(name, "") for name in HEADS)]) + " |")
+    return "\n".join(lines)
+
+
+def plot(path: Path) -> None:
+    """How far each head is from full FC in each world, with the standard deviations of both."""
+    from f2c_plugin.tools.plotting import pyplot
+
+    plt = pyplot()
+    found = list(rows())[::-1]
+    baseline, *others = HEADS
+    figure, axis = plt.subplots(figsize=(10, 1.5 + 0.45 * len(found)), layout="constrained")
+    for number, head in enumerate(others):
+        shown = [(at, tars(row.runs[head]), tars(row.runs[baseline])) for at, row in enumerate(found) if head in row.runs]
+        axis.errorbar([values.mean() - full_fc.mean() for _, values, full_fc in shown], [at for at, *_ in shown],
+                      xerr=[values.std(ddof=1) if len(values) > 1 else 0 for _, values, _ in shown],
+                      fmt="os^D"[number], capsize=3, label=HEADS[head])
+    for at, row in enumerate(found):
+        values = tars(row.runs[baseline])
+        axis.barh(at, 2 * values.std(ddof=1), 0.6, -values.std(ddof=1), color="0.85", label="full FC" * (not at) or None)
+    axis.axvline(0, color="0.4", linewidth=1)
+    axis.set_yticks(range(len(found)), [
+        f"{row.world}, {row.passes:g} {'pass' if row.passes == 1 else 'passes'} ({tars(row.runs[baseline]).mean():.0f} %)"
+        for row in found])
+    axis.set(xlabel="TAR at FAR 1e-3, points above full FC with the ramp (its TAR in brackets; bars: ± 1 standard deviation)")
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend(loc="best")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    print(table())
+    if arguments.plot:
+        plot(arguments.plot)
 
 
 if __name__ == "__main__":
-    print(table())
+    main()

@@ -361,9 +361,11 @@ def test_the_units_of_compute_are_what_a_step_does(comparison, monkeypatch, vari
     assert units == comparison.units(comparison.variants_at([1.0])[variant]) and counted["probe"] in (8, 4)
 
 
-def test_the_table_of_all_worlds_in_the_docs_is_that_of_the_committed_results():
+def test_the_table_of_all_worlds_in_the_docs_is_that_of_the_committed_results(tmp_path):
     learning = importlib.import_module("learning")
     table = learning.table()
     assert table in (BENCHMARKS.parent / "docs" / "benchmarks.md").read_text()
     for file in learning.RESULTS.glob("learning_*.json"):
         assert learning.world(json.loads(file.read_text())["setting"]) in table
+    learning.plot(tmp_path / "worlds.png")
+    assert (tmp_path / "worlds.png").stat().st_size > 10_000
