@@ -44,11 +44,12 @@ class ClassWeights:
 
     Attributes:
         parts: (n, D) of the first n identities, (n, D) of the next n, and so on. 0 where an identity has none.
-        in_pool: identities int64 (K,) whose weights (K, D) replace those in ``parts``; below 0 for none.
+        in_pool: identities int64 (K,), below 0 for none; and directions (K, D) and lengths (K, 1) of their weights, which
+            replace those in ``parts``.
     """
 
     parts: Sequence[Tensor]
-    in_pool: tuple[Tensor, Tensor] | None = None
+    in_pool: tuple[Tensor, Tensor, Tensor] | None = None
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Identities int64 (n,) and their weights (n, D). A later weight of an identity replaces an earlier."""
@@ -60,8 +61,9 @@ class ClassWeights:
                 yield first + start + there, block[there]
             first += len(part)
         if self.in_pool:
-            identities, weights = self.in_pool
-            yield identities[identities >= 0], weights[identities >= 0]
+            for identities, directions, lengths in zip(*(part.split(_BLOCK) for part in self.in_pool), strict=True):
+                taken = identities >= 0
+                yield identities[taken], directions[taken] * lengths[taken]
 
 
 @dataclass
@@ -198,11 +200,14 @@ def _fitting_classes(heads: Sequence[Head], cfg: Config) -> ClassWeights:
 
 def _of_f2c(head: Head) -> ClassWeights | None:
     """Class weights in the state of a ``ResidentHead``, of which rank 0's has those of all ranks."""
-    kept, rows, identities = (head.get(f"pool.{name}") for name in ("kept.rows", "rows", "slot_identity"))
-    if not (_is_table(kept, 3) and _is_table(rows, 3) and torch.is_tensor(identities) and identities.dtype == torch.int64):
+    names = "kept.rows", "rows", "lengths.rows", "slot_identity"
+    kept, rows, lengths, identities = (head.get(f"pool.{name}") for name in names)
+    if not (_is_table(kept, 3) and _is_table(rows, 3) and _is_table(lengths, 3) and torch.is_tensor(identities)
+            and identities.dtype == torch.int64):
         return None
-    fit = identities.shape == rows.shape[1:2] and (identities < kept.size(1)).all() and rows.size(2) == kept.size(2)
-    return ClassWeights([kept[0]], (identities, rows[0])) if fit else None
+    fit = identities.shape == rows.shape[1:2] == lengths.shape[1:2] and (identities < kept.size(1)).all()
+    fit &= rows.size(2) == kept.size(2) and lengths.size(2) == 1
+    return ClassWeights([kept[0]], (identities, rows[0], lengths[0])) if fit else None
 
 
 def _of_layer(heads: Sequence[Head]) -> ClassWeights | None:

@@ -186,7 +186,7 @@ def test_class_weights_of_a_training_go_on_in_one_with_more_identities(config, f
     file = checkpoints("before")[-1]
     whole = load_states(file)
     saved = whole["head"]
-    in_pool = dict(zip(saved["pool.slot_identity"].tolist(), saved["pool.rows"][0], strict=True))
+    in_pool = dict(zip(saved["pool.slot_identity"].tolist(), (saved["pool.rows"] * saved["pool.lengths.rows"])[0], strict=True))
     before = dict(enumerate(saved["pool.kept.rows"][0])) | in_pool
     assert len(in_pool) == 4 and len(before) == 8 and all(row.any() for row in before.values())
 
@@ -201,7 +201,7 @@ def test_class_weights_of_a_training_go_on_in_one_with_more_identities(config, f
     # Old identities go on; new ones begin with their first image.
     arrival = pool.admit(torch.tensor([3, 9, 3, 7]), nn.functional.normalize(torch.randn(4, SIZE)))
     assert arrival.is_first.tolist() == [False, True, False, False]
-    assert torch.equal(pool.rows[0, pool.lookup(torch.tensor([3, 7]))], torch.stack([before[3], before[7]]))
+    torch.testing.assert_close(pool.weights_at(pool.lookup(torch.tensor([3, 7]))), torch.stack([before[3], before[7]]))
 
     weight = start(config(**keys, head="softmax")).head.weight.detach()
     assert torch.equal(weight[:8], torch.stack([before[identity] for identity in range(8)]))
@@ -295,13 +295,14 @@ def test_files_of_ranks_that_do_not_make_a_whole_are_refused(config, net, tmp_pa
 
 
 SLOTS = {"pool.kept.rows": torch.randn(1, 7, SIZE), "pool.rows": torch.randn(1, 2, SIZE),
-         "pool.slot_identity": torch.tensor([0, -1])}
+         "pool.lengths.rows": torch.tensor([[[0.5], [2.0]]]), "pool.slot_identity": torch.tensor([0, -1])}
 
 
 @pytest.mark.parametrize("change", [
     {}, {"pool.slot_identity": torch.tensor([7, 0])}, {"pool.slot_identity": torch.tensor([0])},
     {"pool.slot_identity": torch.tensor([0.0, 1.0])}, {"pool.rows": torch.randn(1, 2, 8)}, {"pool.rows": torch.randn(2, SIZE)},
-    {"pool.kept.rows": torch.randn(0, 7, SIZE)}, {"pool.kept.rows": None}], ids=range(8))
+    {"pool.kept.rows": torch.randn(0, 7, SIZE)}, {"pool.kept.rows": None}, {"pool.lengths.rows": None},
+    {"pool.lengths.rows": torch.ones(1, 3, 1)}, {"pool.lengths.rows": torch.ones(1, 2, 2)}], ids=range(11))
 def test_a_pool_whose_parts_do_not_fit_each_other_is_refused(config, net, tmp_path, change):
     file = arcface_torch(tmp_path / "pfc", net, torch.randn(7, SIZE), 1)
     torch.save(torch.load(file) | dict(state_dict_softmax_fc=SLOTS | change), file)
@@ -311,5 +312,5 @@ def test_a_pool_whose_parts_do_not_fit_each_other_is_refused(config, net, tmp_pa
             start(path)
     else:
         found = weights_of(start(path).head)
-        assert len(found) == 7 and torch.equal(found[0], SLOTS["pool.rows"][0, 0])
+        assert len(found) == 7 and torch.equal(found[0], 0.5 * SLOTS["pool.rows"][0, 0])
         assert torch.equal(found[6], SLOTS["pool.kept.rows"][0, 6])

@@ -9,17 +9,20 @@ Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867; in chunk
 Rabe and Staats, arXiv 2112.05682.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.tensors import inverse_lengths, largest_of_columns, rounded_at_random, with_gradient
+from f2c_plugin.utils.tensors import at_least_float32, inverse_lengths, largest_of_columns, rounded_at_random, with_gradient
 
-# The logit of a slot that is left out. Finite, so that a chunk with no other slot has a softmax, too.
-LEFT_OUT = -1e30
+# The logit of a slot that is left out: its exponential is 0. Finite, also in half precision, so that a chunk with no other
+# slot has a softmax, too.
+LEFT_OUT = -3e4
 
 # Entries of a chunk of logits. On the CPU a chunk stays in the cache; a GPU needs work for each kernel.
 CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -41,12 +44,12 @@ class PoolSoftmax(NamedTuple):
 
 def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, num_hardest: int,
                  filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
-                 first_slot: int = 0, unit_rows: bool = True) -> PoolSoftmax:
+                 first_slot: int = 0) -> PoolSoftmax:
     """Compare probes with one row of every slot, except those that are left out.
 
     Args:
         probes: (B, D) unit vectors, float32 or float64.
-        rows: (K', D) of this rank's slots.
+        rows: (K', D) unit vectors of this rank's slots.
         left_out: bool (K',).
         scale: s.
         num_hardest: h.
@@ -55,12 +58,10 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, n
         shard: how the slots are split over ranks. Each rank passes its own probes, the same number as
             the others, and gets the result over the slots of all ranks.
         first_slot: the number of the first of this rank's slots.
-        unit_rows: whether the rows are unit vectors. If not, their directions are compared.
     """
     all_probes = shard.gather(probes.detach()).flatten(0, 1)  # (W·B, D)
-    bias = torch.where(left_out, LEFT_OUT, 0.0).to(probes.dtype)
-    log_sum_exp, mean_row, hardest, values = _one_pass(all_probes, rows, bias, scale, filter_threshold, num_hardest,
-                                                       dtype or probes.dtype, unit_rows)
+    log_sum_exp, mean_row, hardest, values = _one_pass(all_probes * scale, rows, left_out, scale * filter_threshold,
+                                                       num_hardest, dtype or probes.dtype)
     if shard.world_size > 1:
         local = slice(shard.rank * len(probes), (shard.rank + 1) * len(probes))
         every = shard.gather(log_sum_exp)  # (W, W·B)
@@ -75,15 +76,16 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, n
 
 
 @torch.no_grad()
-def learn(rows: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tensor, scale: float, rate: float,
+def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tensor, scale: float, rate: float,
           filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE) -> None:
-    """A step of plain SGD of the rows, in place: the mean of the probes' losses falls at ``rate``.
+    """A step of plain SGD of the class weights, in place: the mean of the probes' losses falls at ``rate``.
 
-    A probe's loss is log Σ exp(s·cos) over all slots, those left out among them, so that a slot's gradient is
-    s · softmax · probe, less its part along the row, over the row's norm. Probes that are not finite are left out.
+    A probe's loss is log Σ exp(s·cos) over all slots, those left out among them, so that a class weight's gradient is
+    s · softmax · probe, less its part along the weight, over the weight's length. Probes that are not finite are left out.
 
     Args:
-        rows: (K', D) of this rank's slots; only their directions are compared.
+        rows: (K', D) directions of the class weights of this rank's slots, unit vectors.
+        lengths: (K', 1) of the class weights.
         probes: (B, D) unit vectors of this rank.
         log_denominator: (B,) log Σ exp(s·cos) over the slots of all ranks, as it counts for the slots of ``rows``.
         left_out: bool (K',) slots that take no step.
@@ -93,23 +95,29 @@ def learn(rows: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tenso
     log_denominator = shard.gather(log_denominator).flatten()
     finite = log_denominator.isfinite() & all_probes.isfinite().all(1)
     all_probes = torch.where(finite[:, None], all_probes, 0)
-    log_denominator = torch.where(finite, log_denominator, torch.inf)
+    # Small probabilities are lifted to where half precision holds them, as far as the sum over the probes has room.
+    lift = 2.0 ** (14 - len(all_probes).bit_length())
+    log_denominator = torch.where(finite, log_denominator, torch.inf) - math.log(lift)
     dtype = dtype or probes.dtype
-    factors = all_probes.to(dtype).T.contiguous()  # (D, W·B)
+    factors, queries = all_probes.to(dtype), (all_probes * scale).to(dtype)
+    bias = _bias(left_out, dtype)
     for chunk in _chunks(rows, max(len(all_probes), rows.size(1))):
         row = rows[chunk].to(probes.dtype)
-        inverse = inverse_lengths(row)  # (C, 1)
-        # (C, D) @ (D, W·B) -> (C, W·B). Scaled afterwards: long rows times s would be more than half precision holds.
-        logits = (row.to(dtype) @ factors).to(probes.dtype).mul_(scale * inverse)
-        takes_no_step = left_out[chunk, None]
-        if filter_threshold > 0:
-            takes_no_step = takes_no_step | (logits > scale * filter_threshold)
-        softmax = logits.sub_(log_denominator).exp_().masked_fill_(takes_no_step, 0)
-        # row − rate · s / (n · |row|) · (gradient − its part along the row), so that the matrices are passed over least.
-        gradient = (softmax.to(dtype) @ factors.T).to(probes.dtype)  # (C, W·B) @ (W·B, D) -> (C, D), over s
-        step = rate * scale / len(all_probes) * inverse
-        along = torch.einsum("cd,cd->c", gradient, row)[:, None] * inverse.square()
-        row.mul_(1 + step * along).addcmul_(gradient, step, value=-1)
+        logits, slots_last = _logits(queries, row.to(dtype), bias[chunk])
+        filtered = logits > scale * filter_threshold if filter_threshold > 0 else None
+        softmax = logits.sub_((log_denominator[:, None] if slots_last else log_denominator).to(logits.dtype)).exp_()
+        if filtered is not None:
+            softmax.masked_fill_(filtered, 0)
+        gradient = ((softmax.T if slots_last else softmax).to(dtype) @ factors).to(probes.dtype)  # -> (C, D), lifted, over s
+
+        # The step at right angles to the direction, in units of the weight's length.
+        inverse = inverse_lengths(row)  # of what half precision has left of the unit vector
+        along = torch.einsum("cd,cd->c", gradient, row)[:, None] * inverse
+        step = rate * scale / lift / len(all_probes) / lengths[chunk].to(probes.dtype).square()
+        across = (torch.einsum("cd,cd->c", gradient, gradient)[:, None] - along.square()).clamp(min=0)
+        growth = (1 + step.square() * across).sqrt()
+        row.mul_((1 + step * along) * inverse / growth).addcmul_(gradient, step / growth, value=-1)
+        lengths[chunk] *= growth
         if row.dtype != rows.dtype:  # else it is the chunk itself
             rows[chunk] = rounded_at_random(row, rows.dtype)
 
@@ -120,39 +128,55 @@ def _chunks(rows: Tensor, width: int) -> Iterator[slice]:
     return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
 
 
-def _one_pass(probes: Tensor, rows: Tensor, bias: Tensor, scale: float, filter_threshold: float, num_hardest: int,
-              dtype: torch.dtype, unit_rows: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-sum-exp (B,), softmax · directions of the rows (B, D), indices and values of the largest logits (B, h))."""
-    log_sum_exp = probes.new_full((len(probes),), -torch.inf)
-    mean_row = torch.zeros_like(probes)
-    values = [probes.new_full((num_hardest, len(probes)), LEFT_OUT)]  # of each chunk
+def _bias(left_out: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to logits (K',)."""
+    return torch.zeros(left_out.shape, dtype=dtype, device=left_out.device).masked_fill_(left_out, LEFT_OUT)
+
+
+def _logits(queries: Tensor, part: Tensor, bias: Tensor) -> tuple[Tensor, bool]:
+    """Logits of queries (B, D) and a chunk of rows (C, D) with their bias (C,), and whether slots are their last dimension.
+
+    (C, B) on the CPU, whose matrix product is a third faster that way; there in float32 at least, because few CPUs compute in
+    half precision. (B, C) elsewhere: a GPU reduces over the last dimension with all its threads.
+    """
+    if part.device.type == "cpu":
+        return at_least_float32(part @ queries.T.contiguous()).add_(bias[:, None]), False
+    return linear(queries, part, bias), True
+
+
+def _one_pass(queries: Tensor, rows: Tensor, left_out: Tensor, filter_threshold: float, num_hardest: int,
+              dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-sum-exp (B,), softmax · rows (B, D), indices (B, h) and values (B, h) of the largest logits)."""
+    log_sum_exp = queries.new_full((len(queries),), -torch.inf)
+    mean_row = torch.zeros_like(queries)
+    values = [queries.new_full((num_hardest, len(queries)), LEFT_OUT)]  # of each chunk
     hardest = [torch.zeros_like(values[0], dtype=torch.int64)]
-    factors = (scale * probes if unit_rows else probes).to(dtype).T.contiguous()  # (D, B)
-    for chunk in _chunks(rows, len(probes)):
+    factors, bias = queries.to(dtype), _bias(left_out, dtype)
+    for chunk in _chunks(rows, len(queries)):
         part = rows[chunk].to(dtype)  # (C, D)
-        # Slots by probes, not the other way round: the CPU's matrix product is a third faster that way.
-        logits = (part @ factors).to(probes.dtype)  # (C, D) @ (D, B) -> (C, B)
-        inverse = None if unit_rows else inverse_lengths(rows[chunk])
-        if inverse is not None:
-            logits *= scale * inverse
-        filtered = logits > scale * filter_threshold if filter_threshold > 0 else None
+        logits, slots_last = _logits(factors, part, bias[chunk])
+        filtered = logits > filter_threshold if filter_threshold > 0 else None
         if filtered is not None:
             logits.masked_fill_(filtered, 0)
-        logits += bias[chunk, None]
 
-        top, where = largest_of_columns(logits, num_hardest)  # (h, B)
-        softmax = logits.softmax(0)
-        here = top[0] - softmax.gather(0, where[:1])[0].log()  # log-sum-exp of this chunk
+        if slots_last:
+            top, where = (found.T for found in logits.topk(min(num_hardest, logits.size(1))))  # (h, B)
+            softmax = logits.softmax(1)
+            largest = softmax.gather(1, where[0, :, None])[:, 0]
+        else:
+            top, where = largest_of_columns(logits, num_hardest)  # (h, B)
+            softmax = logits.softmax(0)
+            largest = softmax.gather(0, where[:1])[0]
+        here = top[0] - largest.to(queries.dtype).log()  # log-sum-exp of this chunk
         if filtered is not None:
             softmax.masked_fill_(filtered, 0)  # a constant has no gradient
-        if inverse is not None:
-            softmax *= inverse
 
         total = torch.logaddexp(log_sum_exp, here)
         mean_row *= (log_sum_exp - total).exp()[:, None]
-        mean_row += (softmax.T.to(dtype) @ part).to(probes.dtype) * (here - total).exp()[:, None]  # (B, C) @ (C, D)
+        by_probe = (softmax if slots_last else softmax.T).to(dtype)
+        mean_row += (by_probe @ part).to(queries.dtype) * (here - total).exp()[:, None]  # (B, C) @ (C, D)
         log_sum_exp = total
-        values.append(top)
+        values.append(top.to(queries.dtype))
         hardest.append(where + chunk.start)
     largest, best = torch.cat(values).topk(num_hardest, dim=0)
     return log_sum_exp, mean_row, torch.cat(hardest).gather(0, best).T, largest.T

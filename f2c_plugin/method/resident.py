@@ -16,8 +16,9 @@ from torch.nn.functional import normalize
 from f2c_plugin.method.kept_weights import KeptWeights
 from f2c_plugin.method.margin import Margin
 from f2c_plugin.method.pool_softmax import learn, pool_softmax
-from f2c_plugin.method.slots import Slots
+from f2c_plugin.method.slots import NOT_IN_POOL, Slots
 from f2c_plugin.utils.distributed import WHOLE, Shard
+from f2c_plugin.utils.sharded_rows import ShardedRows
 from f2c_plugin.utils.tensors import lengths, occurrences, rounded_at_random, true_of_all
 
 # Norm of a class weight that enters. Its first steps are large, as those of a full FC layer's weights, which begin with a
@@ -51,14 +52,16 @@ class ResidentPool(Slots):
         folder: of the file for the weights of the other identities; None keeps them in main memory. See ``KeptWeights``.
 
     Attributes:
-        rows: (1, K', D) class weights. The loss uses their directions; their norms make their steps small or large.
-        kept: weights of the identities that are not in the pool.
+        rows: (1, K', D) directions of the class weights, unit vectors, which are all that the loss uses.
+        lengths: of the class weights, which make their steps small or large.
+        kept: class weights of the identities that are not in the pool.
     """
 
     def __init__(self, num_slots: int, num_identities: int, embedding_size: int, seed: int = 0,
                  dtype: torch.dtype = torch.float32, shard: Shard = WHOLE, folder: Path | None = None):
         super().__init__(1, num_slots, num_identities, embedding_size, seed, dtype, shard)
-        self.rows *= FIRST_NORM
+        self.lengths = ShardedRows(1, num_slots, 1, dtype=torch.promote_types(dtype, torch.float32), shard=shard)
+        self.lengths.rows.fill_(FIRST_NORM)
         self.kept = KeptWeights(num_identities, embedding_size, dtype, shard, folder)
 
     @torch.no_grad()
@@ -73,20 +76,35 @@ class ResidentPool(Slots):
         """
         slot, was_in_pool, evicted = self.places(identities)
         occurrence, _, first, _ = occurrences(identities)
-        before = self.rows_at(slot)[0]  # (B, D) weights that the slots hold
+        before = self.weights_at(slot)
         self.kept.write(evicted, before)
         kept = self.kept.rows_at(identities)[0]
         is_new = ~was_in_pool & (kept == 0).all(1)
         finite = embeddings.isfinite().all(1)
         # An embedding that is not finite leaves what the slot held, which is at least a direction.
         begin = torch.where(finite[:, None], FIRST_NORM * embeddings, before)[first]
-        self.write(slot, torch.where(was_in_pool[:, None], before, torch.where(is_new[:, None], begin, kept)))
+        self.put(torch.where(was_in_pool, NOT_IN_POOL, slot), torch.where(is_new[:, None], begin, kept), first)
         self.occupy(identities, slot, evicted)
         return Arrival(slot, was_in_pool, is_new & (occurrence == 0), evicted, (~finite).sum())
 
+    def weights_at(self, slots: Tensor) -> Tensor:
+        """Class weights of slots (A,), (A, D), at least float32. All ranks call this together with the same slots."""
+        return self.rows_at(slots)[0] * self.lengths.rows_at(slots)[0]
+
+    def put(self, slots: Tensor, weights: Tensor, first: Tensor) -> None:
+        """Set the class weights of slots (A,), but for negative ones, to (A, D).
+
+        Half precision rounds at random; so of equal slots only one entry counts, at ``first``, int64 (A,).
+        """
+        length = lengths(weights)[:, None]
+        self.write(slots, rounded_at_random(weights / length, self.rows.dtype)[first])
+        self.lengths.write(slots, length[first])
+
     def invariants(self) -> dict[str, Tensor | bool]:
         return super().invariants() | {
-            "class weights have a direction": true_of_all(self.rows, lambda rows: lengths(rows.float()) > 0)}
+            "class weights have a direction": true_of_all(self.rows, lambda rows: lengths(rows.float()) > 0.5),
+            "lengths of class weights are finite and above 0": true_of_all(
+                self.lengths.rows, lambda found: (found > 0) & found.isfinite())}
 
 
 class ResidentLoss(NamedTuple):
@@ -118,7 +136,7 @@ def resident_loss(embeddings: Tensor, own: slice, arrival: Arrival, pool: Reside
         embeddings: (P, D) of this rank, of any length.
         own: which entries of ``arrival`` are this rank's.
         arrival: of the batch of all ranks.
-        pool: after ``admit``. Its rows change.
+        pool: after ``admit``. Its class weights change.
         margin: of this step.
         rate: of the step of the class weights; that of a full FC layer's is the learning rate over (1 − momentum).
         autocast: whether matrix products run in the autocast type of the device.
@@ -135,10 +153,10 @@ def resident_loss(embeddings: Tensor, own: slice, arrival: Arrival, pool: Reside
     is_target_slot = torch.zeros(pool.num_slots, dtype=torch.bool, device=probes.device).index_fill_(0, targets, True)
     left_out = is_target_slot[pool.first:pool.end]
     others = pool_softmax(probes, pool.rows[0], left_out, margin.scale, 1, margin.filter_threshold, dtype, pool.shard,
-                          pool.first, unit_rows=False)
+                          pool.first)
 
     with torch.enable_grad():
-        weights = pool.rows_at(targets)[0].to(probes.dtype).requires_grad_()  # (B, D)
+        weights = pool.weights_at(targets).to(probes.dtype).requires_grad_()  # (B, D)
         cosine = (probes.to(dtype) @ normalize(weights).to(dtype).T).to(probes.dtype)  # (P, D) @ (D, B) -> (P, B)
         is_own = counted & (targets == slot[:, None])
         positive = torch.where(is_own, cosine, 0).sum(1)
@@ -150,8 +168,8 @@ def resident_loss(embeddings: Tensor, own: slice, arrival: Arrival, pool: Reside
         gradient, = torch.autograd.grad(loss, weights, retain_graph=True)
     with torch.no_grad():
         gradient = pool.shard.sum(gradient.nan_to_num(0, 0, 0)) / pool.shard.world_size
-        first = torch.searchsorted(targets, targets)
-        pool.write(targets, rounded_at_random(weights - rate * gradient, pool.rows.dtype)[first])
-        learn(pool.rows[0], probes, total - absent, left_out, margin.scale, rate, margin.filter_threshold, dtype, pool.shard)
+        pool.put(targets, weights - rate * gradient, torch.searchsorted(targets, targets))
+        learn(pool.rows[0], pool.lengths.rows[0], probes, total - absent, left_out, margin.scale, rate, margin.filter_threshold,
+              dtype, pool.shard)
         hardest = torch.maximum(others.hardest_cosine[:, 0], negatives.amax(1))
     return ResidentLoss(loss, torch.where(is_first, torch.nan, positive.detach()).nanmean(), hardest.mean())

@@ -57,9 +57,9 @@ class Plan:
         return self.recipe == "resident"
 
     def pool(self) -> int:
-        """The pool's rows, slots · embedding size, divided among the GPUs if sharded; two as published."""
+        """The pool's rows, slots · embedding size, divided among the GPUs if sharded; two as published, else with lengths."""
         rows = -(-self.slots // self.gpus) if self.shard_pool or self.is_resident else self.slots
-        return (1 if self.is_resident else 2) * rows * self._weight()
+        return rows * (self._weight() + _FLOAT) if self.is_resident else rows * 2 * self._weight()
 
     def _weight(self) -> int:
         return EMBEDDING_SIZE * getattr(torch, self.pool_dtype).itemsize

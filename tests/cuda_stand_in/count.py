@@ -84,7 +84,8 @@ class Counter(TorchDispatchMode):
         self.operations[name] += 1
         if self.part == "head" and not name.startswith("index"):  # these would count all that they choose from
             self.bytes += sum(tensor.nbytes for tensor in inputs + outputs if tensor.device.type == "cuda")
-        if name in REDUCTIONS and inputs[0].numel() >= LARGE and self._over_a_stride(inputs[0], args[1:]):
+        dims = args[2:] or [-1] if name == "topk" else args[1:]
+        if name in REDUCTIONS and inputs[0].numel() >= LARGE and self._over_a_stride(inputs[0], dims):
             self.strided.append(f"{name} {list(inputs[0].shape)}")
         return result
 

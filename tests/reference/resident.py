@@ -19,7 +19,7 @@ class SlowResident:
         self.num_identities, self.num_slots = pool.num_identities, pool.num_slots
         self.slots = {}  # identity -> slot, least recently used first
         self.free = list(range(pool.num_slots))
-        self.weights = list(pool.rows[0].clone())
+        self.weights = list(pool.weights_at(torch.arange(pool.num_slots)))
         self.kept = {}
         self.quality = SlowQuality()
 
