@@ -112,8 +112,8 @@ class DynamicClassPool(Slots):
         Args:
             identities: int64 (B,), at most K different ones.
         """
-        occurrence, count, _, last = occurrences(identities)
-        slot, was_in_pool, evicted = self.places(identities)
+        occurrence, count, last = occurrences(identities)
+        slot, was_in_pool, evicted, *_ = self.places(identities)
         row = torch.where(was_in_pool, self.next_row[slot], 0)  # of the identity's first feature
         return SlotAssignment(identities, slot, (row + occurrence) % 2, (row + count) % 2, was_in_pool,
                               was_in_pool | (count > 1), evicted, last)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.tensors import at_least_float32, inverse_lengths, largest_of_columns, rounded_at_random, with_gradient
+from f2c_plugin.utils.tensors import all_finite, at_least_float32, inverse_lengths, largest_of_columns, rounded_at_random, with_gradient
 
 # The logit of a slot that is left out: its exponential is 0. Finite, also in half precision, so that a chunk with no other
 # slot has a softmax, too.
@@ -93,11 +93,11 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
     """
     all_probes = shard.gather(probes).flatten(0, 1)  # (W·B, D)
     log_denominator = shard.gather(log_denominator).flatten()
-    finite = log_denominator.isfinite() & all_probes.isfinite().all(1)
-    all_probes = torch.where(finite[:, None], all_probes, 0)
+    not_finite = ~all_finite(all_probes + log_denominator[:, None])
+    all_probes = all_probes.masked_fill(not_finite[:, None], 0)
     # Small probabilities are lifted to where half precision holds them, as far as the sum over the probes has room.
     lift = 2.0 ** (14 - len(all_probes).bit_length())
-    log_denominator = torch.where(finite, log_denominator, torch.inf) - math.log(lift)
+    log_denominator = (log_denominator - math.log(lift)).masked_fill_(not_finite, torch.inf)
     dtype = dtype or probes.dtype
     factors, queries = all_probes.to(dtype), (all_probes * scale).to(dtype)
     bias = _bias(left_out, dtype)

@@ -19,7 +19,7 @@ from f2c_plugin.method.pool_softmax import learn, pool_softmax
 from f2c_plugin.method.slots import NOT_IN_POOL, Slots
 from f2c_plugin.utils.distributed import WHOLE, Shard
 from f2c_plugin.utils.sharded_rows import ShardedRows
-from f2c_plugin.utils.tensors import lengths, occurrences, rounded_at_random, true_of_all
+from f2c_plugin.utils.tensors import all_finite, lengths, rounded_at_random, true_of_all, with_gradient
 
 # Norm of a class weight that enters. Its first steps are large, as those of a full FC layer's weights, which begin with a
 # norm of 0.01 · √D = 0.11 to 0.23; steps at right angles let the norm grow, so later ones are smaller.
@@ -74,31 +74,40 @@ class ResidentPool(Slots):
             identities: int64 (B,) of all ranks, at most K different ones.
             embeddings: (B, D) unit vectors.
         """
-        slot, was_in_pool, evicted = self.places(identities)
-        occurrence, _, first, _ = occurrences(identities)
-        before = self.weights_at(slot)
-        self.kept.write(evicted, before)
+        slot, was_in_pool, evicted, first, is_first = self.places(identities)
+        rows, before = self.rows_at(slot)[0], self.lengths.rows_at(slot)[0]  # what the slots hold
         kept = self.kept.rows_at(identities)[0]
-        is_new = ~was_in_pool & (kept == 0).all(1)
-        finite = embeddings.isfinite().all(1)
+        # Where none is evicted, what is kept of the entry's own identity is written as it is.
+        none_evicted = evicted == NOT_IN_POOL
+        self.kept.write(torch.where(none_evicted, identities, evicted), torch.where(none_evicted[:, None], kept, before * rows))
+
+        was_kept = kept.any(1)
+        finite = all_finite(embeddings)
         # An embedding that is not finite leaves what the slot held, which is at least a direction.
-        begin = torch.where(finite[:, None], FIRST_NORM * embeddings, before)[first]
-        self.put(torch.where(was_in_pool, NOT_IN_POOL, slot), torch.where(is_new[:, None], begin, kept), first)
+        begin = torch.where(finite[:, None], FIRST_NORM * embeddings, FIRST_NORM * rows)[first]
+        row, length = self._parts(torch.where(was_kept[:, None], kept, begin), first)
+        self.write(slot, torch.where(was_in_pool[:, None], rows.to(row.dtype), row))
+        self.lengths.write(slot, torch.where(was_in_pool[:, None], before, length))
         self.occupy(identities, slot, evicted)
-        return Arrival(slot, was_in_pool, is_new & (occurrence == 0), evicted, (~finite).sum())
+        return Arrival(slot, was_in_pool, is_first & ~was_in_pool & ~was_kept, evicted, (~finite).sum())
 
     def weights_at(self, slots: Tensor) -> Tensor:
         """Class weights of slots (A,), (A, D), at least float32. All ranks call this together with the same slots."""
         return self.rows_at(slots)[0] * self.lengths.rows_at(slots)[0]
 
     def put(self, slots: Tensor, weights: Tensor, first: Tensor) -> None:
-        """Set the class weights of slots (A,), but for negative ones, to (A, D).
+        """Set the class weights of slots (A,) to (A, D). Of equal slots the entry at ``first`` counts, int64 (A,)."""
+        row, length = self._parts(weights, first)
+        self.write(slots, row)
+        self.lengths.write(slots, length)
 
-        Half precision rounds at random; so of equal slots only one entry counts, at ``first``, int64 (A,).
+    def _parts(self, weights: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Directions in the pool's type and lengths of the class weights (A, D) at ``first`` (A,).
+
+        Half precision rounds at random, so entries that shall be equal are copied.
         """
-        length = lengths(weights)[:, None]
-        self.write(slots, rounded_at_random(weights / length, self.rows.dtype)[first])
-        self.lengths.write(slots, length[first])
+        length = weights.norm(dim=1, keepdim=True)
+        return rounded_at_random(weights / length, self.rows.dtype)[first], length[first]
 
     def invariants(self) -> dict[str, Tensor | bool]:
         return super().invariants() | {
@@ -122,7 +131,7 @@ class ResidentLoss(NamedTuple):
     hard_negative_cosine: Tensor
 
 
-def resident_loss(embeddings: Tensor, own: slice, arrival: Arrival, pool: ResidentPool, margin: Margin, rate: float,
+def resident_loss(probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPool, margin: Margin, rate: float,
                   autocast: bool = False, quality: Tensor | None = None) -> ResidentLoss:
     """Margin softmax of a rank's embeddings over the K slots; and a step of plain SGD of the class weights.
 
@@ -133,7 +142,7 @@ def resident_loss(embeddings: Tensor, own: slice, arrival: Arrival, pool: Reside
     second pass makes their steps, once the denominators are known.
 
     Args:
-        embeddings: (P, D) of this rank, of any length.
+        probes: (P, D) embeddings of this rank, unit vectors.
         own: which entries of ``arrival`` are this rank's.
         arrival: of the batch of all ranks.
         pool: after ``admit``. Its class weights change.
@@ -142,34 +151,37 @@ def resident_loss(embeddings: Tensor, own: slice, arrival: Arrival, pool: Reside
         autocast: whether matrix products run in the autocast type of the device.
         quality: (P,) of the images, for an adaptive margin.
     """
-    probes = normalize(embeddings)
     dtype = torch.get_autocast_dtype(probes.device.type) if autocast else probes.dtype
-    slot, is_first = arrival.slot[own], arrival.is_first[own]
+    is_first = arrival.is_first[own]
     absent = math.log((pool.num_identities - 1) / (pool.num_slots - 1)) if pool.num_slots > 1 else 0.0
 
     targets = arrival.slot.sort().values  # (B,), with repetitions, so that its length is fixed
-    counted = torch.ones_like(targets, dtype=torch.bool)  # of equal ones the first
-    counted[1:] = targets[1:] != targets[:-1]
-    is_target_slot = torch.zeros(pool.num_slots, dtype=torch.bool, device=probes.device).index_fill_(0, targets, True)
-    left_out = is_target_slot[pool.first:pool.end]
-    others = pool_softmax(probes, pool.rows[0], left_out, margin.scale, 1, margin.filter_threshold, dtype, pool.shard,
-                          pool.first)
+    first = torch.searchsorted(targets, targets)  # of equal ones the first counts
+    bias = torch.full_like(targets, absent, dtype=probes.dtype).masked_fill_(first != torch.arange(
+        len(targets), device=targets.device), -torch.inf)
+    target = torch.searchsorted(targets, arrival.slot[own])[:, None]  # (P, 1)
+    left_out = torch.zeros(pool.num_slots, dtype=torch.bool, device=probes.device).index_fill_(0, targets, True)
+    left_out = left_out[pool.first:pool.end]
 
     with torch.enable_grad():
+        leaf = probes.detach().requires_grad_()
+        others = pool_softmax(leaf, pool.rows[0], left_out, margin.scale, 1, margin.filter_threshold, dtype, pool.shard,
+                              pool.first)
         weights = pool.weights_at(targets).to(probes.dtype).requires_grad_()  # (B, D)
-        cosine = (probes.to(dtype) @ normalize(weights).to(dtype).T).to(probes.dtype)  # (P, D) @ (D, B) -> (P, B)
-        is_own = counted & (targets == slot[:, None])
-        positive = torch.where(is_own, cosine, 0).sum(1)
-        target = margin.scale * torch.where(is_first, (probes * probes.detach()).sum(1), margin.target(positive, quality))
-        negatives = margin.filtered(cosine).masked_fill(is_own | ~counted, -torch.inf)
-        logits = [(others.log_sum_exp + absent)[:, None], margin.scale * negatives + absent, target[:, None]]
-        total = torch.cat(logits, 1).logsumexp(1)
-        loss = (total - target).mean()
-        gradient, = torch.autograd.grad(loss, weights, retain_graph=True)
+        cosine = (leaf.to(dtype) @ normalize(weights).to(dtype).T).to(probes.dtype)  # (P, D) @ (D, B) -> (P, B)
+        positive = cosine.gather(1, target)  # (P, 1)
+        # The first image's is 1, of itself, and has no gradient.
+        own_logit = margin.scale * margin.target(positive[:, 0], quality).masked_fill(is_first, 1.0)
+        logits = torch.add(bias, margin.filtered(cosine), alpha=margin.scale).scatter(1, target, own_logit[:, None])
+        total = torch.logaddexp(others.log_sum_exp + absent, logits.logsumexp(1))
+        loss = (total - own_logit).mean()
+        to_probes, to_weights = torch.autograd.grad(loss, [leaf, weights])
     with torch.no_grad():
-        gradient = pool.shard.sum(gradient.nan_to_num(0, 0, 0)) / pool.shard.world_size
-        pool.put(targets, weights - rate * gradient, torch.searchsorted(targets, targets))
-        learn(pool.rows[0], pool.lengths.rows[0], probes, total - absent, left_out, margin.scale, rate, margin.filter_threshold,
+        to_weights = pool.shard.sum(to_weights.nan_to_num(0, 0, 0)) / pool.shard.world_size
+        pool.put(targets, weights - rate * to_weights, first)
+        learn(pool.rows[0], pool.lengths.rows[0], leaf, total - absent, left_out, margin.scale, rate, margin.filter_threshold,
               dtype, pool.shard)
-        hardest = torch.maximum(others.hardest_cosine[:, 0], negatives.amax(1))
-    return ResidentLoss(loss, torch.where(is_first, torch.nan, positive.detach()).nanmean(), hardest.mean())
+        negatives = logits.scatter(1, target, -torch.inf).amax(1)
+        hardest = torch.maximum(others.hardest_cosine[:, 0], (negatives - absent) / margin.scale)
+        positive_cosine = positive[:, 0].masked_fill(is_first, 0).sum() / (~is_first).sum()
+    return ResidentLoss(with_gradient(probes, loss.detach(), to_probes), positive_cosine, hardest.mean())

@@ -10,7 +10,7 @@ from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.method.slots import NOT_IN_POOL
 from f2c_plugin.utils.distributed import gather, this_rank
 from f2c_plugin.utils.inputs import check_numbers, check_room, embeddings_in, identities_in
-from f2c_plugin.utils.tensors import at_least_float32, without_autocast
+from f2c_plugin.utils.tensors import all_finite, at_least_float32, without_autocast
 
 
 class ResidentHead(PoolHead):
@@ -55,17 +55,18 @@ class ResidentHead(PoolHead):
         check_room(len(labels) * world_size, self.pool.num_identities, self.pool.num_slots)
         margin = self.schedule.margin_at(self.steps)
         with without_autocast(embeddings.device.type):  # ``self.autocast`` alone decides
-            features = gather(normalize(embeddings.detach())).flatten(0, 1)  # (W·B, D)
+            probes = normalize(embeddings)
+            features = gather(probes.detach()).flatten(0, 1)  # (W·B, D)
             arrival = self.pool.admit(gather(labels).flatten(), features)
             own = slice(rank * len(labels), (rank + 1) * len(labels))
             quality = self.quality(embeddings) if self.quality else None
-            result = resident_loss(embeddings, own, arrival, self.pool, margin, self.schedule.slot_rate_at(self.steps),
+            result = resident_loss(probes, own, arrival, self.pool, margin, self.schedule.slot_rate_at(self.steps),
                                    self.autocast, quality)
         self.steps += 1
         self.report(StepStatistics(
             arrival.was_in_pool[own].float().mean(), result.positive_cosine, result.hard_negative_cosine,
             (arrival.evicted != NOT_IN_POOL).sum().float(), arrival.num_not_finite.float(),
-            result.loss.detach().isfinite().float(), margin.scale), len(features))
+            all_finite(result.loss.detach()).float(), margin.scale), len(features))
         return result.loss
 
     def put_class_weights(self, identities: Tensor, weights: Tensor) -> None:

@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from f2c_plugin.errors import PoolStateError
 from f2c_plugin.utils.distributed import WHOLE, Shard
 from f2c_plugin.utils.sharded_rows import ShardedRows
-from f2c_plugin.utils.tensors import all_different, occurrences, true_of_all
+from f2c_plugin.utils.tensors import all_different, first_of_equal, true_of_all
 
 NOT_IN_POOL = -1
 
@@ -21,11 +22,15 @@ class Places(NamedTuple):
         was_in_pool: bool (B,) whether the identity had a slot before the batch.
         evicted: int64 (B,) the identity that loses its slot to this one; NOT_IN_POOL if none does, and for all but the
             first entry of an identity.
+        first: int64 (B,) the first entry of the same identity.
+        is_first: bool (B,) whether the entry is that.
     """
 
     slot: Tensor
     was_in_pool: Tensor
     evicted: Tensor
+    first: Tensor
+    is_first: Tensor
 
 
 class Slots(ShardedRows):
@@ -94,19 +99,18 @@ class Slots(ShardedRows):
             identities: int64 (B,), at most K different ones.
         """
         batch = len(identities)
-        occurrence, _, first, _ = occurrences(identities)
+        first, is_first = first_of_equal(identities)
         known_slot = self.lookup(identities)
-        was_in_pool = known_slot != NOT_IN_POOL
+        was_in_pool = known_slot >= 0
+        is_new = is_first & ~was_in_pool
 
-        # The k-th new identity takes the k-th least recently used slot. The slots of this batch are
-        # touched first, which puts them out of reach.
-        touched = torch.where(was_in_pool, self.clock + batch, torch.iinfo(torch.int64).min)
-        recency = self.last_used.scatter_reduce(0, known_slot.clamp(min=0), touched, "amax")  # (K,)
+        # The k-th new identity takes the k-th least recently used slot. The slots of this batch are put out of reach before;
+        # NOT_IN_POOL, as an index, is the place behind the last slot.
+        recency = pad(self.last_used, (0, 1)).index_fill_(0, known_slot, torch.iinfo(torch.int64).max)[:-1]
         oldest = recency.topk(min(batch, self.num_slots), largest=False, sorted=True).indices
-        turn = (~was_in_pool & (occurrence == 0)).cumsum(0) - 1
-        slot = torch.where(was_in_pool, known_slot, oldest[turn.clamp(min=0)])[first]
-        evicted = torch.where(was_in_pool | (occurrence > 0), NOT_IN_POOL, self.slot_identity[slot])
-        return Places(slot, was_in_pool, evicted)
+        slot = torch.where(was_in_pool, known_slot, oldest[is_new.cumsum(0) - 1])[first]
+        evicted = self.slot_identity[slot].masked_fill(~is_new, NOT_IN_POOL)
+        return Places(slot, was_in_pool, evicted, first, is_first)
 
     def occupy(self, identities: Tensor, slot: Tensor, evicted: Tensor):
         """Give the slots (B,) to the identities (B,), whose evicted ones (B,) lose theirs, and count the batch."""

@@ -57,11 +57,11 @@ class ShardedRows(nn.Module):
         Negative slots give rows that mean nothing. If the table is sharded, all ranks call this
         together with the same slots.
         """
+        if self.shard.world_size == 1:
+            return at_least_float32(self.rows[:count, slots.to(self.rows.device)]).to(slots.device)
         index, own = self._local(slots)
         rows = at_least_float32(self.rows[:count, index.to(self.rows.device)]).to(slots.device)
-        if self.shard.world_size > 1:
-            rows = self.shard.sum(torch.where(own[:, None], rows, 0))
-        return rows
+        return self.shard.sum(rows.masked_fill(~own[:, None], 0))
 
     def own_entries(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For writes of B entries to slots (B,): which entries this rank writes, without a shape that depends on it.
@@ -76,7 +76,10 @@ class ShardedRows(nn.Module):
         return entry, index[entry], own.any()
 
     def write(self, slots: Tensor, values: Tensor):
-        """Set row 0 of slots (A,) to values (A, D), but for negative slots. Entries of one slot hold the same values."""
+        """Set row 0 of slots (A,) to values (A, D). Entries of one slot hold the same values."""
+        if self.shard.world_size == 1:
+            self.rows[0, slots.to(self.rows.device)] = values.to(self.rows)
+            return
         entry, index, any_own = self.own_entries(slots)
         values = values[entry].to(self.rows)
         index, any_own = index.to(self.rows.device), any_own.to(self.rows.device)

@@ -29,6 +29,12 @@ def rounded_at_random(values: Tensor, dtype: torch.dtype) -> Tensor:
     return ((bits + noise) & -(1 << dropped)).view(torch.float32).to(dtype)
 
 
+def all_finite(vectors: Tensor) -> Tensor:
+    """Which of vectors (…, D) are finite, bool (…,), if their numbers are of moderate size; of a number (), itself."""
+    total = vectors.sum(-1)
+    return total - total == 0  # NaN is not equal to 0
+
+
 def lengths(vectors: Tensor) -> Tensor:
     """Euclidean lengths of vectors (…, D), (…)."""
     return vectors.norm(dim=-1)
@@ -50,28 +56,24 @@ def all_different(values: Tensor) -> bool:
     return len(values.unique()) == len(values)
 
 
-def occurrences(identities: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where equal entries of a batch stand, int64 (B,) each, an entry for each of B.
+def first_of_equal(values: Tensor) -> tuple[Tensor, Tensor]:
+    """For each entry of ``values`` (B,) the position of the first that is equal to it, int64 (B,); and whether it is that one."""
+    ordered, position = values.sort(stable=True)
+    first = position[torch.searchsorted(ordered, values)]
+    return first, first == torch.arange(len(values), device=values.device)
+
+
+def occurrences(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where equal entries of ``values`` (B,) stand, int64 (B,) each, an entry for each of B.
 
     Returns:
-        how many equal entries come before it; how many equal entries there are; the position of the
-        first of them; the position of the last of them whose number has the same parity.
+        how many equal entries come before it; how many equal entries there are; the position of the last of them whose
+        number has the same parity.
     """
-    batch = len(identities)
-    ordered, position = identities.sort(stable=True)
-    index = torch.arange(batch, device=identities.device)
-    starts_group = torch.ones_like(index, dtype=torch.bool)
-    starts_group[1:] = ordered[1:] != ordered[:-1]
-    start = torch.where(starts_group, index, 0).cummax(0).values
-    group = starts_group.cumsum(0) - 1
-    count = torch.zeros_like(index).scatter_add_(0, group, torch.ones_like(index))[group]
-    occurrence = index - start
-    last = count - 1
-    same_parity_last = start + last - (last - occurrence) % 2
-
-    in_batch_order = torch.empty_like(index).scatter_(0, position, index)
-    return (occurrence[in_batch_order], count[in_batch_order],
-            position[start][in_batch_order], position[same_parity_last][in_batch_order])
+    ordered, position = values.sort(stable=True)
+    start, end = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    rank = torch.empty_like(position).scatter_(0, position, torch.arange(len(values), device=values.device))
+    return rank - start, end - start, position[end - 1 - (end - 1 - rank) % 2]
 
 
 def largest_of_columns(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,7 @@ def largest_of_columns(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-    """``value`` (B,), with ``gradient`` (B, D) as its gradient to ``inputs`` (B, D)."""
+    """``value`` () or (B,), with ``gradient`` (B, D) as its gradient to ``inputs`` (B, D)."""
     return _WithGradient.apply(inputs, value, gradient)  # pyright: ignore[reportReturnType]
 
 
@@ -104,7 +106,7 @@ class _WithGradient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, value_gradient: Tensor) -> tuple[Tensor, None, None]:
         gradient, = ctx.saved_tensors
-        return gradient * value_gradient[:, None], None, None
+        return gradient * value_gradient[..., None], None, None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
