@@ -23,7 +23,7 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
                pool_dtype: torch.dtype = torch.float32, recipe: str = "resident", kept_weights: Path | None = None,
                shard_pool: bool = False, momentum: float = 0.99, symmetric: bool = True,
                num_hard_negatives: int | None = None, seed: int = 0, gradient_acc: int = 1, autocast: bool = False,
-               hook: bool = False, pretrained: bool = False,
+               hook: bool = False, pretrained: bool = False, fused: bool = True,
                classes: tuple[type[ResidentHead], type[F2CHead]] = (ResidentHead, F2CHead)) -> PoolHead:
     """A head with its pool and schedule, on the backbone's device. The defaults are those of the config keys.
 
@@ -45,6 +45,7 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
         symmetric, num_hard_negatives, gradient_acc, autocast, hook: see ``F2CHead``.
         seed: of the random vectors in slots not yet taken; the same on all ranks.
         pretrained: whether the backbone is a trained net. Recipe "resident".
+        fused: whether the passes over the slots run as fused kernels where they can: on a GPU, with Triton.
         classes: what to make; subclasses of these.
     Raises:
         ConfigError: an argument out of range, an unknown recipe, a pool without slots or with more than
@@ -77,6 +78,7 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
         shard = Shard(*this_rank()) if shard_pool else WHOLE
         pool = DynamicClassPool(slots, num_identities, embedding_size, seed, pool_dtype, shard)
         head = f2c_head(backbone, pool, schedule, symmetric, num_hard_negatives, gradient_acc, autocast, hook)
+    pool.fused = fused
     return head.to(next(backbone.parameters()).device)
 
 

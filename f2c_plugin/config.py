@@ -55,6 +55,7 @@ class F2CConfig:
         pool_dtype: "float32", "bfloat16" or "float16", in which the pool keeps its rows.
         shard_pool: whether the ranks share the slots' rows, instead of each holding all of them. With the recipe
             "resident" they always do.
+        fused: whether the passes over the slots run as fused kernels where they can: on a GPU, with Triton.
         skip_damaged: whether an image that cannot be decoded is replaced by another of its identity, and
             counted in the log, instead of ending the training. A record so damaged that its identity is
             unknown is left out.
@@ -78,6 +79,7 @@ class F2CConfig:
     hard_negatives: int | None = None
     pool_dtype: str = "float32"
     shard_pool: bool = False
+    fused: bool = True
     skip_damaged: bool = False
     export: str = "probe"
     save_every: int | None = None
@@ -176,7 +178,7 @@ _KEYS = {
     "f2c_pool_rate": _Values((int, float), lambda v: 0 < v <= 1, "above 0, up to 1"),
     "f2c_momentum": _UNIT_INTERVAL_OPEN,
     "f2c_init": _NAME_OR_NONE, "f2c_init_classes": _FLAG,
-    "f2c_symmetric": _FLAG, "f2c_skip_damaged": _FLAG, "f2c_shard_pool": _FLAG,
+    "f2c_symmetric": _FLAG, "f2c_skip_damaged": _FLAG, "f2c_shard_pool": _FLAG, "f2c_fused": _FLAG,
     "f2c_save_every": _POSITIVE_INT_OR_NONE, "f2c_max_bad_steps": _POSITIVE_INT, "f2c_hard_negatives": _POSITIVE_INT_OR_NONE,
     "f2c_identity_rate": _Values((int, float, type(None)), lambda v: v is None or 0 <= v <= 1, "from 0 to 1, or None"),
     "f2c_margin": _one_of(*MARGINS, None),

@@ -10,6 +10,8 @@ import torch
 from f2c_plugin.synthetic.dataset import write_dataset
 from tests.runs import IDENTITIES, IMAGES
 
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU
+
 FIXTURES = Path(__file__).parent / "fixtures"
 PACKS = sorted(folder.name for folder in FIXTURES.iterdir() if (folder / "train.rec").is_file())
 

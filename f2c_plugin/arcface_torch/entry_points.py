@@ -40,6 +40,7 @@ def _head(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcF
         kept_weights=folder, shard_pool=settings.shard_pool, momentum=settings.momentum, symmetric=settings.symmetric,
         num_hard_negatives=settings.hard_negatives, seed=cfg.get("seed") or 0, gradient_acc=cfg.get("gradient_acc", 1),
         autocast=bool(cfg.get("fp16")), hook=True, pretrained=settings.init is not None,
+        fused=settings.fused,
         classes=(ArcFaceTorchResidentHead, ArcFaceTorchF2CHead))
     assert isinstance(head, ArcFaceTorchHead)
     head.configure(cfg, settings, total_steps)

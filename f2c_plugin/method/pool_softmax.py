@@ -3,7 +3,8 @@
 ∂ log Σ exp(s·cos) / ∂ probe = s · Σ softmax · row is accumulated during the pass, chunk by chunk, and
 nothing of size probes × slots outlives a chunk. Two matrix products: the logits of a chunk, and its
 softmax times its rows. Slots that learn take a second pass, with two more: their logits again, now that
-the whole denominators are known, and their softmax times the probes.
+the whole denominators are known, and their softmax times the probes. On a GPU with Triton the kernels in
+``fused`` make the passes; the operators here say what they compute.
 
 Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867; in chunks with its product,
 Rabe and Staats, arXiv 2112.05682.
@@ -11,7 +12,7 @@ Rabe and Staats, arXiv 2112.05682.
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ LEFT_OUT = -3e4
 
 # Entries of a chunk of logits. On the CPU a chunk stays in the cache; a GPU needs work for each kernel.
 CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 24}
+
+FUSED_ON = ["cuda"]  # devices
 
 
 class PoolSoftmax(NamedTuple):
@@ -44,7 +47,7 @@ class PoolSoftmax(NamedTuple):
 
 def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, num_hardest: int,
                  filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
-                 first_slot: int = 0) -> PoolSoftmax:
+                 first_slot: int = 0, fused: bool = True) -> PoolSoftmax:
     """Compare probes with one row of every slot, except those that are left out.
 
     Args:
@@ -58,10 +61,13 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, n
         shard: how the slots are split over ranks. Each rank passes its own probes, the same number as
             the others, and gets the result over the slots of all ranks.
         first_slot: the number of the first of this rank's slots.
+        fused: whether to use the fused kernels where they run.
     """
     all_probes = shard.gather(probes.detach()).flatten(0, 1)  # (W·B, D)
-    log_sum_exp, mean_row, hardest, values = _one_pass(all_probes * scale, rows, left_out, scale * filter_threshold,
-                                                       num_hardest, dtype or probes.dtype)
+    kernels = _kernels(probes, fused)
+    one_pass = kernels.one_pass if kernels else _one_pass
+    log_sum_exp, mean_row, hardest, values = one_pass(all_probes * scale, rows, left_out, scale * filter_threshold,
+                                                      num_hardest, dtype or probes.dtype)
     if shard.world_size > 1:
         local = slice(shard.rank * len(probes), (shard.rank + 1) * len(probes))
         every = shard.gather(log_sum_exp)  # (W, W·B)
@@ -77,7 +83,8 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, n
 
 @torch.no_grad()
 def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tensor, scale: float, rate: float,
-          filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE) -> None:
+          filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE, first_slot: int = 0,
+          fused: bool = True, seed: int = 0) -> None:
     """A step of plain SGD of the class weights, in place: the mean of the probes' losses falls at ``rate``.
 
     A probe's loss is log Σ exp(s·cos) over all slots, those left out among them, so that a class weight's gradient is
@@ -89,7 +96,8 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
         probes: (B, D) unit vectors of this rank.
         log_denominator: (B,) log Σ exp(s·cos) over the slots of all ranks, as it counts for the slots of ``rows``.
         left_out: bool (K',) slots that take no step.
-        scale, filter_threshold, dtype, shard: as of ``pool_softmax``.
+        scale, filter_threshold, dtype, shard, first_slot, fused: as of ``pool_softmax``.
+        seed: of the fused kernel's rounding; another one in each step.
     """
     all_probes = shard.gather(probes).flatten(0, 1)  # (W·B, D)
     log_denominator = shard.gather(log_denominator).flatten()
@@ -99,7 +107,12 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
     lift = 2.0 ** (14 - len(all_probes).bit_length())
     log_denominator = (log_denominator - math.log(lift)).masked_fill_(not_finite, torch.inf)
     dtype = dtype or probes.dtype
-    factors, queries = all_probes.to(dtype), (all_probes * scale).to(dtype)
+    rate *= scale / lift / len(all_probes)
+    factors = all_probes.to(dtype)
+    if kernels := _kernels(probes, fused):
+        return kernels.learn(rows, lengths, factors, log_denominator, left_out, scale, scale * filter_threshold, rate, seed,
+                             first_slot)
+    queries = (all_probes * scale).to(dtype)
     bias = _bias(left_out, dtype)
     for chunk in _chunks(rows, max(len(all_probes), rows.size(1))):
         row = rows[chunk].to(probes.dtype)
@@ -113,13 +126,24 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
         # The step at right angles to the direction, in units of the weight's length.
         inverse = inverse_lengths(row)  # of what half precision has left of the unit vector
         along = torch.einsum("cd,cd->c", gradient, row)[:, None] * inverse
-        step = rate * scale / lift / len(all_probes) / lengths[chunk].to(probes.dtype).square()
+        step = rate / lengths[chunk].to(probes.dtype).square()
         across = (torch.einsum("cd,cd->c", gradient, gradient)[:, None] - along.square()).clamp(min=0)
         growth = (1 + step.square() * across).sqrt()
         row.mul_((1 + step * along) * inverse / growth).addcmul_(gradient, step / growth, value=-1)
         lengths[chunk] *= growth
         if row.dtype != rows.dtype:  # else it is the chunk itself
             rows[chunk] = rounded_at_random(row, rows.dtype)
+
+
+def _kernels(probes: Tensor, fused: bool) -> Any:
+    """The module with the fused kernels, where they are wanted and run: for float32, on a GPU, with Triton."""
+    if not fused or probes.device.type not in FUSED_ON or probes.dtype != torch.float32:
+        return None
+    try:
+        from f2c_plugin.method import fused as kernels
+    except ImportError:  # PyTorch's packages for other systems come without Triton
+        return None
+    return kernels
 
 
 def _chunks(rows: Tensor, width: int) -> Iterator[slice]:

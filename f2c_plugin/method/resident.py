@@ -132,7 +132,7 @@ class ResidentLoss(NamedTuple):
 
 
 def resident_loss(probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPool, margin: Margin, rate: float,
-                  autocast: bool = False, quality: Tensor | None = None) -> ResidentLoss:
+                  autocast: bool = False, quality: Tensor | None = None, seed: int = 0) -> ResidentLoss:
     """Margin softmax of a rank's embeddings over the K slots; and a step of plain SGD of the class weights.
 
     The first image of an identity is its own target, without margin. Logits of other identities count log((N − 1) / (K − 1))
@@ -150,6 +150,7 @@ def resident_loss(probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPo
         rate: of the step of the class weights; that of a full FC layer's is the learning rate over (1 − momentum).
         autocast: whether matrix products run in the autocast type of the device.
         quality: (P,) of the images, for an adaptive margin.
+        seed: another one in each step.
     """
     dtype = torch.get_autocast_dtype(probes.device.type) if autocast else probes.dtype
     is_first = arrival.is_first[own]
@@ -166,7 +167,7 @@ def resident_loss(probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPo
     with torch.enable_grad():
         leaf = probes.detach().requires_grad_()
         others = pool_softmax(leaf, pool.rows[0], left_out, margin.scale, 1, margin.filter_threshold, dtype, pool.shard,
-                              pool.first)
+                              pool.first, pool.fused)
         weights = pool.weights_at(targets).to(probes.dtype).requires_grad_()  # (B, D)
         cosine = (leaf.to(dtype) @ normalize(weights).to(dtype).T).to(probes.dtype)  # (P, D) @ (D, B) -> (P, B)
         positive = cosine.gather(1, target)  # (P, 1)
@@ -180,7 +181,7 @@ def resident_loss(probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPo
         to_weights = pool.shard.sum(to_weights.nan_to_num(0, 0, 0)) / pool.shard.world_size
         pool.put(targets, weights - rate * to_weights, first)
         learn(pool.rows[0], pool.lengths.rows[0], leaf, total - absent, left_out, margin.scale, rate, margin.filter_threshold,
-              dtype, pool.shard)
+              dtype, pool.shard, pool.first, pool.fused, seed)
         negatives = logits.scatter(1, target, -torch.inf).amax(1)
         hardest = torch.maximum(others.hardest_cosine[:, 0], (negatives - absent) / margin.scale)
         positive_cosine = positive[:, 0].masked_fill(is_first, 0).sum() / (~is_first).sum()

@@ -61,7 +61,7 @@ class ResidentHead(PoolHead):
             own = slice(rank * len(labels), (rank + 1) * len(labels))
             quality = self.quality(embeddings) if self.quality else None
             result = resident_loss(probes, own, arrival, self.pool, margin, self.schedule.slot_rate_at(self.steps),
-                                   self.autocast, quality)
+                                   self.autocast, quality, self.steps)
         self.steps += 1
         self.report(StepStatistics(
             arrival.was_in_pool[own].float().mean(), result.positive_cosine, result.hard_negative_cosine,

@@ -55,12 +55,14 @@ class Slots(ShardedRows):
         last_used: int64 (K,) when the identity last came. Slots not yet taken have times before 0, the
             lowest slot the earliest, so "least recently used" is the one rule for both.
         clock: int64 () images seen so far.
+        fused: whether the passes over the slots may use the fused kernels.
     """
 
     slot_identity: Tensor
     last_used: Tensor
     clock: Tensor
     slot_of: Tensor
+    fused: bool = True
 
     def __init__(self, num_rows: int, num_slots: int, num_identities: int, embedding_size: int, seed: int = 0,
                  dtype: torch.dtype = torch.float32, shard: Shard = WHOLE):

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from f2c_plugin.method import kept_weights
 
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "detach", "alias",
-        "_unsafe_view", "view", "_local_scalar_dense"}
+        "_unsafe_view", "view", "_local_scalar_dense", "promote_types"}
 READS = "_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero"
 REDUCTIONS = "_softmax", "_log_softmax", "sum", "amax", "max", "mean", "logsumexp", "norm", "argmax", "topk", "sort", "cumsum"
 LARGE = 1 << 20  # entries
@@ -78,12 +78,14 @@ class Counter(TorchDispatchMode):
             self.reads.append(name)
         if {"cpu", "cuda"} <= {tensor.device.type for tensor in inputs + outputs}:
             self.mixed.append(name)
-        if name in FREE or function.is_view or not str(function).startswith(("aten.", "c10d.")):
+        if name in FREE or function.is_view or not str(function).startswith(("aten.", "c10d.", "f2c_plugin.")):
             return result
         self.kernels[self.part] += 1
         self.operations[name] += 1
         if self.part == "head" and not name.startswith("index"):  # these would count all that they choose from
-            self.bytes += sum(tensor.nbytes for tensor in inputs + outputs if tensor.device.type == "cuda")
+            written = tensors([args[at] for at, argument in enumerate(function._schema.arguments[:len(args)])
+                               if argument.is_write and str(function).startswith("f2c_plugin.")])
+            self.bytes += sum(tensor.nbytes for tensor in inputs + outputs + written if tensor.device.type == "cuda")
         dims = args[2:] or [-1] if name == "topk" else args[1:]
         if name in REDUCTIONS and inputs[0].numel() >= LARGE and self._over_a_stride(inputs[0], dims):
             self.strided.append(f"{name} {list(inputs[0].shape)}")
@@ -131,6 +133,7 @@ def main() -> None:
         head = factory(cfg, net, margin).train()
         # Not before, because with a GPU tensors are made on the CPU first.
         torch.cuda.is_available, torch.cuda.device_count, torch.cuda.current_device = lambda: True, lambda: 1, lambda: 0
+        torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(multi_processor_count=132)  # of an H100
         if hasattr(head.pool, "kept"):
             kept_weights.seen_by = lambda device, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             head.pool.kept._apply(lambda tensor: tensor.to("cuda"))

@@ -1,0 +1,190 @@
+# pyright: basic
+"""The passes over the slots as a kernel each, in Triton: a row is read once, and written once where slots learn.
+
+They compute what ``pool_softmax`` says; its PyTorch operators are their reference and their fallback. Rows are keys and values
+of an attention at once, so that a block of them serves both products while it is on the chip.
+
+Nothing here has been timed on a GPU, or compiled for one. Tests run the kernels on the CPU, in Triton's interpreter.
+"""
+
+import itertools
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from f2c_plugin.method.pool_softmax import LEFT_OUT
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_UNIT = 128  # slots; parts of the pool are multiples of it, and so of every block of slots
+_LEAST_PART = 8 * _UNIT
+_ROUNDED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of float32's fraction, that the type lacks
+
+
+def _configs(probes: list[int], slots: list[int]) -> list[triton.Config]:
+    """What is tried on a GPU before the first step, of which the fastest is taken."""
+    tried = [triton.Config({"PROBES": p, "SLOTS": s}, num_warps=warps, num_stages=stages)
+             for p, s, warps, stages in itertools.product(probes, slots, [4, 8], [1, 2])]
+    return tried[:1] if IS_INTERPRETED else tried
+
+
+@triton.autotune(_configs([16, 32, 64], [32, 64, 128]), key=["size", "num_top"])
+@triton.jit
+def _pass_kernel(queries, rows, left_out, largest, total, weighted, top, where, num_probes, num_slots, size, part, num_top,
+                 threshold, OUT: tl.constexpr, FILTERED: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr,
+                 PROBES: tl.constexpr, SLOTS: tl.constexpr):
+    """A block of probes against a part of the slots, by online softmax (Milakov and Gimelshein, arXiv 1805.02867)."""
+    split = tl.program_id(0)
+    probe = tl.program_id(1) * PROBES + tl.arange(0, PROBES)
+    number = tl.arange(0, SIZE)
+    rank = tl.arange(0, TOP)
+    is_probe, is_number = probe < num_probes, number < size
+    query = tl.load(queries + probe[:, None] * size + number[None, :], mask=is_probe[:, None] & is_number[None, :], other=0)
+    maximum = tl.full((PROBES,), float("-inf"), tl.float32)
+    denominator = tl.zeros((PROBES,), tl.float32)
+    numerator = tl.zeros((PROBES, SIZE), tl.float32)
+    # The largest logits so far, in no order; what pads them to a power of two is never the smallest.
+    best = tl.where(rank[None, :] < num_top, tl.full((PROBES, TOP), OUT, tl.float32), float("inf"))
+    best_slot = tl.zeros((PROBES, TOP), tl.int64)
+
+    for start in range(split * part, tl.minimum((split + 1) * part, num_slots), SLOTS):
+        slot = start + tl.arange(0, SLOTS).to(tl.int64)
+        is_slot = slot < num_slots
+        row = tl.load(rows + slot[:, None] * size + number[None, :], mask=is_slot[:, None] & is_number[None, :], other=0)
+        row = row.to(query.dtype)
+        logits = tl.dot(query, tl.trans(row), input_precision="ieee")  # (PROBES, SLOTS)
+        if FILTERED:
+            filtered = logits > threshold
+            logits = tl.where(filtered, 0.0, logits)
+        is_out = tl.load(left_out + slot, mask=is_slot, other=1) != 0
+        logits = tl.where(is_out[None, :], OUT, logits)
+
+        worst = tl.min(best, 1)
+        candidates = logits
+        found = tl.max(candidates, 1)
+        while tl.max((found > worst).to(tl.int32), 0) > 0:
+            better = found > worst
+            at = tl.argmax(candidates, 1)
+            place = tl.argmax((best == worst[:, None]).to(tl.int32), 1)
+            replaced = better[:, None] & (rank[None, :] == place[:, None])
+            best = tl.where(replaced, found[:, None], best)
+            best_slot = tl.where(replaced, (start + at.to(tl.int64))[:, None], best_slot)
+            taken = better[:, None] & (tl.arange(0, SLOTS)[None, :] == at[:, None])
+            candidates = tl.where(taken, float("-inf"), candidates)
+            worst = tl.min(best, 1)
+            found = tl.max(candidates, 1)
+
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        softmax = tl.exp(logits - new_maximum[:, None])
+        shrink = tl.exp(maximum - new_maximum)
+        denominator = denominator * shrink + tl.sum(softmax, 1)
+        if FILTERED:
+            softmax = tl.where(filtered & (is_out[None, :] == 0), 0.0, softmax)  # a constant has no gradient
+        numerator = numerator * shrink[:, None] + tl.dot(softmax.to(query.dtype), row, input_precision="ieee")
+        maximum = new_maximum
+
+    out = split * num_probes + probe
+    tl.store(largest + out, maximum, mask=is_probe)
+    tl.store(total + out, denominator, mask=is_probe)
+    tl.store(weighted + out[:, None] * size + number[None, :], numerator, mask=is_probe[:, None] & is_number[None, :])
+    is_top = is_probe[:, None] & (rank[None, :] < num_top)
+    tl.store(top + out[:, None] * num_top + rank[None, :], best, mask=is_top)
+    tl.store(where + out[:, None] * num_top + rank[None, :], best_slot, mask=is_top)
+
+
+@triton.autotune(_configs([16, 32, 64], [16, 32, 64]), key=["size"])
+@triton.jit
+def _learn_kernel(rows, lengths, probes, log_denominator, left_out, num_probes, num_slots, size, scale, threshold, rate, seed,
+                  first_slot, FILTERED: tl.constexpr, ROUNDED_BITS: tl.constexpr, SIZE: tl.constexpr, PROBES: tl.constexpr,
+                  SLOTS: tl.constexpr):
+    """The step of a block of slots; see ``pool_softmax.learn``."""
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS).to(tl.int64)
+    number = tl.arange(0, SIZE)
+    is_slot, is_number = slot < num_slots, number < size
+    takes_step = tl.load(left_out + slot, mask=is_slot, other=1) == 0
+    place = slot[:, None] * size + number[None, :]
+    row = tl.load(rows + place, mask=is_slot[:, None] & is_number[None, :], other=0).to(tl.float32)
+    factor = row.to(probes.dtype.element_ty)
+    gradient = tl.zeros((SLOTS, SIZE), tl.float32)
+    for start in range(0, num_probes, PROBES):
+        index = start + tl.arange(0, PROBES)
+        is_probe = index < num_probes
+        probe = tl.load(probes + index[:, None] * size + number[None, :], mask=is_probe[:, None] & is_number[None, :], other=0)
+        logits = scale * tl.dot(factor, tl.trans(probe), input_precision="ieee")  # (SLOTS, PROBES)
+        softmax = tl.exp(logits - tl.load(log_denominator + index, mask=is_probe, other=float("inf"))[None, :])
+        if FILTERED:
+            softmax = tl.where(logits > threshold, 0.0, softmax)
+        gradient += tl.dot(softmax.to(probe.dtype), probe, input_precision="ieee")
+
+    length = tl.load(lengths + slot, mask=is_slot, other=1.0).to(tl.float32)
+    inverse = 1 / tl.sqrt(tl.maximum(tl.sum(row * row, 1), 1e-24))
+    along = tl.sum(gradient * row, 1) * inverse
+    step = rate / (length * length)
+    across = tl.maximum(tl.sum(gradient * gradient, 1) - along * along, 0.0)
+    growth = tl.sqrt(1 + step * step * across)
+    row = row * ((1 + step * along) * inverse / growth)[:, None] - gradient * (step / growth)[:, None]
+    if ROUNDED_BITS > 0:  # at random; see ``utils.tensors.rounded_at_random``
+        noise = tl.randint(seed, first_slot * size + place) & ((1 << ROUNDED_BITS) - 1)
+        row = (row.to(tl.int32, bitcast=True) + noise.to(tl.int32)) & (-(1 << ROUNDED_BITS))
+        row = row.to(tl.float32, bitcast=True)
+    tl.store(rows + place, row.to(rows.dtype.element_ty), mask=takes_step[:, None] & is_number[None, :])
+    tl.store(lengths + slot, (length * growth).to(lengths.dtype.element_ty), mask=takes_step)
+
+
+def _num_splits(num_slots: int, num_probes: int, device: torch.device) -> int:
+    """Parts of the slots, so that two programs come on each multiprocessor."""
+    if device.type == "cpu":
+        return 3
+    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(programs * 64 // max(64, num_probes), num_slots // _LEAST_PART))
+
+
+@torch.library.custom_op("f2c_plugin::pool_pass", mutates_args=())
+def _pass(queries: Tensor, rows: Tensor, left_out: Tensor, threshold: float, num_top: int, num_splits: int, out: float
+          ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    largest, total, weighted, top, where = _parts(queries, rows, left_out, threshold, num_top, num_splits, out)
+    num_probes, size = queries.shape
+    part = triton.cdiv(triton.cdiv(len(rows), num_splits), _UNIT) * _UNIT
+    _pass_kernel[lambda chosen: (num_splits, triton.cdiv(num_probes, chosen["PROBES"]))](
+        queries, rows, left_out, largest, total, weighted, top, where, num_probes, len(rows), size, part, num_top, threshold,
+        OUT=out, FILTERED=threshold > 0, TOP=max(2, triton.next_power_of_2(num_top)), SIZE=max(16, triton.next_power_of_2(size)))
+    return largest, total, weighted, top, where
+
+
+@_pass.register_fake
+def _parts(queries: Tensor, rows: Tensor, left_out: Tensor, threshold: float, num_top: int, num_splits: int, out: float
+           ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of each part of the slots and probe: the largest logit, and Σ exp and Σ exp · row below it; the largest, and where."""
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return queries.new_empty(num_splits, len(queries), *shape, dtype=dtype)
+    return empty(), empty(), empty(queries.size(1)), empty(num_top), empty(num_top, dtype=torch.int64)
+
+
+def one_pass(queries: Tensor, rows: Tensor, left_out: Tensor, threshold: float, num_hardest: int, dtype: torch.dtype
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``pool_softmax._one_pass``."""
+    splits = _num_splits(len(rows), len(queries), rows.device)
+    largest, total, weighted, top, where = _pass(queries.to(dtype), rows, left_out, threshold, num_hardest, splits, LEFT_OUT)
+    sums = largest + total.log()  # (S, B)
+    log_sum_exp = sums.logsumexp(0)
+    mean_row = torch.einsum("sb,sbd->bd", (largest - log_sum_exp).exp(), weighted)
+    values, best = top.movedim(0, 1).flatten(1).topk(num_hardest)  # (B, h)
+    return log_sum_exp, mean_row, where.movedim(0, 1).flatten(1).gather(1, best), values
+
+
+@torch.library.custom_op("f2c_plugin::pool_learn", mutates_args=("rows", "lengths"))
+def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tensor, scale: float,
+          threshold: float, rate: float, seed: int, first_slot: int) -> None:
+    """The step of ``pool_softmax.learn``, with the probes in the products' type, and as it scales the others."""
+    size = rows.size(1)
+    _learn_kernel[lambda chosen: (triton.cdiv(len(rows), chosen["SLOTS"]),)](
+        rows, lengths, probes, log_denominator, left_out, len(probes), len(rows), size, scale, threshold, rate, seed, first_slot,
+        FILTERED=threshold > 0, ROUNDED_BITS=_ROUNDED_BITS[rows.dtype], SIZE=max(16, triton.next_power_of_2(size)))
+
+
+@learn.register_fake
+def _(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tensor, scale: float, threshold: float,
+      rate: float, seed: int, first_slot: int) -> None:
+    return None
