@@ -1,4 +1,3 @@
-# pyright: basic
 """The passes over the slots as a kernel each, in Triton: a row is read once, and written once where slots learn.
 
 They compute what ``pool_softmax`` says; its PyTorch operators are their reference and their fallback. Rows are keys and values
@@ -32,9 +31,9 @@ def _configs(probes: list[int], slots: list[int]) -> list[triton.Config]:
 
 @triton.autotune(_configs([16, 32, 64], [32, 64, 128]), key=["size", "num_top"])
 @triton.jit
-def _pass_kernel(queries, rows, left_out, largest, total, weighted, top, where, num_probes, num_slots, size, part, num_top,
-                 threshold, OUT: tl.constexpr, FILTERED: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr,
-                 PROBES: tl.constexpr, SLOTS: tl.constexpr):
+def _pass_kernel(queries, rows, left_out, own_slot, largest, total, weighted, top, where, num_probes, num_slots, size, part,
+                 num_top, threshold, first_slot, OUT: tl.constexpr, FILTERED: tl.constexpr, LEFT_OUT: tl.constexpr,
+                 OWN: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr, PROBES: tl.constexpr, SLOTS: tl.constexpr):
     """A block of probes against a part of the slots, by online softmax (Milakov and Gimelshein, arXiv 1805.02867)."""
     split = tl.program_id(0)
     probe = tl.program_id(1) * PROBES + tl.arange(0, PROBES)
@@ -42,6 +41,8 @@ def _pass_kernel(queries, rows, left_out, largest, total, weighted, top, where, 
     rank = tl.arange(0, TOP)
     is_probe, is_number = probe < num_probes, number < size
     query = tl.load(queries + probe[:, None] * size + number[None, :], mask=is_probe[:, None] & is_number[None, :], other=0)
+    if OWN:
+        own = tl.load(own_slot + probe, mask=is_probe, other=-1)
     maximum = tl.full((PROBES,), float("-inf"), tl.float32)
     denominator = tl.zeros((PROBES,), tl.float32)
     numerator = tl.zeros((PROBES, SIZE), tl.float32)
@@ -58,8 +59,12 @@ def _pass_kernel(queries, rows, left_out, largest, total, weighted, top, where, 
         if FILTERED:
             filtered = logits > threshold
             logits = tl.where(filtered, 0.0, logits)
-        is_out = tl.load(left_out + slot, mask=is_slot, other=1) != 0
-        logits = tl.where(is_out[None, :], OUT, logits)
+        is_in = is_slot[None, :] & is_probe[:, None]
+        if LEFT_OUT:
+            is_in &= (tl.load(left_out + slot, mask=is_slot, other=1) == 0)[None, :]
+        if OWN:
+            is_in &= own[:, None] != first_slot + slot[None, :]
+        logits = tl.where(is_in, logits, OUT)
 
         worst = tl.min(best, 1)
         candidates = logits
@@ -81,7 +86,7 @@ def _pass_kernel(queries, rows, left_out, largest, total, weighted, top, where, 
         shrink = tl.exp(maximum - new_maximum)
         denominator = denominator * shrink + tl.sum(softmax, 1)
         if FILTERED:
-            softmax = tl.where(filtered & (is_out[None, :] == 0), 0.0, softmax)  # a constant has no gradient
+            softmax = tl.where(filtered, 0.0, softmax)  # a constant has no gradient
         numerator = numerator * shrink[:, None] + tl.dot(softmax.to(query.dtype), row, input_precision="ieee")
         maximum = new_maximum
 
@@ -96,14 +101,13 @@ def _pass_kernel(queries, rows, left_out, largest, total, weighted, top, where, 
 
 @triton.autotune(_configs([16, 32, 64], [16, 32, 64]), key=["size"])
 @triton.jit
-def _learn_kernel(rows, lengths, probes, log_denominator, left_out, num_probes, num_slots, size, scale, threshold, rate, seed,
-                  first_slot, FILTERED: tl.constexpr, ROUNDED_BITS: tl.constexpr, SIZE: tl.constexpr, PROBES: tl.constexpr,
-                  SLOTS: tl.constexpr):
+def _learn_kernel(rows, lengths, probes, log_denominator, own_slot, own_gradient, num_probes, num_slots, size, scale, threshold,
+                  rate, seed, first_slot, FILTERED: tl.constexpr, ROUNDED_BITS: tl.constexpr, SIZE: tl.constexpr,
+                  PROBES: tl.constexpr, SLOTS: tl.constexpr):
     """The step of a block of slots; see ``pool_softmax.learn``."""
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS).to(tl.int64)
     number = tl.arange(0, SIZE)
     is_slot, is_number = slot < num_slots, number < size
-    takes_step = tl.load(left_out + slot, mask=is_slot, other=1) == 0
     place = slot[:, None] * size + number[None, :]
     row = tl.load(rows + place, mask=is_slot[:, None] & is_number[None, :], other=0).to(tl.float32)
     factor = row.to(probes.dtype.element_ty)
@@ -111,11 +115,15 @@ def _learn_kernel(rows, lengths, probes, log_denominator, left_out, num_probes, 
     for start in range(0, num_probes, PROBES):
         index = start + tl.arange(0, PROBES)
         is_probe = index < num_probes
-        probe = tl.load(probes + index[:, None] * size + number[None, :], mask=is_probe[:, None] & is_number[None, :], other=0)
+        inside = is_probe[:, None] & is_number[None, :]
+        probe = tl.load(probes + index[:, None] * size + number[None, :], mask=inside, other=0)
         logits = scale * tl.dot(factor, tl.trans(probe), input_precision="ieee")  # (SLOTS, PROBES)
         softmax = tl.exp(logits - tl.load(log_denominator + index, mask=is_probe, other=float("inf"))[None, :])
         if FILTERED:
             softmax = tl.where(logits > threshold, 0.0, softmax)
+        own = tl.load(own_slot + index, mask=is_probe, other=-1)
+        of_own = tl.load(own_gradient + index, mask=is_probe, other=0)
+        softmax = tl.where(first_slot + slot[:, None] == own[None, :], of_own[None, :], softmax)
         gradient += tl.dot(softmax.to(probe.dtype), probe, input_precision="ieee")
 
     length = tl.load(lengths + slot, mask=is_slot, other=1.0).to(tl.float32)
@@ -129,8 +137,13 @@ def _learn_kernel(rows, lengths, probes, log_denominator, left_out, num_probes, 
         noise = tl.randint(seed, first_slot * size + place) & ((1 << ROUNDED_BITS) - 1)
         row = (row.to(tl.int32, bitcast=True) + noise.to(tl.int32)) & (-(1 << ROUNDED_BITS))
         row = row.to(tl.float32, bitcast=True)
-    tl.store(rows + place, row.to(rows.dtype.element_ty), mask=takes_step[:, None] & is_number[None, :])
-    tl.store(lengths + slot, (length * growth).to(lengths.dtype.element_ty), mask=takes_step)
+    tl.store(rows + place, row.to(rows.dtype.element_ty), mask=is_slot[:, None] & is_number[None, :])
+    tl.store(lengths + slot, (length * growth).to(lengths.dtype.element_ty), mask=is_slot)
+
+
+def _padded(size: int) -> int:
+    """The size of a block that holds vectors of ``size`` numbers: a power of two that matrix units take."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def _num_splits(num_slots: int, num_probes: int, device: torch.device) -> int:
@@ -142,31 +155,34 @@ def _num_splits(num_slots: int, num_probes: int, device: torch.device) -> int:
 
 
 @torch.library.custom_op("f2c_plugin::pool_pass", mutates_args=())
-def _pass(queries: Tensor, rows: Tensor, left_out: Tensor, threshold: float, num_top: int, num_splits: int, out: float
-          ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    largest, total, weighted, top, where = _parts(queries, rows, left_out, threshold, num_top, num_splits, out)
+def _pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Tensor | None, first_slot: int, threshold: float,
+          num_top: int, num_splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    made = largest, total, weighted, top, where = _parts(queries, rows, left_out, own_slot, first_slot, threshold, num_top,
+                                                         num_splits)
     num_probes, size = queries.shape
     part = triton.cdiv(triton.cdiv(len(rows), num_splits), _UNIT) * _UNIT
     _pass_kernel[lambda chosen: (num_splits, triton.cdiv(num_probes, chosen["PROBES"]))](
-        queries, rows, left_out, largest, total, weighted, top, where, num_probes, len(rows), size, part, num_top, threshold,
-        OUT=out, FILTERED=threshold > 0, TOP=max(2, triton.next_power_of_2(num_top)), SIZE=max(16, triton.next_power_of_2(size)))
-    return largest, total, weighted, top, where
+        queries, rows, left_out, own_slot, largest, total, weighted, top, where, num_probes, len(rows), size, part, num_top,
+        threshold, first_slot, OUT=LEFT_OUT, FILTERED=threshold > 0, LEFT_OUT=left_out is not None, OWN=own_slot is not None,
+        TOP=max(2, triton.next_power_of_2(num_top)), SIZE=_padded(size))
+    return made
 
 
 @_pass.register_fake
-def _parts(queries: Tensor, rows: Tensor, left_out: Tensor, threshold: float, num_top: int, num_splits: int, out: float
-           ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _parts(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Tensor | None, first_slot: int, threshold: float,
+           num_top: int, num_splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of each part of the slots and probe: the largest logit, and Σ exp and Σ exp · row below it; the largest, and where."""
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return queries.new_empty(num_splits, len(queries), *shape, dtype=dtype)
     return empty(), empty(), empty(queries.size(1)), empty(num_top), empty(num_top, dtype=torch.int64)
 
 
-def one_pass(queries: Tensor, rows: Tensor, left_out: Tensor, threshold: float, num_hardest: int, dtype: torch.dtype
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def one_pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Tensor | None, first_slot: int, threshold: float,
+             num_hardest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``pool_softmax._one_pass``."""
     splits = _num_splits(len(rows), len(queries), rows.device)
-    largest, total, weighted, top, where = _pass(queries.to(dtype), rows, left_out, threshold, num_hardest, splits, LEFT_OUT)
+    largest, total, weighted, top, where = _pass(queries.to(dtype), rows, left_out, own_slot, first_slot, threshold,
+                                                 num_hardest, splits)
     sums = largest + total.log()  # (S, B)
     log_sum_exp = sums.logsumexp(0)
     mean_row = torch.einsum("sb,sbd->bd", (largest - log_sum_exp).exp(), weighted)
@@ -175,16 +191,16 @@ def one_pass(queries: Tensor, rows: Tensor, left_out: Tensor, threshold: float, 
 
 
 @torch.library.custom_op("f2c_plugin::pool_learn", mutates_args=("rows", "lengths"))
-def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tensor, scale: float,
-          threshold: float, rate: float, seed: int, first_slot: int) -> None:
+def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, own_slot: Tensor, own_gradient: Tensor,
+          scale: float, threshold: float, rate: float, seed: int, first_slot: int) -> None:
     """The step of ``pool_softmax.learn``, with the probes in the products' type, and as it scales the others."""
     size = rows.size(1)
     _learn_kernel[lambda chosen: (triton.cdiv(len(rows), chosen["SLOTS"]),)](
-        rows, lengths, probes, log_denominator, left_out, len(probes), len(rows), size, scale, threshold, rate, seed, first_slot,
-        FILTERED=threshold > 0, ROUNDED_BITS=_ROUNDED_BITS[rows.dtype], SIZE=max(16, triton.next_power_of_2(size)))
+        rows, lengths, probes, log_denominator, own_slot, own_gradient, len(probes), len(rows), size, scale, threshold, rate,
+        seed, first_slot, FILTERED=threshold > 0, ROUNDED_BITS=_ROUNDED_BITS[rows.dtype], SIZE=_padded(size))
 
 
 @learn.register_fake
-def _(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tensor, scale: float, threshold: float,
-      rate: float, seed: int, first_slot: int) -> None:
+def _(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, own_slot: Tensor, own_gradient: Tensor,
+      scale: float, threshold: float, rate: float, seed: int, first_slot: int) -> None:
     return None

@@ -113,7 +113,7 @@ def _score_untouched(probes: Tensor, touched: Tensor, pool: DynamicClassPool, ma
     is_touched.index_fill_(0, touched, True)
     flat = probes.flatten(0, 1)  # (H·P, D)
     found = pool_softmax(flat, pool.rows[0], is_touched[pool.first:pool.end], margin.scale, num_hardest,
-                         margin.filter_threshold, dtype, pool.shard, pool.first, pool.fused)
+                         margin.filter_threshold, dtype, pool.shard, pool.first, fused=pool.fused)
     # Once more in full precision, and with gradient. Each rank looks up its own probes' slots.
     rows = pool.rows_at(pool.shard.gather(found.hardest).flatten(), 1)[0]  # (W·H·P·h, D)
     rows = rows.view(-1, *found.hardest.shape, rows.size(1))[pool.shard.rank]

@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.tensors import all_finite, at_least_float32, inverse_lengths, largest_of_columns, rounded_at_random, with_gradient
+from f2c_plugin.utils.tensors import (
+    all_finite,
+    at_least_float32,
+    inverse_lengths,
+    largest_of_columns,
+    rounded_at_random,
+    with_gradient,
+)
 
 # The logit of a slot that is left out: its exponential is 0. Finite, also in half precision, so that a chunk with no other
 # slot has a softmax, too.
@@ -45,15 +52,15 @@ class PoolSoftmax(NamedTuple):
     hardest_cosine: Tensor
 
 
-def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, num_hardest: int,
+def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: float, num_hardest: int,
                  filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
-                 first_slot: int = 0, fused: bool = True) -> PoolSoftmax:
+                 first_slot: int = 0, own_slot: Tensor | None = None, fused: bool = True) -> PoolSoftmax:
     """Compare probes with one row of every slot, except those that are left out.
 
     Args:
         probes: (B, D) unit vectors, float32 or float64.
         rows: (K', D) unit vectors of this rank's slots.
-        left_out: bool (K',).
+        left_out: bool (K',) for all probes; None leaves out none.
         scale: s.
         num_hardest: h.
         filter_threshold: cosines above it count as 0; 0 is off.
@@ -61,13 +68,15 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, n
         shard: how the slots are split over ranks. Each rank passes its own probes, the same number as
             the others, and gets the result over the slots of all ranks.
         first_slot: the number of the first of this rank's slots.
+        own_slot: int64 (B,) the slot, of all ranks' slots, that is left out for each probe; None leaves out none.
         fused: whether to use the fused kernels where they run.
     """
     all_probes = shard.gather(probes.detach()).flatten(0, 1)  # (W·B, D)
+    all_own_slots = None if own_slot is None else shard.gather(own_slot).flatten()
     kernels = _kernels(probes, fused)
     one_pass = kernels.one_pass if kernels else _one_pass
-    log_sum_exp, mean_row, hardest, values = one_pass(all_probes * scale, rows, left_out, scale * filter_threshold,
-                                                      num_hardest, dtype or probes.dtype)
+    log_sum_exp, mean_row, hardest, values = one_pass(all_probes * scale, rows, left_out, all_own_slots, first_slot,
+                                                      scale * filter_threshold, num_hardest, dtype or probes.dtype)
     if shard.world_size > 1:
         local = slice(shard.rank * len(probes), (shard.rank + 1) * len(probes))
         every = shard.gather(log_sum_exp)  # (W, W·B)
@@ -82,45 +91,48 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor, scale: float, n
 
 
 @torch.no_grad()
-def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, left_out: Tensor, scale: float, rate: float,
-          filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE, first_slot: int = 0,
-          fused: bool = True, seed: int = 0) -> None:
+def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, own_slot: Tensor, own_gradient: Tensor,
+          scale: float, rate: float, filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
+          first_slot: int = 0, fused: bool = True, seed: int = 0) -> None:
     """A step of plain SGD of the class weights, in place: the mean of the probes' losses falls at ``rate``.
 
-    A probe's loss is log Σ exp(s·cos) over all slots, those left out among them, so that a class weight's gradient is
-    s · softmax · probe, less its part along the weight, over the weight's length. Probes that are not finite are left out.
+    The gradient of a probe's loss to its cosine to a slot is s · exp(s·cos − log denominator), or what is given for its own
+    slot. So a class weight's gradient is the sum of these times the probes, less its part along the weight, over the
+    weight's length. Probes that are not finite are left out.
 
     Args:
         rows: (K', D) directions of the class weights of this rank's slots, unit vectors.
         lengths: (K', 1) of the class weights.
         probes: (B, D) unit vectors of this rank.
-        log_denominator: (B,) log Σ exp(s·cos) over the slots of all ranks, as it counts for the slots of ``rows``.
-        left_out: bool (K',) slots that take no step.
+        log_denominator: (B,)
+        own_slot: int64 (B,) the slot, of all ranks' slots, of each probe's identity.
+        own_gradient: (B,) of its loss to its cosine to that, over s.
         scale, filter_threshold, dtype, shard, first_slot, fused: as of ``pool_softmax``.
         seed: of the fused kernel's rounding; another one in each step.
     """
-    all_probes = shard.gather(probes).flatten(0, 1)  # (W·B, D)
-    log_denominator = shard.gather(log_denominator).flatten()
-    not_finite = ~all_finite(all_probes + log_denominator[:, None])
+    all_probes, own_slot = shard.gather(probes).flatten(0, 1), shard.gather(own_slot).flatten()  # (W·B, D), (W·B,)
+    log_denominator, own_gradient = shard.gather(torch.stack([log_denominator, own_gradient])).movedim(1, 0).flatten(1)
+    not_finite = ~all_finite(all_probes + (log_denominator + own_gradient)[:, None])
     all_probes = all_probes.masked_fill(not_finite[:, None], 0)
     # Small probabilities are lifted to where half precision holds them, as far as the sum over the probes has room.
     lift = 2.0 ** (14 - len(all_probes).bit_length())
     log_denominator = (log_denominator - math.log(lift)).masked_fill_(not_finite, torch.inf)
+    own_gradient = (lift * own_gradient).masked_fill_(not_finite, 0)
     dtype = dtype or probes.dtype
     rate *= scale / lift / len(all_probes)
     factors = all_probes.to(dtype)
     if kernels := _kernels(probes, fused):
-        return kernels.learn(rows, lengths, factors, log_denominator, left_out, scale, scale * filter_threshold, rate, seed,
-                             first_slot)
+        return kernels.learn(rows, lengths, factors, log_denominator, own_slot, own_gradient, scale, scale * filter_threshold,
+                             rate, seed, first_slot)
     queries = (all_probes * scale).to(dtype)
-    bias = _bias(left_out, dtype)
     for chunk in _chunks(rows, max(len(all_probes), rows.size(1))):
         row = rows[chunk].to(probes.dtype)
-        logits, slots_last = _logits(queries, row.to(dtype), bias[chunk])
+        logits, slots_last = _logits(queries, row.to(dtype), None)
         filtered = logits > scale * filter_threshold if filter_threshold > 0 else None
         softmax = logits.sub_((log_denominator[:, None] if slots_last else log_denominator).to(logits.dtype)).exp_()
         if filtered is not None:
             softmax.masked_fill_(filtered, 0)
+        _set_own(softmax, slots_last, own_slot, first_slot + chunk.start, own_gradient)
         gradient = ((softmax.T if slots_last else softmax).to(dtype) @ factors).to(probes.dtype)  # -> (C, D), lifted, over s
 
         # The step at right angles to the direction, in units of the weight's length.
@@ -152,36 +164,45 @@ def _chunks(rows: Tensor, width: int) -> Iterator[slice]:
     return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
 
 
-def _bias(left_out: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to logits (K',)."""
-    return torch.zeros(left_out.shape, dtype=dtype, device=left_out.device).masked_fill_(left_out, LEFT_OUT)
-
-
-def _logits(queries: Tensor, part: Tensor, bias: Tensor) -> tuple[Tensor, bool]:
-    """Logits of queries (B, D) and a chunk of rows (C, D) with their bias (C,), and whether slots are their last dimension.
+def _logits(queries: Tensor, part: Tensor, left_out: Tensor | None) -> tuple[Tensor, bool]:
+    """Logits of queries (B, D) and a chunk of rows (C, D), and whether slots are their last dimension.
 
     (C, B) on the CPU, whose matrix product is a third faster that way; there in float32 at least, because few CPUs compute in
     half precision. (B, C) elsewhere: a GPU reduces over the last dimension with all its threads.
     """
-    if part.device.type == "cpu":
-        return at_least_float32(part @ queries.T.contiguous()).add_(bias[:, None]), False
-    return linear(queries, part, bias), True
+    slots_last = part.device.type != "cpu"
+    bias = None if left_out is None else torch.zeros_like(left_out, dtype=part.dtype).masked_fill_(left_out, LEFT_OUT)
+    if slots_last:
+        return linear(queries, part, bias), slots_last
+    logits = at_least_float32(part @ queries.T.contiguous())
+    return logits if bias is None else logits.add_(bias[:, None]), slots_last
 
 
-def _one_pass(queries: Tensor, rows: Tensor, left_out: Tensor, filter_threshold: float, num_hardest: int,
-              dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _set_own(logits: Tensor, slots_last: bool, own_slot: Tensor, first: int, value: Tensor) -> None:
+    """Set each probe's own slot in a chunk of ``_logits`` that begins with slot ``first`` to a value (B,), if it is there."""
+    dim = int(slots_last)
+    index = (own_slot - first).unsqueeze(dim)
+    inside = (index >= 0) & (index < logits.size(dim))
+    index = index.clamp(0, logits.size(dim) - 1)
+    logits.scatter_(dim, index, torch.where(inside, value.unsqueeze(dim).to(logits.dtype), logits.gather(dim, index)))
+
+
+def _one_pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Tensor | None, first_slot: int,
+              filter_threshold: float, num_hardest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-sum-exp (B,), softmax · rows (B, D), indices (B, h) and values (B, h) of the largest logits)."""
     log_sum_exp = queries.new_full((len(queries),), -torch.inf)
     mean_row = torch.zeros_like(queries)
     values = [queries.new_full((num_hardest, len(queries)), LEFT_OUT)]  # of each chunk
     hardest = [torch.zeros_like(values[0], dtype=torch.int64)]
-    factors, bias = queries.to(dtype), _bias(left_out, dtype)
+    factors, nothing = queries.to(dtype), queries.new_full((len(queries),), LEFT_OUT)
     for chunk in _chunks(rows, len(queries)):
         part = rows[chunk].to(dtype)  # (C, D)
-        logits, slots_last = _logits(factors, part, bias[chunk])
+        logits, slots_last = _logits(factors, part, None if left_out is None else left_out[chunk])
         filtered = logits > filter_threshold if filter_threshold > 0 else None
         if filtered is not None:
             logits.masked_fill_(filtered, 0)
+        if own_slot is not None:
+            _set_own(logits, slots_last, own_slot, first_slot + chunk.start, nothing)
 
         if slots_last:
             top, where = (found.T for found in logits.topk(min(num_hardest, logits.size(1))))  # (h, B)

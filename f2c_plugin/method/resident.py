@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from f2c_plugin.method.kept_weights import KeptWeights
 from f2c_plugin.method.margin import Margin
@@ -19,7 +18,7 @@ from f2c_plugin.method.pool_softmax import learn, pool_softmax
 from f2c_plugin.method.slots import NOT_IN_POOL, Slots
 from f2c_plugin.utils.distributed import WHOLE, Shard
 from f2c_plugin.utils.sharded_rows import ShardedRows
-from f2c_plugin.utils.tensors import all_finite, lengths, rounded_at_random, true_of_all, with_gradient
+from f2c_plugin.utils.tensors import all_finite, at_least_float32, lengths, true_of_all, with_gradient
 
 # Norm of a class weight that enters. Its first steps are large, as those of a full FC layer's weights, which begin with a
 # norm of 0.01 · √D = 0.11 to 0.23; steps at right angles let the norm grow, so later ones are smaller.
@@ -31,14 +30,16 @@ class Arrival(NamedTuple):
 
     Attributes:
         slot: int64 (B,) the slot of each image's identity.
+        rows: (B, D) the direction of its class weight, at least float32.
         was_in_pool: bool (B,) whether the identity had a slot before.
         is_first: bool (B,) whether the image is the first that the pool has ever seen of its identity: the class weight is
             this image's own embedding.
         evicted: int64 (B,) the identities that have lost their slots, and NOT_IN_POOL.
-        num_not_finite: int64 () embeddings that are not finite.
+        num_not_finite: float32 () embeddings that are not finite.
     """
 
     slot: Tensor
+    rows: Tensor
     was_in_pool: Tensor
     is_first: Tensor
     evicted: Tensor
@@ -75,39 +76,28 @@ class ResidentPool(Slots):
             embeddings: (B, D) unit vectors.
         """
         slot, was_in_pool, evicted, first, is_first = self.places(identities)
-        rows, before = self.rows_at(slot)[0], self.lengths.rows_at(slot)[0]  # what the slots hold
+        before, length_before = self.rows_at(slot)[0], self.lengths.rows_at(slot)[0]  # what the slots hold
         kept = self.kept.rows_at(identities)[0]
         # Where none is evicted, what is kept of the entry's own identity is written as it is.
-        none_evicted = evicted == NOT_IN_POOL
-        self.kept.write(torch.where(none_evicted, identities, evicted), torch.where(none_evicted[:, None], kept, before * rows))
+        no_loss = evicted == NOT_IN_POOL
+        self.kept.write(torch.where(no_loss, identities, evicted), torch.where(no_loss[:, None], kept, length_before * before))
 
         was_kept = kept.any(1)
         finite = all_finite(embeddings)
         # An embedding that is not finite leaves what the slot held, which is at least a direction.
-        begin = torch.where(finite[:, None], FIRST_NORM * embeddings, FIRST_NORM * rows)[first]
-        row, length = self._parts(torch.where(was_kept[:, None], kept, begin), first)
-        self.write(slot, torch.where(was_in_pool[:, None], rows.to(row.dtype), row))
-        self.lengths.write(slot, torch.where(was_in_pool[:, None], before, length))
+        begin = torch.where(finite[:, None], embeddings, before)[first]
+        weight = torch.where(was_kept[:, None], kept, FIRST_NORM * begin)
+        length = lengths(weight)[:, None]
+        rows = torch.where(was_in_pool[:, None], before, weight / length).to(self.rows.dtype)
+        self.write(slot, rows)
+        self.lengths.write(slot, torch.where(was_in_pool[:, None], length_before, length))
         self.occupy(identities, slot, evicted)
-        return Arrival(slot, was_in_pool, is_first & ~was_in_pool & ~was_kept, evicted, (~finite).sum())
+        return Arrival(slot, at_least_float32(rows), was_in_pool, is_first & ~(was_in_pool | was_kept), evicted,
+                       (~finite).sum(dtype=torch.float32))
 
     def weights_at(self, slots: Tensor) -> Tensor:
         """Class weights of slots (A,), (A, D), at least float32. All ranks call this together with the same slots."""
         return self.rows_at(slots)[0] * self.lengths.rows_at(slots)[0]
-
-    def put(self, slots: Tensor, weights: Tensor, first: Tensor) -> None:
-        """Set the class weights of slots (A,) to (A, D). Of equal slots the entry at ``first`` counts, int64 (A,)."""
-        row, length = self._parts(weights, first)
-        self.write(slots, row)
-        self.lengths.write(slots, length)
-
-    def _parts(self, weights: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Directions in the pool's type and lengths of the class weights (A, D) at ``first`` (A,).
-
-        Half precision rounds at random, so entries that shall be equal are copied.
-        """
-        length = weights.norm(dim=1, keepdim=True)
-        return rounded_at_random(weights / length, self.rows.dtype)[first], length[first]
 
     def invariants(self) -> dict[str, Tensor | bool]:
         return super().invariants() | {
@@ -138,8 +128,7 @@ def resident_loss(probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPo
     The first image of an identity is its own target, without margin. Logits of other identities count log((N − 1) / (K − 1))
     more, so that the K slots stand for all N identities (as sampled softmax does; Jean et al., arXiv 1412.2007, section 3).
 
-    As in ``pool_loss``, the slots that are a target of the batch are scored by themselves, and all others in one pass; a
-    second pass makes their steps, once the denominators are known.
+    A pass over the slots makes the denominators; a second one, once they are known, the steps of the class weights.
 
     Args:
         probes: (P, D) embeddings of this rank, unit vectors.
@@ -153,36 +142,21 @@ def resident_loss(probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPo
         seed: another one in each step.
     """
     dtype = torch.get_autocast_dtype(probes.device.type) if autocast else probes.dtype
-    is_first = arrival.is_first[own]
+    slot, is_first = arrival.slot[own], arrival.is_first[own]
     absent = math.log((pool.num_identities - 1) / (pool.num_slots - 1)) if pool.num_slots > 1 else 0.0
-
-    targets = arrival.slot.sort().values  # (B,), with repetitions, so that its length is fixed
-    first = torch.searchsorted(targets, targets)  # of equal ones the first counts
-    bias = torch.full_like(targets, absent, dtype=probes.dtype).masked_fill_(first != torch.arange(
-        len(targets), device=targets.device), -torch.inf)
-    target = torch.searchsorted(targets, arrival.slot[own])[:, None]  # (P, 1)
-    left_out = torch.zeros(pool.num_slots, dtype=torch.bool, device=probes.device).index_fill_(0, targets, True)
-    left_out = left_out[pool.first:pool.end]
 
     with torch.enable_grad():
         leaf = probes.detach().requires_grad_()
-        others = pool_softmax(leaf, pool.rows[0], left_out, margin.scale, 1, margin.filter_threshold, dtype, pool.shard,
-                              pool.first, pool.fused)
-        weights = pool.weights_at(targets).to(probes.dtype).requires_grad_()  # (B, D)
-        cosine = (leaf.to(dtype) @ normalize(weights).to(dtype).T).to(probes.dtype)  # (P, D) @ (D, B) -> (P, B)
-        positive = cosine.gather(1, target)  # (P, 1)
+        others = pool_softmax(leaf, pool.rows[0], None, margin.scale, 1, margin.filter_threshold, dtype, pool.shard,
+                              pool.first, slot, pool.fused)
+        positive = torch.einsum("pd,pd->p", leaf, arrival.rows[own].to(leaf.dtype))
         # The first image's is 1, of itself, and has no gradient.
-        own_logit = margin.scale * margin.target(positive[:, 0], quality).masked_fill(is_first, 1.0)
-        logits = torch.add(bias, margin.filtered(cosine), alpha=margin.scale).scatter(1, target, own_logit[:, None])
-        total = torch.logaddexp(others.log_sum_exp + absent, logits.logsumexp(1))
-        loss = (total - own_logit).mean()
-        to_probes, to_weights = torch.autograd.grad(loss, [leaf, weights])
+        target = margin.scale * margin.target(positive, quality).masked_fill(is_first, 1.0)
+        total = torch.logaddexp(others.log_sum_exp + absent, target)
+        loss = (total - target).mean()
+        gradient, to_positive = torch.autograd.grad(loss, [leaf, positive])
     with torch.no_grad():
-        to_weights = pool.shard.sum(to_weights.nan_to_num(0, 0, 0)) / pool.shard.world_size
-        pool.put(targets, weights - rate * to_weights, first)
-        learn(pool.rows[0], pool.lengths.rows[0], leaf, total - absent, left_out, margin.scale, rate, margin.filter_threshold,
-              dtype, pool.shard, pool.first, pool.fused, seed)
-        negatives = logits.scatter(1, target, -torch.inf).amax(1)
-        hardest = torch.maximum(others.hardest_cosine[:, 0], (negatives - absent) / margin.scale)
-        positive_cosine = positive[:, 0].masked_fill(is_first, 0).sum() / (~is_first).sum()
-    return ResidentLoss(with_gradient(probes, loss.detach(), to_probes), positive_cosine, hardest.mean())
+        learn(pool.rows[0], pool.lengths.rows[0], leaf, total - absent, slot, len(slot) / margin.scale * to_positive,
+              margin.scale, rate, margin.filter_threshold, dtype, pool.shard, pool.first, pool.fused, seed)
+        positive_cosine = positive.masked_fill(is_first, 0).sum() / (~is_first).sum()
+    return ResidentLoss(with_gradient(probes, loss.detach(), gradient), positive_cosine, others.hardest_cosine.mean())

@@ -1,5 +1,6 @@
 """The head of the recipe "resident": class weights in the pool, plain shuffled batches, no gallery net."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -64,8 +65,8 @@ class ResidentHead(PoolHead):
                                    self.autocast, quality, self.steps)
         self.steps += 1
         self.report(StepStatistics(
-            arrival.was_in_pool[own].float().mean(), result.positive_cosine, result.hard_negative_cosine,
-            (arrival.evicted != NOT_IN_POOL).sum().float(), arrival.num_not_finite.float(),
+            arrival.was_in_pool[own].mean(dtype=torch.float32), result.positive_cosine, result.hard_negative_cosine,
+            (arrival.evicted != NOT_IN_POOL).sum(dtype=torch.float32), arrival.num_not_finite,
             all_finite(result.loss.detach()).float(), margin.scale), len(features))
         return result.loss
 

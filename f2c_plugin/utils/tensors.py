@@ -57,7 +57,7 @@ def all_different(values: Tensor) -> bool:
 
 
 def first_of_equal(values: Tensor) -> tuple[Tensor, Tensor]:
-    """For each entry of ``values`` (B,) the position of the first that is equal to it, int64 (B,); and whether it is that one."""
+    """For each entry of ``values`` (B,) the position of the first equal to it, int64 (B,); and whether it is that one."""
     ordered, position = values.sort(stable=True)
     first = position[torch.searchsorted(ordered, values)]
     return first, first == torch.arange(len(values), device=values.device)

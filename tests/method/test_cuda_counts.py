@@ -8,9 +8,24 @@ PAPER = dict(f2c_recipe="paper")
 
 
 @pytest.mark.parametrize("case", [
-    {}, dict(fp16=False, f2c_pool_dtype="float32"), dict(autocast="bfloat16", f2c_pool_dtype="bfloat16"), dict(ranks=2),
+    {}, dict(f2c_fused=False), dict(fp16=False, f2c_pool_dtype="float32"), dict(autocast="bfloat16", f2c_pool_dtype="bfloat16"), dict(ranks=2),
     PAPER, PAPER | dict(f2c_symmetric=False), PAPER | dict(ranks=2, f2c_shard_pool=True)], ids=str)
 def test_the_cpu_never_waits(case):
     counted = counts(**case, slots=20_000, identities=200_000)
     assert counted["kernels"]["head"] > 100  # so it has run
     assert counted["mixed"] == counted["reads"] == []
+
+
+@pytest.mark.parametrize("case, kernels, kilobytes_per_slot, megabytes", [
+    ({}, 150, 4, 100),
+    (dict(autocast="bfloat16", f2c_pool_dtype="bfloat16"), 150, 4, 100),
+    (dict(fp16=False, f2c_pool_dtype="float32"), 150, 7, 100),
+    (PAPER, 400, 2, 150),
+    (PAPER | dict(f2c_fused=False), 450, 4, 150)], ids=str)
+def test_a_step_launches_few_kernels_and_moves_few_bytes(case, kernels, kilobytes_per_slot, megabytes):
+    """At 200,000 slots and a batch of 128; bytes are those that operators take and return."""
+    counted = counts(**case)
+    assert counted["strided"] == []
+    assert counted["kernels"]["head"] <= kernels
+    assert counted["bytes_per_slot"] <= 1024 * kilobytes_per_slot
+    assert counted["peak"] <= megabytes << 20

@@ -25,28 +25,30 @@ def interpreted(monkeypatch):
 
 
 def case(num_probes, num_slots, size, dtype):
-    """Probes and rows that the products' type holds exactly, so that only the passes differ."""
+    """Probes and rows that the products' type holds exactly, so that only the passes differ; and each probe's own slot."""
     torch.manual_seed(num_slots)
     probes, rows = (normalize(torch.randn(n, size)).to(dtype).float() for n in (num_probes, num_slots))
-    left_out = torch.rand(num_slots) < 0.1
-    return probes, rows, left_out
+    return probes, rows, torch.randint(num_slots, (num_probes,))
 
 
 @pytest.mark.parametrize("num_probes, num_slots, size, num_hardest, threshold", [
     (5, 300, 24, 1, 0.0), (20, 150, 16, 3, 0.3), (3, 9, 8, 10, 0.0), (18, 129, 40, 10, 0.2)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_one_pass_equals_the_operators(dtype, num_probes, num_slots, size, num_hardest, threshold, interpreted):
-    probes, rows, left_out = case(num_probes, num_slots, size, dtype)
+@pytest.mark.parametrize("without", ["some", "own", "both"])
+def test_one_pass_equals_the_operators(dtype, num_probes, num_slots, size, num_hardest, threshold, without, interpreted):
+    probes, rows, own_slot = case(num_probes, num_slots, size, dtype)
+    left_out = torch.rand(num_slots) < 0.1 if without != "own" else None
+    own_slot = own_slot if without != "some" else None
     exact, found = probes.double().requires_grad_(), probes.clone().requires_grad_()
-    expected = pool_softmax.pool_softmax(exact, rows.double(), left_out, SCALE, num_hardest, threshold)
-    fused = pool_softmax.pool_softmax(found, rows.to(dtype), left_out, SCALE, num_hardest, threshold, dtype)
+    expected = pool_softmax.pool_softmax(exact, rows.double(), left_out, SCALE, num_hardest, threshold, own_slot=own_slot)
+    fused = pool_softmax.pool_softmax(found, rows.to(dtype), left_out, SCALE, num_hardest, threshold, dtype, own_slot=own_slot)
     tolerance = dict(rtol=0, atol=TOLERANCE[dtype])
     torch.testing.assert_close(fused.log_sum_exp.double(), expected.log_sum_exp, **tolerance)
-    torch.testing.assert_close(fused.hardest_cosine[:, :(~left_out).sum()].double(),
-                               expected.hardest_cosine[:, :(~left_out).sum()], **tolerance)
-    there = expected.hardest_cosine != 0  # filtered ones are equal, and any of them will do
+    there = expected.hardest_cosine > -2
+    torch.testing.assert_close(fused.hardest_cosine[there].double(), expected.hardest_cosine[there], **tolerance)
+    assert (fused.hardest_cosine[~there] < -2).all()
     cosines = torch.einsum("bd,bhd->bh", probes, rows[fused.hardest])
-    there &= expected.hardest_cosine > -2
+    there &= expected.hardest_cosine != 0  # filtered ones are equal, and any of them will do
     torch.testing.assert_close(cosines[there].double(), expected.hardest_cosine[there], **tolerance)
     for each in (expected, fused):
         each.log_sum_exp.sum().backward()
@@ -56,34 +58,43 @@ def test_one_pass_equals_the_operators(dtype, num_probes, num_slots, size, num_h
 @pytest.mark.parametrize("num_probes, num_slots, size, threshold", [(5, 70, 24, 0.0), (20, 33, 16, 0.3)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_step_equals_the_operators(dtype, num_probes, num_slots, size, threshold, interpreted):
-    probes, rows, left_out = case(num_probes, num_slots, size, dtype)
+    probes, rows, own_slot = case(num_probes, num_slots, size, dtype)
     lengths = 0.2 + torch.rand(num_slots, 1)
-    log_denominator = (SCALE * probes @ rows.T).logsumexp(1)
+    log_denominator, own_gradient = (SCALE * probes @ rows.T).logsumexp(1), -torch.rand(num_probes)
     log_denominator[2] = torch.nan  # of an embedding that is not finite
     exact, found = (rows.double(), lengths.double()), (rows.to(dtype, copy=True), lengths.clone())
-    learn(*exact, probes.double(), log_denominator.double(), left_out, SCALE, 0.7, threshold)
-    learn(*found, probes, log_denominator, left_out, SCALE, 0.7, threshold, dtype)
+    learn(*exact, probes.double(), log_denominator.double(), own_slot, own_gradient.double(), SCALE, 0.7, threshold)
+    learn(*found, probes, log_denominator, own_slot, own_gradient, SCALE, 0.7, threshold, dtype)
     assert (exact[0] - rows).abs().max() > 0.05  # so it has moved
     for new, expected in zip(found, exact, strict=True):
         torch.testing.assert_close(new.double(), expected, rtol=0, atol=TOLERANCE[dtype])
-    assert torch.equal(found[0][left_out], rows.to(dtype)[left_out])
 
 
 def test_half_precision_is_rounded_at_random_and_differently_in_each_step(interpreted):
-    probes, rows, left_out = case(4, 40, 16, torch.float16)
+    probes, rows, own_slot = case(4, 40, 16, torch.float16)
+    rest = (SCALE * probes @ rows.T).logsumexp(1), own_slot, -torch.ones(4), SCALE, 1e-3
     steps = []
     for seed in range(30):
-        row, lengths = rows.half(), torch.ones(40, 1)
-        learn(row, lengths, probes, (SCALE * probes @ rows.T).logsumexp(1), left_out, SCALE, 1e-3, 0.0, torch.float16,
-              seed=seed)
+        row = rows.half()
+        learn(row, torch.ones(40, 1), probes, *rest, dtype=torch.float16, seed=seed)
         steps.append(row.double())
-    exact = rows.double()
-    learn(exact, torch.ones(40, 1).double(), probes.double(), (SCALE * probes @ rows.T).logsumexp(1).double(), left_out, SCALE,
-          1e-3)
+    exact = rows.clone()
+    learn(exact, torch.ones(40, 1), probes, *rest, fused=False)
     mean, step = torch.stack(steps).mean(0), exact - rows
     assert len({each.sum().item() for each in steps}) > 20
     # To the nearest, steps of less than half a unit in the last place would be lost.
     assert ((mean - rows) * step).sum() / step.square().sum() == pytest.approx(1, abs=0.1)
+
+
+def record(monkeypatch, fused):
+    """The names of the passes that the kernels will make."""
+    made = []
+    for name in ("one_pass", "learn"):
+        def call(*args, call=getattr(fused, name), name=name):
+            made.append(name)
+            return call(*args)
+        monkeypatch.setattr(fused, name, call)
+    return made
 
 
 @pytest.mark.parametrize("recipe", ["resident", "paper"])
@@ -94,8 +105,7 @@ def test_heads_learn_the_same_with_fused_kernels(recipe, interpreted, monkeypatc
         net = nn.Sequential(nn.Flatten(), nn.Linear(6, 16))
         head = build_head(net, 100, 20, embedding_size=16, margin=Margin(16.0, additive=0.2), num_slots=40, recipe=recipe,
                           fused=fused)
-        calls = []
-        monkeypatch.setattr(interpreted, "one_pass", lambda *args, call=interpreted.one_pass: calls.append(0) or call(*args))
+        made = record(monkeypatch, interpreted)
         losses[fused] = []
         for _ in range(4):
             images, labels = torch.randn(12, 6), torch.randint(100, (12,))
@@ -105,14 +115,14 @@ def test_heads_learn_the_same_with_fused_kernels(recipe, interpreted, monkeypatc
             losses[fused].append(torch.autograd.grad(loss, net[1].weight)[0].norm().item())
         monkeypatch.undo()
         monkeypatch.setattr(pool_softmax, "FUSED_ON", ["cpu"])
-        assert bool(calls) == fused
+        assert made == (["one_pass"] * 4 if recipe == "paper" else ["one_pass", "learn"] * 4) * fused
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 
 def test_without_triton_the_operators_do_the_work(interpreted, monkeypatch):
     monkeypatch.setitem(sys.modules, "f2c_plugin.method.fused", None)  # as an import that fails
     monkeypatch.delattr("f2c_plugin.method.fused", raising=False)
-    probes, rows, left_out = case(5, 30, 8, torch.float32)
-    found = pool_softmax.pool_softmax(probes, rows, left_out, SCALE, 2)
-    expected = pool_softmax.pool_softmax(probes, rows, left_out, SCALE, 2, fused=False)
+    probes, rows, own_slot = case(5, 30, 8, torch.float32)
+    found = pool_softmax.pool_softmax(probes, rows, None, SCALE, 2, own_slot=own_slot)
+    expected = pool_softmax.pool_softmax(probes, rows, None, SCALE, 2, own_slot=own_slot, fused=False)
     assert torch.equal(found.log_sum_exp, expected.log_sum_exp)
