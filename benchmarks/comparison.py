@@ -324,7 +324,9 @@ class Comparison:
     def _result(self, run: Run) -> None:
         folder = self.folder(run)
         if not (folder / "result.json").is_file():
-            folder.mkdir(parents=True, exist_ok=True)
+            if folder.is_dir():
+                shutil.rmtree(folder)  # of a run that was cut off, which begins anew, because its speed is measured, too
+            folder.mkdir(parents=True)
             (folder / "run.json").write_text(json.dumps(run._asdict()))
             if error := self._train(run, folder):
                 self.failed[run] = f"{folder}: {error}"

@@ -172,6 +172,15 @@ def test_without_unseen_identities_the_learning_rate_is_chosen_by_accuracy(resul
     assert table["rows"][FULL_FC]["runs"][0]["lr"] == 0.1
 
 
+def test_a_run_that_was_cut_off_begins_anew(results):
+    compared, _, runs = results(lambda run: {"tar_1e-3": 0.5}, "--variants", FULL_FC)
+    folder = compared.folder(runs[0])
+    (folder / "result.json").unlink()
+    (folder / "checkpoint_000000000010.pt").write_bytes(b"of a run that was killed")
+    _, _, again = results(lambda run: {"tar_1e-3": 0.5}, "--variants", FULL_FC)
+    assert again == runs and [file.name for file in sorted(folder.iterdir())] == ["result.json", "run.json"]
+
+
 def test_equal_compute_is_counted_in_units(results):
     _, tables, _ = results(lambda run: {"tar_1e-3": 0.5}, "--variants", FULL_FC, PAPER, PAPER + ", not symmetric", "F²C 10 %",
                            "--passes", "1", "5")

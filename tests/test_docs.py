@@ -49,5 +49,5 @@ def test_the_memory_in_the_readme_is_what_plan_says():
             plans = [Plan(number, gpus, "r100", 128, rate) for rate in (0.1, 0.01)]
             expected = [plan.f2c() + plan.gallery_net() for plan in plans] + [plans[0].partial_fc(0.1)]
             for written, size in zip([*f2c.split(", "), partial_fc], expected, strict=True):
-                rounding = 0.05 if "." in written else 0.5
+                rounding = 0.5 / 10 ** len(written.partition(".")[2])  # of the last digit
                 assert abs(float(written) - size / 2**30) <= rounding, (identities, gpus, written, size / 2**30)

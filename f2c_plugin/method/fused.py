@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from f2c_plugin.method.pool_softmax import LEFT_OUT
+from f2c_plugin.method.pool_softmax import LEFT_OUT, num_parts
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _UNIT = 128  # slots; parts of the pool are multiples of it, and so of every block of slots
-_LEAST_PART = 8 * _UNIT
 _ROUNDED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of float32's fraction, that the type lacks
 
 
@@ -147,11 +146,9 @@ def _padded(size: int) -> int:
 
 
 def _num_splits(num_slots: int, num_probes: int, device: torch.device) -> int:
-    """Parts of the slots, so that two programs come on each multiprocessor."""
     if device.type == "cpu":
         return 3
-    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(programs * 64 // max(64, num_probes), num_slots // _LEAST_PART))
+    return num_parts(num_slots, num_probes, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @torch.library.custom_op("f2c_plugin::pool_pass", mutates_args=())

@@ -158,6 +158,11 @@ def _kernels(probes: Tensor, fused: bool) -> Any:
     return kernels
 
 
+def num_parts(num_slots: int, num_probes: int, multiprocessors: int) -> int:
+    """Into how many parts the fused kernel splits the slots, so that each multiprocessor has about two programs."""
+    return max(1, min(2 * multiprocessors * 64 // max(64, num_probes), num_slots // 1024))
+
+
 def _chunks(rows: Tensor, width: int) -> Iterator[slice]:
     """Slices of the rows, each of which fills a chunk with ``width`` numbers for every row."""
     size = max(1, CHUNK_ENTRIES[rows.device.type] // width)

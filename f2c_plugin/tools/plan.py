@@ -1,8 +1,8 @@
 """The memory that the heads need on each GPU, worked out from sizes.
 
-State follows from shapes. How many temporary matrices are alive at the peak was counted in each step's
-code and checked against measurements: ``benchmarks/head_step.py`` prints the plan beside what it
-measures. The optimizer is SGD with momentum and weight decay, as arcface_torch's; classes and gradients
+State follows from shapes. How many temporary matrices are alive at the peak was counted: tests compare the
+F²C head with what a stand-in for a GPU counts, and ``benchmarks/head_step.py`` prints the plan beside what it
+measures on a CPU. The optimizer is SGD with momentum and weight decay, as arcface_torch's; classes and gradients
 are float32.
 """
 
@@ -16,13 +16,14 @@ import torch
 from f2c_plugin.config import F2CConfig
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.loss import default_hard_negatives
-from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES
+from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES, num_parts
 from f2c_plugin.models import NETWORKS, get_model
 from f2c_plugin.tools.plotting import pyplot, save_figure
 
 EMBEDDING_SIZE = 512
 SIMILAR = 1.25  # ratio of memory within which two heads are about equal
 _FLOAT, _INT32, _INT64 = 4, 4, 8  # bytes
+_MULTIPROCESSORS = 132  # of an H100
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,24 @@ class Plan:
     def working_memory(self, device: str = "cuda") -> int:
         """What a step of the F²C head takes for a while.
 
-        Three chunks of logits (the logits, their softmax, its copy in the type of the product) and, not at the same time,
-        the hardest negatives' rows or the cosines to the touched slots. Of slots that learn: a chunk of logits, their
-        copy, and the directions and steps of a chunk of weights; not at the same time, the target slots' weights,
-        directions and gradients, and the cosines to them.
+        On a GPU, with the fused kernels: for each part of the slots, of which there are about two for each multiprocessor
+        and block of probes, a vector for each probe; and a few vectors for each image of all GPUs. As published, the
+        touched slots' rows in both views, and, not at the same time as the parts, the hardest negatives' rows. On the CPU: 3
+        chunks of logits, 4 where slots learn, and, not at the same time, the hardest negatives' rows.
         """
-        probes = self.batch_size
+        probes, gathered = self.batch_size, self.batch_size * self.gpus
+        hardest_rows = probes * default_hard_negatives(self.slots) * EMBEDDING_SIZE
+        if device == "cpu":
+            chunks = CHUNK_ENTRIES[device] * (4 if self.is_resident else 3)
+            return _FLOAT * max(chunks, 8 * gathered * EMBEDDING_SIZE if self.is_resident else chunks + 8 * hardest_rows)
+        # Of probes, at most, in the passes: sharded, each GPU scores those of all.
+        scored = gathered if self.shard_pool or self.is_resident else probes
+        parts = num_parts(-(-self.slots // self.gpus) if scored == gathered else self.slots, scored, _MULTIPROCESSORS)
+        vectors = parts * scored
         if self.is_resident:
-            gathered = probes * self.gpus
-            return _FLOAT * max(4 * CHUNK_ENTRIES[device], gathered * (8 * EMBEDDING_SIZE + 8 * probes))
-        targets = probes * self.gpus if self.shard_pool else probes
-        touched = targets + probes * self.gpus  # target slots, slots written
-        # Rows of the h hardest slots of every probe, gathered, in the product and in its gradient.
-        hardest_rows = 8 * probes * default_hard_negatives(self.slots) * EMBEDDING_SIZE
-        # Two views; cosines, their filtered and scaled copies, logits and their gradients: about 12 matrices.
-        touched_cosines = 12 * 2 * probes * touched
-        return _FLOAT * (3 * CHUNK_ENTRIES[device] + max(hardest_rows, touched_cosines))
+            return _FLOAT * EMBEDDING_SIZE * (vectors + 5 * gathered)
+        touched = scored + probes * self.gpus  # target slots, slots written
+        return _FLOAT * (max(vectors * EMBEDDING_SIZE, 4 * hardest_rows) + 8 * touched * EMBEDDING_SIZE)
 
     def f2c(self, device: str = "cuda") -> int:
         """The F²C head at the peak, without the gallery net."""

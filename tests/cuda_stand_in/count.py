@@ -7,6 +7,7 @@ The JSON has the keys of a config, and "ranks". Prints JSON, of a step after the
     strided: softmaxes and reductions of a large tensor over a dimension that is not the last, which run in few threads.
     bytes_per_slot: that the head reads and writes, for each slot of this rank.
     peak: bytes above the state.
+    pool: bytes of the head's state, without the gallery net.
 """
 
 import collections
@@ -144,15 +145,17 @@ def main() -> None:
                 counter.__enter__()
                 for tensor in (*net.parameters(), *net.buffers(), *head.buffers(), *head.parameters()):
                     counter.hold(tensor)
-                counter.part, counter.peak, state = "gallery net", counter.live, counter.live
+                counter.part = "gallery net"
             embeddings = net(images)
             counter.part = "head" * (step == 2)
+            counter.peak = state = counter.live  # with what the net keeps for its backward pass
             loss = head(embeddings, labels)
             torch.autograd.grad(loss, embeddings)
         counter.__exit__(None, None, None)
     print(json.dumps({
         "kernels": counter.kernels, "mixed": counter.mixed, "reads": counter.reads, "strided": counter.strided,
         "bytes_per_slot": round(counter.bytes / (slots / ranks)), "peak": counter.peak - state,
+        "pool": sum(tensor.nbytes for name, tensor in head.pool.named_buffers() if not name.startswith("kept.")),
         "most": dict(counter.operations.most_common(15))}))
 
 

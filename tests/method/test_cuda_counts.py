@@ -2,13 +2,15 @@
 
 import pytest
 
+from f2c_plugin.tools.plan import Plan
 from tests.cuda_stand_in import counts
 
 PAPER = dict(f2c_recipe="paper")
 
 
 @pytest.mark.parametrize("case", [
-    {}, dict(f2c_fused=False), dict(fp16=False, f2c_pool_dtype="float32"), dict(autocast="bfloat16", f2c_pool_dtype="bfloat16"), dict(ranks=2),
+    {}, dict(f2c_fused=False), dict(fp16=False, f2c_pool_dtype="float32"), dict(ranks=2),
+    dict(autocast="bfloat16", f2c_pool_dtype="bfloat16"),
     PAPER, PAPER | dict(f2c_symmetric=False), PAPER | dict(ranks=2, f2c_shard_pool=True)], ids=str)
 def test_the_cpu_never_waits(case):
     counted = counts(**case, slots=20_000, identities=200_000)
@@ -29,3 +31,13 @@ def test_a_step_launches_few_kernels_and_moves_few_bytes(case, kernels, kilobyte
     assert counted["kernels"]["head"] <= kernels
     assert counted["bytes_per_slot"] <= 1024 * kilobytes_per_slot
     assert counted["peak"] <= megabytes << 20
+
+
+@pytest.mark.parametrize("case", [{}, dict(ranks=8), dict(batch_size=1024), PAPER, PAPER | dict(batch_size=1024),
+                                  PAPER | dict(ranks=8, f2c_shard_pool=True)], ids=str)
+def test_the_plan_says_what_is_counted(case):
+    counted = counts(**case)
+    plan = Plan(2_000_000, gpus=case.get("ranks", 1), batch_size=case.get("batch_size", 128), pool_dtype="float16",
+                recipe=case.get("f2c_recipe", "resident"), shard_pool=case.get("f2c_shard_pool", False))
+    assert plan.working_memory() == pytest.approx(counted["peak"], rel=0.2)
+    assert plan.f2c() == pytest.approx(counted["pool"] + counted["peak"], rel=0.1)
