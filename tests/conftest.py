@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import tests.meta  # noqa: F401
 from f2c_plugin.synthetic.dataset import write_dataset
 from tests.runs import IDENTITIES, IMAGES
 

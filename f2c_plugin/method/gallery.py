@@ -5,9 +5,9 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from f2c_plugin.utils.inputs import check_copyable, embeddings_in
+from f2c_plugin.utils.tensors import step_towards
 
 
 class GalleryNet(nn.Module):
@@ -43,8 +43,13 @@ class GalleryNet(nn.Module):
 
     @torch.no_grad()
     def follow(self, probe_net: nn.Module, momentum: float):
-        """G ← m·G + (1 − m)·P over the parameters. Values that are not finite in P leave G unchanged."""
-        own = list(self.net.parameters())
-        finite = [torch.where(theirs.isfinite(), theirs, mine)
-                  for mine, theirs in zip(own, probe_net.parameters(), strict=True)]
-        get_ema_multi_avg_fn(momentum)(own, finite, None)  # pyright: ignore[reportArgumentType]
+        """G ← m·G + (1 − m)·P over the parameters. If anything in P is not finite, G stays as it is.
+
+        As a step of plain SGD, which PyTorch makes in a few kernels for all parameters, and leaves out as it does where the
+        gradients of mixed precision are not finite: the CPU does not wait to know.
+        """
+        by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+        for pair in zip(self.net.parameters(), probe_net.parameters(), strict=True):
+            by_dtype.setdefault(pair[0].dtype, []).append(pair)
+        for pairs in by_dtype.values():
+            step_towards([own for own, _ in pairs], [theirs for _, theirs in pairs], 1 - momentum)

@@ -91,6 +91,15 @@ def largest_of_columns(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return found, candidates.gather(0, best)
 
 
+def step_towards(tensors: list[Tensor], targets: list[Tensor], rate: float) -> None:
+    """t ← t − rate · (t − target) for all tensors of one type together, in place; if all targets are finite, else not."""
+    operators: Any = torch  # those for lists are not in its stubs
+    total = torch.stack(operators._foreach_norm(targets)).sum(dtype=torch.float32)
+    operators._fused_sgd_(tensors, operators._foreach_sub(tensors, targets), [], weight_decay=0.0, momentum=0.0, lr=rate,
+                          dampening=0.0, nesterov=False, maximize=False, is_first_step=False,
+                          found_inf=(total - total != 0).float())
+
+
 def with_gradient(inputs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
     """``value`` () or (B,), with ``gradient`` (B, D) as its gradient to ``inputs`` (B, D)."""
     return _WithGradient.apply(inputs, value, gradient)  # pyright: ignore[reportReturnType]

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import tests.meta  # noqa: F401
 from f2c_plugin.method import kept_weights
 
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "detach", "alias",
@@ -98,18 +99,19 @@ class Counter(TorchDispatchMode):
         return any(tensor.stride(dim) != 1 for dim in ([dims] if isinstance(dims, int) else dims))
 
 
-class Net(nn.Module):
-    """Of many parameters, so that the update of its twin shows. Its own operations are not counted."""
+COUNTER = Counter()
 
-    def __init__(self, counter: Counter):
+
+class Net(nn.Module):
+    """Of many parameters, so that the update of its twin shows. Its own operations, and its twin's, are not counted."""
+
+    def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 512), nn.BatchNorm1d(512),
                                     *[nn.Linear(512, 512) for _ in range(100)])
-        self.counter = (counter,)
 
     def forward(self, images: Tensor) -> Tensor:
-        counter, = self.counter
-        with mock.patch.object(counter, "part", ""):
+        with mock.patch.object(COUNTER, "part", ""):
             return self.layers(images)
 
 
@@ -125,12 +127,12 @@ def main() -> None:
         frequent=10**9, rec=".", val_targets=[], seed=0, f2c_pool_rate=slots / identities, margin_list=(1.0, 0.0, 0.4)) | case
     factory = next(iter(entry_points(group="arcface_torch.heads", name="f2c_dcp"))).load()
     margin = types.SimpleNamespace(s=64.0, m1=1.0, m2=0.0, m3=0.4, interclass_filtering_threshold=0)
-    counter = Counter()
+    counter = COUNTER
     nn.Module.to = lambda self, *_, **__: self  # fake parameters cannot be moved; all is made on the device here
     torch.set_autocast_dtype("cuda", autocast)
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        net = Net(counter).train()
+        net = Net().train()
         head = factory(cfg, net, margin).train()
         # Not before, because with a GPU tensors are made on the CPU first.
         torch.cuda.is_available, torch.cuda.device_count, torch.cuda.current_device = lambda: True, lambda: 1, lambda: 0
