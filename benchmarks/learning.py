@@ -84,6 +84,8 @@ def plot(path: Path) -> None:
     figure, axis = plt.subplots(figsize=(10, 1.5 + 0.45 * len(found)), layout="constrained")
     for number, head in enumerate(others):
         shown = [(at, tars(row.runs[head]), tars(row.runs[baseline])) for at, row in enumerate(found) if head in row.runs]
+        if not shown:
+            continue
         axis.errorbar([values.mean() - full_fc.mean() for _, values, full_fc in shown], [at for at, *_ in shown],
                       xerr=[values.std(ddof=1) if len(values) > 1 else 0 for _, values, _ in shown],
                       fmt="os^D"[number], capsize=3, label=HEADS[head])
@@ -94,7 +96,7 @@ def plot(path: Path) -> None:
     axis.set_yticks(range(len(found)), [
         f"{row.world}, {row.passes:g} {'pass' if row.passes == 1 else 'passes'} ({tars(row.runs[baseline]).mean():.0f} %)"
         for row in found])
-    axis.set(xlabel="TAR at FAR 1e-3, points above full FC with the ramp (its TAR in brackets; bars: ± 1 standard deviation)")
+    axis.set(xlabel="TAR at FAR 1e-3, points above full FC with the ramp\n(in brackets its TAR; bars: ± 1 standard deviation)")
     axis.grid(alpha=0.3, axis="x")
     axis.legend(loc="best")
     figure.savefig(path, dpi=120)
