@@ -18,6 +18,8 @@ from f2c_plugin.method.pool_softmax import LEFT_OUT, num_parts
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _UNIT = 128  # slots; parts of the pool are multiples of it, and so of every block of slots
+_TUNED_ON = 1 << 16  # slots, enough for all multiprocessors
+_tuned: set[tuple[object, ...]] = set()  # what the step has been tuned for
 _ROUNDED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of float32's fraction, that the type lacks
 
 
@@ -192,9 +194,17 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
           scale: float, threshold: float, rate: float, seed: int, first_slot: int) -> None:
     """The step of ``pool_softmax.learn``, with the probes in the products' type, and as it scales the others."""
     size = rows.size(1)
-    _learn_kernel[lambda chosen: (triton.cdiv(len(rows), chosen["SLOTS"]),)](
-        rows, lengths, probes, log_denominator, own_slot, own_gradient, len(probes), len(rows), size, scale, threshold, rate,
-        seed, first_slot, FILTERED=threshold > 0, ROUNDED_BITS=_ROUNDED_BITS[rows.dtype], SIZE=_padded(size))
+
+    def run(rows: Tensor, lengths: Tensor) -> None:
+        _learn_kernel[lambda chosen: (triton.cdiv(len(rows), chosen["SLOTS"]),)](
+            rows, lengths, probes, log_denominator, own_slot, own_gradient, len(probes), len(rows), size, scale, threshold,
+            rate, seed, first_slot, FILTERED=threshold > 0, ROUNDED_BITS=_ROUNDED_BITS[rows.dtype], SIZE=_padded(size))
+
+    kind = size, rows.dtype, lengths.dtype, probes.dtype
+    if kind not in _tuned:  # on copies, because each try takes a step
+        _tuned.add(kind)
+        run(rows[:_TUNED_ON].clone(), lengths[:_TUNED_ON].clone())
+    run(rows, lengths)
 
 
 @learn.register_fake
