@@ -1,5 +1,8 @@
 """The fused kernels in Triton's interpreter, against PyTorch's operators in float64; and heads that use them."""
 
+import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -117,6 +120,17 @@ def test_heads_learn_the_same_with_fused_kernels(recipe, interpreted, monkeypatc
         monkeypatch.setattr(pool_softmax, "FUSED_ON", ["cpu"])
         assert made == (["one_pass"] * 4 if recipe == "paper" else ["one_pass", "learn"] * 4) * fused
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
+@pytest.mark.parametrize("architecture, shared_memory", [(80, 163), (90, 227)], ids=["A100", "H100"])
+def test_they_compile_for_gpus_and_fit_their_shared_memory(architecture, shared_memory, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.method.compile_fused", str(architecture)],
+                          env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == {"_pass_kernel", "_learn_kernel"}
+    assert all(0 < used <= 1024 * shared_memory for used in found.values()), found
 
 
 def test_without_triton_the_operators_do_the_work(interpreted, monkeypatch):

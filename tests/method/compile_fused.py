@@ -1,0 +1,36 @@
+"""Compiles the fused kernels for a GPU that need not be there: python -m tests.method.compile_fused ARCHITECTURE
+
+Prints JSON: bytes of shared memory of each kernel with the largest blocks that are tried.
+"""
+
+import json
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from f2c_plugin.method import fused
+from f2c_plugin.method.pool_softmax import LEFT_OUT
+
+HALF, FLOAT, WHOLE = "*fp16", "*fp32", "*i64"
+TYPES = dict(
+    queries=HALF, probes=HALF, rows=HALF, lengths=FLOAT, left_out="*i1", own_slot=WHOLE, own_gradient=FLOAT,
+    log_denominator=FLOAT, largest=FLOAT, total=FLOAT, weighted=FLOAT, top=FLOAT, where=WHOLE,
+    scale="fp32", threshold="fp32", rate="fp32")
+CONSTANTS = {
+    fused._pass_kernel: dict(OUT=LEFT_OUT, FILTERED=True, LEFT_OUT=True, OWN=True, TOP=2, SIZE=512),
+    fused._learn_kernel: dict(FILTERED=True, ROUNDED_BITS=13, SIZE=512)}
+
+
+def shared_memory(kernel, config: triton.Config, architecture: int) -> int:
+    names = kernel.fn.arg_names
+    constants = CONSTANTS[kernel] | config.kwargs
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    source = ASTSource(kernel.fn, signature, {(names.index(name),): value for name, value in constants.items()})
+    options = dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options).metadata.shared
+
+
+if __name__ == "__main__":
+    print(json.dumps({kernel.fn.__name__: shared_memory(kernel, kernel.configs[-1], int(sys.argv[1])) for kernel in CONSTANTS}))
