@@ -15,12 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from f2c_plugin.method.pool_softmax import LEFT_OUT, num_parts
+from f2c_plugin.utils.tensors import DROPPED_BITS
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _UNIT = 128  # slots; parts of the pool are multiples of it, and so of every block of slots
 _TUNED_ON = 1 << 16  # slots, enough for all multiprocessors
 _tuned: set[tuple[object, ...]] = set()  # what the step has been tuned for
-_ROUNDED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # of float32's fraction, that the type lacks
 
 
 def _configs(probes: list[int], slots: list[int]) -> list[triton.Config]:
@@ -198,7 +198,7 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
     def run(rows: Tensor, lengths: Tensor) -> None:
         _learn_kernel[lambda chosen: (triton.cdiv(len(rows), chosen["SLOTS"]),)](
             rows, lengths, probes, log_denominator, own_slot, own_gradient, len(probes), len(rows), size, scale, threshold,
-            rate, seed, first_slot, FILTERED=threshold > 0, ROUNDED_BITS=_ROUNDED_BITS[rows.dtype], SIZE=_padded(size))
+            rate, seed, first_slot, FILTERED=threshold > 0, ROUNDED_BITS=DROPPED_BITS.get(rows.dtype, 0), SIZE=_padded(size))
 
     kind = size, rows.dtype, lengths.dtype, probes.dtype
     if kind not in _tuned:  # on copies, because each try takes a step

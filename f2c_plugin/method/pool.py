@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from f2c_plugin.method.slots import NOT_IN_POOL, Slots
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.tensors import lengths, occurrences, true_of_all
+from f2c_plugin.utils.tensors import all_finite, lengths, occurrences, true_of_all
 
 _UNIT_TOLERANCE = 0.02  # of the length of a row; bfloat16 rounds by less
 
@@ -127,7 +127,7 @@ class DynamicClassPool(Slots):
             features: (B, D); normalised here.
         """
         unit = normalize(features)
-        finite = unit.isfinite().all(1) & lengths(features).isfinite()  # (B,)
+        finite = all_finite(unit) & lengths(features).isfinite()  # (B,)
         assignment = self.assign_slots(identities)
         return PoolView(assignment, unit[assignment.last].to(self.rows.dtype), finite[assignment.last], (~finite).sum(),
                         self.slot_of)

@@ -87,20 +87,22 @@ class Plan:
         On a GPU, with the fused kernels: for each part of the slots, of which there are about two for each multiprocessor
         and block of probes, a vector for each probe; and a few vectors for each image of all GPUs. As published, the
         touched slots' rows in both views, and, not at the same time as the parts, the hardest negatives' rows. On the CPU: 3
-        chunks of logits, 4 where slots learn, and, not at the same time, the hardest negatives' rows.
+        chunks of logits, and the hardest negatives' rows or the cosines to the touched slots; where slots learn, 4 chunks.
         """
         probes, gathered = self.batch_size, self.batch_size * self.gpus
         hardest_rows = probes * default_hard_negatives(self.slots) * EMBEDDING_SIZE
-        if device == "cpu":
-            chunks = CHUNK_ENTRIES[device] * (4 if self.is_resident else 3)
-            return _FLOAT * max(chunks, 8 * gathered * EMBEDDING_SIZE if self.is_resident else chunks + 8 * hardest_rows)
-        # Of probes, at most, in the passes: sharded, each GPU scores those of all.
+        # Sharded, each GPU scores the probes of all.
         scored = gathered if self.shard_pool or self.is_resident else probes
+        touched = scored + gathered  # as published: target slots, slots written
+        if device == "cpu" and self.is_resident:
+            return _FLOAT * max(4 * CHUNK_ENTRIES[device], 8 * gathered * EMBEDDING_SIZE)
+        if device == "cpu":
+            # Two views; cosines, their filtered and scaled copies, logits and their gradients: about 12 matrices.
+            return _FLOAT * (3 * CHUNK_ENTRIES[device] + max(8 * hardest_rows, 12 * 2 * probes * touched))
         parts = num_parts(-(-self.slots // self.gpus) if scored == gathered else self.slots, scored, _MULTIPROCESSORS)
         vectors = parts * scored
         if self.is_resident:
             return _FLOAT * EMBEDDING_SIZE * (vectors + 5 * gathered)
-        touched = scored + probes * self.gpus  # target slots, slots written
         return _FLOAT * (max(vectors * EMBEDDING_SIZE, 4 * hardest_rows) + 8 * touched * EMBEDDING_SIZE)
 
     def f2c(self, device: str = "cuda") -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's fraction, that the type lacks
 _GROUP = 32  # numbers of which the maximum is compared first
 _BLOCK = 1 << 15  # vectors that are looked at together
 
@@ -21,7 +22,7 @@ def rounded_at_random(values: Tensor, dtype: torch.dtype) -> Tensor:
 
     The mean of many roundings is the value, so that small steps add up; rounded to the nearest, they would be lost.
     """
-    dropped = {torch.bfloat16: 16, torch.float16: 13}.get(dtype)  # bits of float32's fraction
+    dropped = DROPPED_BITS.get(dtype)
     if dropped is None:
         return values.to(dtype)
     bits = values.float().view(torch.int32)

@@ -17,6 +17,7 @@ from f2c_plugin.method.pool_softmax import learn
 triton = pytest.importorskip("triton", reason="THE FUSED KERNELS ARE NOT TESTED: no Triton for this system")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3}
 SCALE = 8.0
+FIRST_SLOT = 7
 
 
 @pytest.fixture
@@ -41,10 +42,11 @@ def case(num_probes, num_slots, size, dtype):
 def test_one_pass_equals_the_operators(dtype, num_probes, num_slots, size, num_hardest, threshold, without, interpreted):
     probes, rows, own_slot = case(num_probes, num_slots, size, dtype)
     left_out = torch.rand(num_slots) < 0.1 if without != "own" else None
-    own_slot = own_slot if without != "some" else None
+    # Of slots that are the second part of a pool, as on the second of two ranks.
+    keys = dict(own_slot=own_slot + FIRST_SLOT, first_slot=FIRST_SLOT) if without != "some" else {}
     exact, found = probes.double().requires_grad_(), probes.clone().requires_grad_()
-    expected = pool_softmax.pool_softmax(exact, rows.double(), left_out, SCALE, num_hardest, threshold, own_slot=own_slot)
-    fused = pool_softmax.pool_softmax(found, rows.to(dtype), left_out, SCALE, num_hardest, threshold, dtype, own_slot=own_slot)
+    expected = pool_softmax.pool_softmax(exact, rows.double(), left_out, SCALE, num_hardest, threshold, **keys)
+    fused = pool_softmax.pool_softmax(found, rows.to(dtype), left_out, SCALE, num_hardest, threshold, dtype, **keys)
     tolerance = dict(rtol=0, atol=TOLERANCE[dtype])
     torch.testing.assert_close(fused.log_sum_exp.double(), expected.log_sum_exp, **tolerance)
     there = expected.hardest_cosine > -2
@@ -66,8 +68,10 @@ def test_a_step_equals_the_operators(dtype, num_probes, num_slots, size, thresho
     log_denominator, own_gradient = (SCALE * probes @ rows.T).logsumexp(1), -torch.rand(num_probes)
     log_denominator[2] = torch.nan  # of an embedding that is not finite
     exact, found = (rows.double(), lengths.double()), (rows.to(dtype, copy=True), lengths.clone())
-    learn(*exact, probes.double(), log_denominator.double(), own_slot, own_gradient.double(), SCALE, 0.7, threshold)
-    learn(*found, probes, log_denominator, own_slot, own_gradient, SCALE, 0.7, threshold, dtype)
+    own_slot += FIRST_SLOT
+    learn(*exact, probes.double(), log_denominator.double(), own_slot, own_gradient.double(), SCALE, 0.7, threshold,
+          first_slot=FIRST_SLOT)
+    learn(*found, probes, log_denominator, own_slot, own_gradient, SCALE, 0.7, threshold, dtype, first_slot=FIRST_SLOT)
     assert (exact[0] - rows).abs().max() > 0.05  # so it has moved
     for new, expected in zip(found, exact, strict=True):
         torch.testing.assert_close(new.double(), expected, rtol=0, atol=TOLERANCE[dtype])
