@@ -70,16 +70,20 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
         given = f"pool_rate={pool_rate}" if num_slots is None else f"num_slots={num_slots}"
         raise ConfigError(f"{given}: gives a pool of {slots} slots for {num_identities} identities; it needs 1 to "
                           f"{num_identities}")
+    # The pool is drawn where it will be: in main memory there may be no room for those of all ranks.
+    device = next(backbone.parameters()).device
     resident_head, f2c_head = classes
     if recipe == "resident":  # gradients of all slots would cost more to add up over the ranks than the slots are worth
-        pool = ResidentPool(slots, num_identities, embedding_size, seed, pool_dtype, Shard(*this_rank()), kept_weights)
+        with device:
+            pool = ResidentPool(slots, num_identities, embedding_size, seed, pool_dtype, Shard(*this_rank()), kept_weights)
         head = resident_head(backbone, pool, schedule, autocast)
     else:
         shard = Shard(*this_rank()) if shard_pool else WHOLE
-        pool = DynamicClassPool(slots, num_identities, embedding_size, seed, pool_dtype, shard)
+        with device:
+            pool = DynamicClassPool(slots, num_identities, embedding_size, seed, pool_dtype, shard)
         head = f2c_head(backbone, pool, schedule, symmetric, num_hard_negatives, gradient_acc, autocast, hook)
     pool.fused = fused
-    return head.to(next(backbone.parameters()).device)
+    return head.to(device)
 
 
 class CombinedMargin(Protocol):

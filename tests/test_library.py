@@ -10,6 +10,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import distributed, nn
 from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import f2c_plugin
@@ -300,7 +301,7 @@ def test_backbone_and_pool_may_have_different_dtypes(dtype, pool_dtype, recipe):
     head = make_head(net, pool_dtype=pool_dtype, recipe=recipe)
     losses = train(net, head, batches(4, dtype=dtype))
     exact = dtype in DTYPES[:2] and pool_dtype == torch.float32
-    assert losses == pytest.approx(expected, rel=1e-5 if exact else 0.03)
+    assert losses == pytest.approx(expected, rel=1e-5 if exact else 0.05)
     assert head.pool.rows.dtype == pool_dtype and net[1].weight.grad.dtype == dtype
     head.pool.validate()
 
@@ -418,3 +419,21 @@ def test_the_loop_in_the_docstring_of_the_package_runs_as_written():
 def test_every_public_name_has_a_docstring(name):
     documentation = inspect.cleandoc(vars(getattr(f2c_plugin, name)).get("__doc__") or getattr(f2c_plugin, name).__doc__ or "")
     assert len(documentation) > 20 and not documentation.startswith(f"{name}(")  # which a dataclass makes by itself
+
+
+@RECIPES
+def test_the_pool_is_drawn_where_the_backbone_is(recipe):
+    """In main memory there may be no room for the pools of all ranks."""
+    made = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and "empty" in str(function):
+                made.append((result.device.type, result.numel()))
+            return result
+
+    with Log():
+        make_head(make_net().to("meta"), num_slots=NUM_IDENTITIES, embedding_size=5000, recipe=recipe)
+    assert max(numel for device, numel in made if device == "meta") >= NUM_IDENTITIES * 5000
+    assert all(numel < NUM_IDENTITIES * 5000 for device, numel in made if device == "cpu")

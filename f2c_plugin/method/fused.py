@@ -147,12 +147,6 @@ def _padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _num_splits(num_slots: int, num_probes: int, device: torch.device) -> int:
-    if device.type == "cpu":
-        return 3
-    return num_parts(num_slots, num_probes, torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 @torch.library.custom_op("f2c_plugin::pool_pass", mutates_args=())
 def _pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Tensor | None, first_slot: int, threshold: float,
           num_top: int, num_splits: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -179,7 +173,7 @@ def _parts(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Ten
 def one_pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Tensor | None, first_slot: int, threshold: float,
              num_hardest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``pool_softmax._one_pass``."""
-    splits = _num_splits(len(rows), len(queries), rows.device)
+    splits = num_parts(len(rows), len(queries)) if rows.is_cuda else 3
     largest, total, weighted, top, where = _pass(queries.to(dtype), rows, left_out, own_slot, first_slot, threshold,
                                                  num_hardest, splits)
     sums = largest + total.log()  # (S, B)

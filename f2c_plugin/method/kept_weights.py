@@ -55,7 +55,7 @@ class KeptWeights(ShardedRows):
                 if hasattr(os, "posix_fallocate"):  # not on macOS; a disk that fills up later would end the process
                     os.posix_fallocate(file.fileno(), 0, num_bytes)
                 memory = np.memmap(file, np.uint8, "r+", shape=(num_bytes,))
-        return torch.as_tensor(memory).view(dtype).view(shape)
+        return torch.as_tensor(memory, device="cpu").view(dtype).view(shape)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "KeptWeights":
         """Stay in main memory, and keep the type. A GPU to which the rest of the head goes reads and writes it there."""

@@ -36,6 +36,7 @@ LEFT_OUT = -3e4
 CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 FUSED_ON = ["cuda"]  # devices
+_MULTIPROCESSORS = 132  # of an H100; an A100 has 108
 
 
 class PoolSoftmax(NamedTuple):
@@ -158,9 +159,12 @@ def _kernels(probes: Tensor, fused: bool) -> Any:
     return kernels
 
 
-def num_parts(num_slots: int, num_probes: int, multiprocessors: int) -> int:
-    """Into how many parts the fused kernel splits the slots, so that each multiprocessor has about two programs."""
-    return max(1, min(2 * multiprocessors * 64 // max(64, num_probes), num_slots // 1024))
+def num_parts(num_slots: int, num_probes: int) -> int:
+    """Into how many parts the fused kernel splits the slots: about two programs for each multiprocessor of an H100.
+
+    The same on every card, so that each adds in the same order, and `plan` needs none to know the working memory.
+    """
+    return max(1, min(2 * _MULTIPROCESSORS * 64 // max(64, num_probes), num_slots // 1024))
 
 
 def _chunks(rows: Tensor, width: int) -> Iterator[slice]:

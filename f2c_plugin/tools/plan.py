@@ -23,7 +23,6 @@ from f2c_plugin.tools.plotting import pyplot, save_figure
 EMBEDDING_SIZE = 512
 SIMILAR = 1.25  # ratio of memory within which two heads are about equal
 _FLOAT, _INT32, _INT64 = 4, 4, 8  # bytes
-_MULTIPROCESSORS = 132  # of an H100
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Plan:
         if device == "cpu":
             # Two views; cosines, their filtered and scaled copies, logits and their gradients: about 12 matrices.
             return _FLOAT * (3 * CHUNK_ENTRIES[device] + max(8 * hardest_rows, 12 * 2 * probes * touched))
-        parts = num_parts(-(-self.slots // self.gpus) if scored == gathered else self.slots, scored, _MULTIPROCESSORS)
+        parts = num_parts(-(-self.slots // self.gpus) if scored == gathered else self.slots, scored)
         vectors = parts * scored
         if self.is_resident:
             return _FLOAT * EMBEDDING_SIZE * (vectors + 5 * gathered)

@@ -14,7 +14,7 @@ _BLOCK = 1 << 15  # vectors that are looked at together
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor as it is, or in float32 if it is in half precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.float() if tensor.dtype in DROPPED_BITS else tensor
 
 
 def rounded_at_random(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -28,6 +28,22 @@ def rounded_at_random(values: Tensor, dtype: torch.dtype) -> Tensor:
     bits = values.float().view(torch.int32)
     noise = torch.randint_like(bits, 1 << dropped)
     return ((bits + noise) & -(1 << dropped)).view(torch.float32).to(dtype)
+
+
+def hashed(first: int, count: int, seed: int) -> Tensor:
+    """A hash of each of the numbers from ``first`` on, int32 (count,), on the default device. The seed has 32 bits."""
+    def logical_shift(values: Tensor, by: int) -> Tensor:
+        return (values >> by) & (1 << 32 - by) - 1
+
+    values = torch.arange(count, dtype=torch.int32) + _signed(first)
+    values = (values ^ logical_shift(values, 16)) * 0x7feb352d ^ _signed(seed)  # multipliers of Wellons' hash "lowbias32"
+    values = (values ^ logical_shift(values, 15)) * _signed(0x846ca68b)
+    return values ^ logical_shift(values, 16)
+
+
+def _signed(bits: int) -> int:
+    """The number that the lowest 32 bits are as int32."""
+    return (bits + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 def all_finite(vectors: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ import tests.meta  # noqa: F401
 from f2c_plugin.method import kept_weights
 
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "detach", "alias",
-        "_unsafe_view", "view", "_local_scalar_dense", "promote_types"}
+        "_unsafe_view", "view", "_local_scalar_dense"}
 READS = "_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero"
 REDUCTIONS = "_softmax", "_log_softmax", "sum", "amax", "max", "mean", "logsumexp", "norm", "argmax", "topk", "sort", "cumsum"
 LARGE = 1 << 20  # entries
@@ -136,7 +136,6 @@ def main() -> None:
         head = factory(cfg, net, margin).train()
         # Not before, because with a GPU tensors are made on the CPU first.
         torch.cuda.is_available, torch.cuda.device_count, torch.cuda.current_device = lambda: True, lambda: 1, lambda: 0
-        torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(multi_processor_count=132)  # of an H100
         if hasattr(head.pool, "kept"):
             kept_weights.seen_by = lambda device, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             head.pool.kept._apply(lambda tensor: tensor.to("cuda"))

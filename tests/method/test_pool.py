@@ -187,11 +187,15 @@ def test_shards_hold_together_what_the_whole_pool_holds(history, world_size):
 
 
 def test_a_large_pool_starts_with_the_same_random_rows_however_it_is_split():
-    whole = DynamicClassPool(40_000, 10, 3, seed=5).rows
+    whole = DynamicClassPool(40_000, 10, 40, seed=5).rows
     for world_size in 2, 3:
-        shards = [DynamicClassPool(40_000, 10, 3, seed=5, shard=Shard(rank, world_size)).rows for rank in range(world_size)]
+        shards = [DynamicClassPool(40_000, 10, 40, seed=5, shard=Shard(rank, world_size)).rows for rank in range(world_size)]
         assert torch.equal(torch.cat(shards, dim=1), whole)
-    assert len(whole[0].unique(dim=0)) == 40_000 and not torch.equal(whole[0], whole[1])
+    assert len(whole.flatten(0, 1).unique(dim=0)) == 80_000  # in each view others
+    lengths = whole.norm(dim=2)
+    assert torch.allclose(lengths, torch.ones_like(lengths))
+    cosines = whole[0, :500] @ torch.cat([whole[0, 500:1000], whole[1, :500], DynamicClassPool(500, 10, 40, seed=6).rows[0]]).T
+    assert abs(cosines.mean()) < 1e-3 and cosines.std() == pytest.approx(40 ** -0.5, rel=0.01)  # as those of any directions
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
