@@ -100,11 +100,11 @@ class F2CHead(PoolHead):
         all_x, all_y = (half.flatten() for half in gather(labels).chunk(2, dim=1))  # (W·B/2,)
         features = gather(gallery)  # (W, B, D), or of x alone (W, B/2, D)
         if not self.symmetric:
-            return [HalfStep(probes, label_y, self.pool.preview(all_x, features.flatten(0, 1)))]
+            return [HalfStep(probes, label_y, all_y, self.pool.preview(all_x, features.flatten(0, 1)))]
         features_x, features_y = (half.flatten(0, 1) for half in features.chunk(2, dim=1))  # (W·B/2, D)
         probe_x, probe_y = probes.chunk(2)  # (B/2, D)
-        return [HalfStep(probe_x, label_x, self.pool.preview(all_y, features_y)),
-                HalfStep(probe_y, label_y, self.pool.preview(all_x, features_x))]
+        return [HalfStep(probe_x, label_x, all_x, self.pool.preview(all_y, features_y)),
+                HalfStep(probe_y, label_y, all_y, self.pool.preview(all_x, features_x))]
 
     def _take_images(self, images: Tensor) -> Tensor:
         """What the hook does with a batch: its gallery features are kept, and the probe images returned."""

@@ -23,11 +23,13 @@ class HalfStep(NamedTuple):
     Attributes:
         probes: (P, D) embeddings; normalised by the loss.
         labels: int64 (P,) their identities.
+        all_labels: int64 (W·P,) those of the probes of all ranks.
         view: the pool with the gallery features of this half-step.
     """
 
     probes: Tensor
     labels: Tensor
+    all_labels: Tensor
     view: PoolView
 
 
@@ -88,7 +90,7 @@ def _touched_slots(half_steps: list[HalfStep], pool: DynamicClassPool) -> Tensor
 
     May hold repetitions and NOT_IN_POOL, so that its length is fixed. The same on all ranks.
     """
-    labels = pool.shard.gather(torch.cat([each.labels for each in half_steps])).flatten()
+    labels = torch.cat([each.labels if pool.shard.world_size == 1 else each.all_labels for each in half_steps])
     return torch.cat([pool.lookup(labels), *(each.view.assignment.slot for each in half_steps)]).sort().values
 
 

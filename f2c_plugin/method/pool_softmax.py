@@ -55,7 +55,8 @@ class PoolSoftmax(NamedTuple):
 
 def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: float, num_hardest: int,
                  filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
-                 first_slot: int = 0, own_slot: Tensor | None = None, fused: bool = True) -> PoolSoftmax:
+                 first_slot: int = 0, own_slot: Tensor | None = None, fused: bool = True,
+                 all_probes: Tensor | None = None) -> PoolSoftmax:
     """Compare probes with one row of every slot, except those that are left out.
 
     Args:
@@ -69,14 +70,15 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: f
         shard: how the slots are split over ranks. Each rank passes its own probes, the same number as
             the others, and gets the result over the slots of all ranks.
         first_slot: the number of the first of this rank's slots.
-        own_slot: int64 (B,) the slot, of all ranks' slots, that is left out for each probe; None leaves out none.
+        own_slot: int64 (W·B,) the slot, of all ranks' slots, that is left out for each probe of all ranks; None leaves out none.
         fused: whether to use the fused kernels where they run.
+        all_probes: (W·B, D) those of all ranks, if they are gathered already.
     """
-    all_probes = shard.gather(probes.detach()).flatten(0, 1)  # (W·B, D)
-    all_own_slots = None if own_slot is None else shard.gather(own_slot).flatten()
+    if all_probes is None:
+        all_probes = shard.gather(probes.detach()).flatten(0, 1)
     kernels = _kernels(probes, fused)
     one_pass = kernels.one_pass if kernels else _one_pass
-    log_sum_exp, mean_row, hardest, values = one_pass(all_probes * scale, rows, left_out, all_own_slots, first_slot,
+    log_sum_exp, mean_row, hardest, values = one_pass(all_probes * scale, rows, left_out, own_slot, first_slot,
                                                       scale * filter_threshold, num_hardest, dtype or probes.dtype)
     if shard.world_size > 1:
         local = slice(shard.rank * len(probes), (shard.rank + 1) * len(probes))
@@ -84,10 +86,10 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: f
         total = every.logsumexp(0)
         mean_row = shard.sum(mean_row * (log_sum_exp - total).exp()[:, None])[local]
         log_sum_exp = total[local]
-        hardest, values = (shard.gather(found)[:, local].movedim(0, 1).flatten(1)
-                           for found in (hardest + first_slot, values))  # (B, W·h)
-        values, best = values.topk(num_hardest, dim=1)
-        hardest = hardest.gather(1, best)
+        found = torch.stack([hardest + first_slot, values.double()])  # float64 holds both exactly
+        numbers, values = shard.gather(found)[:, :, local].movedim(0, 2).flatten(2)  # (B, W·h) each
+        values, best = values.to(probes.dtype).topk(num_hardest, dim=1)
+        hardest = numbers.gather(1, best).long()
     return PoolSoftmax(with_gradient(probes, log_sum_exp, scale * mean_row), hardest, values / scale)
 
 
@@ -104,29 +106,28 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
     Args:
         rows: (K', D) directions of the class weights of this rank's slots, unit vectors.
         lengths: (K', 1) of the class weights.
-        probes: (B, D) unit vectors of this rank.
-        log_denominator: (B,)
-        own_slot: int64 (B,) the slot, of all ranks' slots, of each probe's identity.
-        own_gradient: (B,) of its loss to its cosine to that, over s.
+        probes: (W·B, D) unit vectors, of all ranks that share the slots.
+        log_denominator: (B,) of this rank's.
+        own_slot: int64 (W·B,) the slot, of all ranks' slots, of each probe's identity.
+        own_gradient: (B,) of the loss of this rank's probes to their cosine to that, over s.
         scale, filter_threshold, dtype, shard, first_slot, fused: as of ``pool_softmax``.
         seed: of the fused kernel's rounding; another one in each step.
     """
-    all_probes, own_slot = shard.gather(probes).flatten(0, 1), shard.gather(own_slot).flatten()  # (W·B, D), (W·B,)
     log_denominator, own_gradient = shard.gather(torch.stack([log_denominator, own_gradient])).movedim(1, 0).flatten(1)
-    not_finite = ~all_finite(all_probes + (log_denominator + own_gradient)[:, None])
-    all_probes = all_probes.masked_fill(not_finite[:, None], 0)
+    not_finite = ~all_finite(probes + (log_denominator + own_gradient)[:, None])
+    probes = probes.masked_fill(not_finite[:, None], 0)
     # Small probabilities are lifted to where half precision holds them, as far as the sum over the probes has room.
-    lift = 2.0 ** (14 - len(all_probes).bit_length())
+    lift = 2.0 ** (14 - len(probes).bit_length())
     log_denominator = (log_denominator - math.log(lift)).masked_fill_(not_finite, torch.inf)
     own_gradient = (lift * own_gradient).masked_fill_(not_finite, 0)
     dtype = dtype or probes.dtype
-    rate *= scale / lift / len(all_probes)
-    factors = all_probes.to(dtype)
+    rate *= scale / lift / len(probes)
+    factors = probes.to(dtype)
     if kernels := _kernels(probes, fused):
         return kernels.learn(rows, lengths, factors, log_denominator, own_slot, own_gradient, scale, scale * filter_threshold,
                              rate, seed, first_slot)
-    queries = (all_probes * scale).to(dtype)
-    for chunk in _chunks(rows, max(len(all_probes), rows.size(1))):
+    queries = (probes * scale).to(dtype)
+    for chunk in _chunks(rows, max(len(probes), rows.size(1))):
         row = rows[chunk].to(probes.dtype)
         logits, slots_last = _logits(queries, row.to(dtype), None)
         filtered = logits > scale * filter_threshold if filter_threshold > 0 else None

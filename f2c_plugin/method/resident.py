@@ -17,7 +17,7 @@ from f2c_plugin.method.margin import Margin
 from f2c_plugin.method.pool_softmax import learn, pool_softmax
 from f2c_plugin.method.slots import NOT_IN_POOL, Slots
 from f2c_plugin.utils.distributed import WHOLE, Shard
-from f2c_plugin.utils.sharded_rows import ShardedRows
+from f2c_plugin.utils.sharded_rows import ShardedRows, first_rows_at
 from f2c_plugin.utils.tensors import all_finite, at_least_float32, lengths, true_of_all, with_gradient
 
 # Norm of a class weight that enters. Its first steps are large, as those of a full FC layer's weights, which begin with a
@@ -76,8 +76,8 @@ class ResidentPool(Slots):
             embeddings: (B, D) unit vectors.
         """
         slot, was_in_pool, evicted, first, is_first = self.places(identities)
-        before, length_before = self.rows_at(slot)[0], self.lengths.rows_at(slot)[0]  # what the slots hold
-        kept = self.kept.rows_at(identities)[0]
+        # What the slots hold, and what is kept of the identities.
+        before, length_before, kept = first_rows_at((self, slot), (self.lengths, slot), (self.kept, identities))
         # Where none is evicted, what is kept of the entry's own identity is written as it is.
         no_loss = evicted == NOT_IN_POOL
         self.kept.write(torch.where(no_loss, identities, evicted), torch.where(no_loss[:, None], kept, length_before * before))
@@ -97,7 +97,8 @@ class ResidentPool(Slots):
 
     def weights_at(self, slots: Tensor) -> Tensor:
         """Class weights of slots (A,), (A, D), at least float32. All ranks call this together with the same slots."""
-        return self.rows_at(slots)[0] * self.lengths.rows_at(slots)[0]
+        directions, length = first_rows_at((self, slots), (self.lengths, slots))
+        return directions * length
 
     def invariants(self) -> dict[str, Tensor | bool]:
         return super().invariants() | {
@@ -121,7 +122,7 @@ class ResidentLoss(NamedTuple):
     hard_negative_cosine: Tensor
 
 
-def resident_loss(probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPool, margin: Margin, rate: float,
+def resident_loss(probes: Tensor, all_probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPool, margin: Margin, rate: float,
                   autocast: bool = False, quality: Tensor | None = None, seed: int = 0) -> ResidentLoss:
     """Margin softmax of a rank's embeddings over the K slots; and a step of plain SGD of the class weights.
 
@@ -132,7 +133,8 @@ def resident_loss(probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPo
 
     Args:
         probes: (P, D) embeddings of this rank, unit vectors.
-        own: which entries of ``arrival`` are this rank's.
+        all_probes: (W·P, D) of all ranks, without gradient.
+        own: which of all are this rank's.
         arrival: of the batch of all ranks.
         pool: after ``admit``. Its class weights change.
         margin: of this step.
@@ -142,13 +144,13 @@ def resident_loss(probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPo
         seed: another one in each step.
     """
     dtype = torch.get_autocast_dtype(probes.device.type) if autocast else probes.dtype
-    slot, is_first = arrival.slot[own], arrival.is_first[own]
+    is_first = arrival.is_first[own]
     absent = math.log((pool.num_identities - 1) / (pool.num_slots - 1)) if pool.num_slots > 1 else 0.0
 
     with torch.enable_grad():
         leaf = probes.detach().requires_grad_()
         others = pool_softmax(leaf, pool.rows[0], None, margin.scale, 1, margin.filter_threshold, dtype, pool.shard,
-                              pool.first, slot, pool.fused)
+                              pool.first, arrival.slot, pool.fused, all_probes)
         positive = torch.einsum("pd,pd->p", leaf, arrival.rows[own].to(leaf.dtype))
         # The first image's is 1, of itself, and has no gradient.
         target = margin.scale * margin.target(positive, quality).masked_fill(is_first, 1.0)
@@ -156,7 +158,7 @@ def resident_loss(probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPo
         loss = (total - target).mean()
         gradient, to_positive = torch.autograd.grad(loss, [leaf, positive])
     with torch.no_grad():
-        learn(pool.rows[0], pool.lengths.rows[0], leaf, total - absent, slot, len(slot) / margin.scale * to_positive,
+        learn(pool.rows[0], pool.lengths.rows[0], all_probes, total - absent, arrival.slot, len(probes) / margin.scale * to_positive,
               margin.scale, rate, margin.filter_threshold, dtype, pool.shard, pool.first, pool.fused, seed)
         positive_cosine = positive.masked_fill(is_first, 0).sum() / (~is_first).sum()
     return ResidentLoss(with_gradient(probes, loss.detach(), gradient), positive_cosine, others.hardest_cosine.mean())

@@ -61,7 +61,7 @@ class ResidentHead(PoolHead):
             arrival = self.pool.admit(gather(labels).flatten(), features)
             own = slice(rank * len(labels), (rank + 1) * len(labels))
             quality = self.quality(embeddings) if self.quality else None
-            result = resident_loss(probes, own, arrival, self.pool, margin, self.schedule.slot_rate_at(self.steps),
+            result = resident_loss(probes, features, own, arrival, self.pool, margin, self.schedule.slot_rate_at(self.steps),
                                    self.autocast, quality, self.steps)
         self.steps += 1
         self.report(StepStatistics(

@@ -18,9 +18,9 @@ def gather(local: Tensor) -> Tensor:
     _, world_size = this_rank()
     if world_size == 1:
         return local[None]
-    parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(world_size)]
-    distributed.all_gather(parts, local.contiguous())
-    return torch.stack(parts)
+    parts = local.new_empty(world_size, *local.shape)
+    distributed.all_gather(list(parts), local.contiguous())
+    return parts
 
 
 @dataclass(frozen=True)

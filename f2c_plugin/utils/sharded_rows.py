@@ -12,6 +12,13 @@ from f2c_plugin.utils.tensors import at_least_float32, hashed, true_of_all
 _BLOCK = 1 << 14  # slots whose first rows are drawn at a time
 
 
+def first_rows_at(*reads: "tuple[ShardedRows, Tensor]") -> tuple[Tensor, ...]:
+    """Row 0 of slots (A,) of each table, (A, D) each, in one collective. The tables are split over the same ranks."""
+    rows = [table.own_rows_at(slots, 1)[0] for table, slots in reads]
+    shard = reads[0][0].shard
+    return shard.sum(torch.cat(rows, 1)).split([each.size(1) for each in rows], 1) if shard.world_size > 1 else tuple(rows)
+
+
 class ShardedRows(nn.Module):
     """R rows of D numbers for each of K slots; a rank holds those of its share of the slots.
 
@@ -62,11 +69,15 @@ class ShardedRows(nn.Module):
         Negative slots give rows that mean nothing. If the table is sharded, all ranks call this
         together with the same slots.
         """
+        return self.shard.sum(self.own_rows_at(slots, count))
+
+    def own_rows_at(self, slots: Tensor, count: int | None = None) -> Tensor:
+        """As ``rows_at``, but rows of other ranks are 0."""
         if self.shard.world_size == 1:
             return at_least_float32(self.rows[:count, slots.to(self.rows.device)]).to(slots.device)
         index, own = self._local(slots)
         rows = at_least_float32(self.rows[:count, index.to(self.rows.device)]).to(slots.device)
-        return self.shard.sum(rows.masked_fill(~own[:, None], 0))
+        return rows.masked_fill(~own[:, None], 0)
 
     def own_entries(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For writes of B entries to slots (B,): which entries this rank writes, without a shape that depends on it.

@@ -2,6 +2,7 @@
 
 The JSON has the keys of a config, and "ranks". Prints JSON, of a step after the first two:
     kernels: {"head": …, "gallery net": …} operations that launch one.
+    collectives: of the head's kernels, those that wait for other ranks.
     mixed: operations over tensors of both devices, each a wait.
     reads: operations that bring a value to the CPU, or whose result has a shape that depends on values.
     strided: softmaxes and reductions of a large tensor over a dimension that is not the last, which run in few threads.
@@ -51,7 +52,7 @@ class Counter(TorchDispatchMode):
         self.mixed: list[str] = []
         self.reads: list[str] = []
         self.strided: list[str] = []
-        self.bytes = self.live = self.peak = 0
+        self.bytes = self.live = self.peak = self.collectives = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def hold(self, tensor: Tensor) -> None:
@@ -84,6 +85,7 @@ class Counter(TorchDispatchMode):
             return result
         self.kernels[self.part] += 1
         self.operations[name] += 1
+        self.collectives += str(function).startswith("c10d.")
         if self.part == "head" and not name.startswith("index"):  # these would count all that they choose from
             written = tensors([args[at] for at, argument in enumerate(function._schema.arguments[:len(args)])
                                if argument.is_write and str(function).startswith("f2c_plugin.")])
@@ -154,7 +156,7 @@ def main() -> None:
             torch.autograd.grad(loss, embeddings)
         counter.__exit__(None, None, None)
     print(json.dumps({
-        "kernels": counter.kernels, "mixed": counter.mixed, "reads": counter.reads, "strided": counter.strided,
+        "kernels": counter.kernels, "collectives": counter.collectives, "mixed": counter.mixed, "reads": counter.reads, "strided": counter.strided,
         "bytes_per_slot": round(counter.bytes / (slots / ranks)), "peak": counter.peak - state,
         "pool": sum(tensor.nbytes for name, tensor in head.pool.named_buffers() if not name.startswith("kept.")),
         "most": dict(counter.operations.most_common(15))}))

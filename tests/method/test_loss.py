@@ -47,7 +47,8 @@ def half_step_of(embeddings, labels, rows, two_keys, entering=(), entering_twice
     identities = torch.tensor([*enter, *two_keys, *entering_twice], dtype=torch.int64)
     features = torch.cat([rows[0, enter], rows[1, [*two_keys, *entering_twice]]])
     view = pool.preview(identities, features)
-    return HalfStep(embeddings, torch.where(labels < 0, outside, labels), view), pool
+    labels = torch.where(labels < 0, outside, labels)
+    return HalfStep(embeddings, labels, labels, view), pool
 
 
 def loss_of(embeddings, labels, rows, two_keys, margin, num_hard_negatives, autocast=False, **changes):
