@@ -1,6 +1,7 @@
 # make demo: from nothing to a verified face recognition model on a CPU
 # make test: lint and tests
 # make lint: ruff and pyright
+# make gpu: on a machine with a GPU, the tests that need one and what is to be measured there
 # make mxnet: mxnet in an environment of its own, for the tests that compare with it
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 DEMO := data/f2c_demo
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: demo test lint mxnet clean
+.PHONY: demo test lint gpu mxnet clean
 
 demo: .venv/ready-demo $(DEMO)/train.rec
 	$(BIN)/python -m f2c_plugin.train f2c_demo
@@ -25,6 +26,10 @@ test: .venv/ready-test lint
 lint: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+gpu: .venv/ready-test
+	$(BIN)/python -m pytest -m gpu tests/method/test_gpu.py
+	$(BIN)/python benchmarks/gpu.py
 
 # torch comes first and by itself: the version in constraints.txt, not the one that an extra would draw in.
 # Nothing is byte-compiled that no test or demo imports, because that takes longer than the download.

@@ -6,16 +6,17 @@
 
 Forward, backward and optimizer on embeddings of dimension 512. The net is one linear layer, so that
 a gallery net costs next to nothing; with --network it is the whole training step of that backbone,
-gallery net included. Each head runs in processes of its own, one for each rank; steps of
-all heads take turns, and medians and quartiles are over these. Memory is the peak of a process over
-what it had before it built its head (on a GPU, the most that was allocated).
+gallery net included, and on a GPU with the scaling of mixed precision and the clipping of arcface_torch's script. Each head
+runs in processes of its own, one for each rank. On a CPU steps of all heads take turns; on a GPU, which they would have to
+share, one head comes after the other, and a time is the mean of 20 warm steps between two events. Medians and quartiles are
+over the repeats. Memory is the peak over what a process had before it built its head.
 
 - f2c: this project's head. The weights of the identities that are not in its pool, D numbers for each, are no GPU's memory,
   and on a CPU show in the peak only as they come; all of them are printed by themselves;
 - f2c_paper: as published, symmetric;
 - partial_fc: arcface_torch's own file, from ARCFACE_TORCH or the cache that `f2c-plugin fetch-host` fills,
   patched in a copy to run without a GPU, at a sample rate that samples as many classes as the pool
-  has slots;
+  has slots, and in float32, as its script has it also with fp16;
 - full_fc: every class in every step;
 - floor: the three matrix products that f2c cannot do without, embeddings × pool, softmax × pool and softmax × embeddings,
   alone, in the fastest of several ways of cutting them up;
@@ -91,7 +92,7 @@ def partial_fc(net, identities, arguments):
     losses, partial_fc_v2 = arcface_torch_modules(arguments.checkout)
     margin_loss = losses.CombinedMarginLoss(MARGIN.scale, 1.0, 0.0, MARGIN.additive)
     rate = arguments.slots_of(identities) / identities
-    return partial_fc_v2.PartialFC_V2(margin_loss, EMBEDDING_SIZE, identities, rate, arguments.fp16)
+    return partial_fc_v2.PartialFC_V2(margin_loss, EMBEDDING_SIZE, identities, rate, False)
 
 
 class Floor(nn.Module):
@@ -148,12 +149,18 @@ WITH_BACKBONE = ("backbone", "gallery")  # what is measured only with one, and w
 WITHOUT_BACKBONE = ("floor",)
 
 
+TIMED = 20  # steps between two events
+
+
 class Memory:
     """The peak of this process, or of its GPU, over what it held at the beginning."""
 
     def __init__(self, device):
         self.device = device
-        if device == "cpu":
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
             self.before = self._kilobytes("VmRSS")
 
@@ -164,7 +171,7 @@ class Memory:
 
     def peak_mb(self):
         if self.device == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
+            return (torch.cuda.max_memory_allocated() - self.before) / 2**20
         return (self._kilobytes("VmHWM") - self.before) / 1024
 
 
@@ -187,10 +194,13 @@ def work(name, identities, rank, arguments, rendezvous, pipe):
         torch.set_num_threads(max(1, torch.get_num_threads() // arguments.ranks))
     torch.manual_seed(rank)
     if arguments.network:
-        net, shape = get_model(arguments.network, EMBEDDING_SIZE, fp16=arguments.fp16), (112, 112, 3)
+        net, shape = get_model(arguments.network, EMBEDDING_SIZE, fp16=arguments.fp16), (3, 112, 112)
     else:
         net, shape = nn.Linear(EMBEDDING_SIZE, EMBEDDING_SIZE, bias=False), (EMBEDDING_SIZE,)
     net = net.to(arguments.device).train()
+    if arguments.network:
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    parameters = list(net.parameters())
     warm_up(arguments.device)
     memory = Memory(arguments.device)
     if name != "gallery" and arguments.network and arguments.ranks > 1:
@@ -198,52 +208,73 @@ def work(name, identities, rank, arguments, rendezvous, pipe):
     head = HEADS[name](net, identities, arguments).to(arguments.device)
     optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], 0.1, 0.9, weight_decay=5e-4)
 
+    scaler = torch.amp.GradScaler(arguments.device, enabled=arguments.fp16 and bool(arguments.network), growth_interval=100)
+
     def step(images, labels):
         loss = head(net(images), labels)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        if scaler.is_enabled():
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, 5)
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
-    def milliseconds(function, *inputs):
-        synchronize = torch.cuda.synchronize if arguments.device == "cuda" else int
-        synchronize()
-        start = time.perf_counter()
-        function(*inputs)
-        synchronize()
-        return 1000 * (time.perf_counter() - start)
+    def milliseconds(function, inputs, *others):
+        """Of one call; on a GPU the mean of one for each of the inputs, which it takes in turn."""
+        if arguments.device == "cpu":
+            start = time.perf_counter()
+            function(*inputs[0], *others)
+            return 1000 * (time.perf_counter() - start)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for each in inputs:
+            function(*each, *others)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / len(inputs)
 
     half = arguments.batch_size // 2
     rng = np.random.default_rng(rank)
-    while pipe.recv() is not None:
-        time.sleep(0.05)
+
+    def batch():
         pairs = rng.integers(identities, size=half * 2 // 3)
         labels = np.concatenate([part for _ in range(2) for part in (pairs, rng.integers(identities, size=half - len(pairs)))])
-        labels = torch.from_numpy(labels).to(arguments.device)
-        images = torch.randn(2 * half, *shape, device=arguments.device)
-        if arguments.network:
-            images = images.permute(0, 3, 1, 2)  # as the loader hands them over
+        return torch.randn(2 * half, *shape, device=arguments.device), torch.from_numpy(labels).to(arguments.device)
+
+    while pipe.recv() is not None:
+        time.sleep(0.05)
+        inputs = [batch() for _ in range(TIMED if arguments.device == "cuda" else 1)]
         if name == "gallery":
-            pipe.send(milliseconds(head.step, images))
+            pipe.send(milliseconds(head.step, [(images,) for images, _ in inputs]))
         elif name == "floor":
-            pipe.send([milliseconds(head.products, images, chunk) for chunk in Floor.CHUNKS])
+            pipe.send([milliseconds(head.products, [(images,) for images, _ in inputs], chunk) for chunk in Floor.CHUNKS])
         else:
-            pipe.send(milliseconds(step, images, labels))
+            pipe.send(milliseconds(step, inputs))
     pipe.send(memory.peak_mb())
     distributed.destroy_process_group()
 
 
 def measure(arguments, cases):
     """{(head, identities): (milliseconds of every step, peak MB)}; of several ranks the slowest and the largest."""
+    together = [[case] for case in cases] if arguments.device == "cuda" else [cases]
+    return {case: found for some in together for case, found in measure_in_turn(arguments, some).items()}
+
+
+def measure_in_turn(arguments, cases):
+    """As ``measure``; all cases at once."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        pipes = {}
+        pipes, processes = {}, []
         for name, identities in cases:
             pipes[name, identities] = []
             for rank in range(arguments.ranks):
                 mine, theirs = context.Pipe()
                 pipes[name, identities].append(mine)
-                context.Process(target=work, daemon=True, args=(
-                    name, identities, rank, arguments, f"{folder}/{name}-{identities}", theirs)).start()
+                processes.append(context.Process(target=work, daemon=True, args=(
+                    name, identities, rank, arguments, f"{folder}/{name}-{identities}", theirs)))
+                processes[-1].start()
                 theirs.close()
 
         def ask(case, what):
@@ -257,10 +288,12 @@ def measure(arguments, cases):
                 times[case].append(ask(case, "step"))
         measured = {}
         for case in cases:
-            taken = np.array(times[case][2:])  # the first steps allocate
+            taken = np.array(times[case][2:])  # the first steps allocate, and tune kernels
             if case[0] == "floor":
                 taken = taken[:, np.median(taken, axis=0).argmin()]
             measured[case] = taken, ask(case, None)
+        for process in processes:
+            process.join()  # and give the memory back
         return measured
 
 
@@ -395,7 +428,7 @@ def main():
                 continue
             if (needed := needed_mb(name, identities)) < available:
                 cases.append((name, identities))
-                available -= needed
+                available -= needed if arguments.device == "cpu" else 0  # where all are measured at once
             else:
                 print(f"without {name} at {identities:,} identities: it would not fit into memory", file=sys.stderr)
     measured = measure(arguments, cases)

@@ -11,7 +11,13 @@ import tests.meta  # noqa: F401
 from f2c_plugin.synthetic.dataset import write_dataset
 from tests.runs import IDENTITIES, IMAGES
 
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU
+
+def pytest_configure(config):
+    """Tests marked gpu run by themselves, with `pytest -m gpu`. All others are for the CPU, also where there is a GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU
+
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PACKS = sorted(folder.name for folder in FIXTURES.iterdir() if (folder / "train.rec").is_file())

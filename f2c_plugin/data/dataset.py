@@ -96,7 +96,9 @@ def normalize_faces(faces: Tensor, flip: Tensor | None = None) -> Tensor:
     """
     if flip is not None:
         faces = torch.where(flip.view(-1, 1, 1, 1), faces.flip(2), faces)  # as bytes, a quarter of the traffic
-    return faces.permute(0, 3, 1, 2).float().div_(255).sub_(0.5).div_(0.5)
+    # Contiguous, as arcface_torch's own loader hands them over: else they would decide the layout of the whole net.
+    faces = faces.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return faces.div_(255).sub_(0.5).div_(0.5)
 
 
 class RecordDataset(Dataset[tuple[Tensor, Tensor]]):

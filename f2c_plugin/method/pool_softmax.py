@@ -70,7 +70,7 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: f
         shard: how the slots are split over ranks. Each rank passes its own probes, the same number as
             the others, and gets the result over the slots of all ranks.
         first_slot: the number of the first of this rank's slots.
-        own_slot: int64 (W·B,) the slot, of all ranks' slots, that is left out for each probe of all ranks; None leaves out none.
+        own_slot: int64 (W·B,) the slot, of all ranks' slots, that is left out for each probe of all ranks; None: no slot.
         fused: whether to use the fused kernels where they run.
         all_probes: (W·B, D) those of all ranks, if they are gathered already.
     """

@@ -122,8 +122,8 @@ class ResidentLoss(NamedTuple):
     hard_negative_cosine: Tensor
 
 
-def resident_loss(probes: Tensor, all_probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPool, margin: Margin, rate: float,
-                  autocast: bool = False, quality: Tensor | None = None, seed: int = 0) -> ResidentLoss:
+def resident_loss(probes: Tensor, all_probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPool, margin: Margin,
+                  rate: float, autocast: bool = False, quality: Tensor | None = None, seed: int = 0) -> ResidentLoss:
     """Margin softmax of a rank's embeddings over the K slots; and a step of plain SGD of the class weights.
 
     The first image of an identity is its own target, without margin. Logits of other identities count log((N − 1) / (K − 1))
@@ -158,7 +158,8 @@ def resident_loss(probes: Tensor, all_probes: Tensor, own: slice, arrival: Arriv
         loss = (total - target).mean()
         gradient, to_positive = torch.autograd.grad(loss, [leaf, positive])
     with torch.no_grad():
-        learn(pool.rows[0], pool.lengths.rows[0], all_probes, total - absent, arrival.slot, len(probes) / margin.scale * to_positive,
-              margin.scale, rate, margin.filter_threshold, dtype, pool.shard, pool.first, pool.fused, seed)
+        own_gradient = len(probes) / margin.scale * to_positive
+        learn(pool.rows[0], pool.lengths.rows[0], all_probes, total - absent, arrival.slot, own_gradient, margin.scale, rate,
+              margin.filter_threshold, dtype, pool.shard, pool.first, pool.fused, seed)
         positive_cosine = positive.masked_fill(is_first, 0).sum() / (~is_first).sum()
     return ResidentLoss(with_gradient(probes, loss.detach(), gradient), positive_cosine, others.hardest_cosine.mean())

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
 from f2c_plugin.build import CombinedMargin, margin_from
 from f2c_plugin.config import Config
@@ -80,12 +81,15 @@ def verification_sets(cfg: Config) -> dict[str, VerificationSet]:
 
 
 def wrap(module: nn.Module) -> nn.Module:
-    """The module in DDP, where there are several ranks."""
+    """The module in DDP, where there are several ranks. GPUs exchange gradients in float16, as in arcface_torch."""
     if distributed.get_world_size() == 1:
         return module
     device = next(module.parameters()).device
-    return nn.parallel.DistributedDataParallel(module, [device.index] if device.type == "cuda" else None,
-                                               broadcast_buffers=False)
+    if device.type != "cuda":
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    wrapped = nn.parallel.DistributedDataParallel(module, [device.index], broadcast_buffers=False, static_graph=True)
+    wrapped.register_comm_hook(None, fp16_compress_hook)
+    return wrapped
 
 
 def seed_everything(seed: int) -> None:

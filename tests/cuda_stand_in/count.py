@@ -156,7 +156,8 @@ def main() -> None:
             torch.autograd.grad(loss, embeddings)
         counter.__exit__(None, None, None)
     print(json.dumps({
-        "kernels": counter.kernels, "collectives": counter.collectives, "mixed": counter.mixed, "reads": counter.reads, "strided": counter.strided,
+        "kernels": counter.kernels, "collectives": counter.collectives,
+        "mixed": counter.mixed, "reads": counter.reads, "strided": counter.strided,
         "bytes_per_slot": round(counter.bytes / (slots / ranks)), "peak": counter.peak - state,
         "pool": sum(tensor.nbytes for name, tensor in head.pool.named_buffers() if not name.startswith("kept.")),
         "most": dict(counter.operations.most_common(15))}))
