@@ -102,8 +102,9 @@ def train_step(state: TrainState, images: Tensor, labels: Tensor) -> Tensor:
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(state.backbone.parameters(), MAX_GRADIENT_NORM)
         bad = state.bad_steps.update(state.step, norm)
-        if state.cfg.fp16 or not bad:  # a scaler needs to see bad steps, and skips them itself
-            state.scaler.step(state.optimizer)
+        if not state.cfg.fp16:
+            state.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]  # it then skips the step, without a wait
+        state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad()
     return loss.detach()
@@ -168,21 +169,26 @@ def _run(state: TrainState, loader: DualLoader, num_steps: int, sets: dict[str, 
         for epoch in range(state.step // num_steps, cfg.num_epoch):
             cast(DualSampler, loader.sampler).set_epoch(epoch, state.step % num_steps)
             for images, labels in loader:
+                requests.ask()
                 loss = train_step(state, images, labels)
                 if training_log:
                     training_log.update(state.step, loss, state.optimizer.param_groups[0]["lr"], state.head)
                     if state.step % cfg.verbose == 0 and state.step < state.total_steps:
+                        state.bad_steps.settle()
                         training_log.verify(state.step, state.nets, sets)
                 request = requests.agreed()
                 save_is_due |= save_due(cfg, state.step, num_steps, state.total_steps)
+                if not (request or save_is_due):
+                    continue
+                state.bad_steps.settle()
                 if state.between_optimizer_steps or state.bad_steps.in_a_row:
                     continue  # what is due waits
-                if request or save_is_due:
-                    checkpoints.save(state.step, time.perf_counter() - begin)
-                    save_is_due = False
-                    requests.done()
+                checkpoints.save(state.step, time.perf_counter() - begin)
+                save_is_due = False
+                requests.done()
                 if request is Request.SAVE_AND_STOP:
                     raise Stopped(f"stopped by a signal after step {state.step}, which is saved: resume=True goes on from it")
+            state.bad_steps.settle()
             if training_log:
                 _require_usable(state, checkpoints)
                 write_states(state.net.state_dict(), Path(cfg.output) / "model.pt")

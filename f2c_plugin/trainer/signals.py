@@ -30,8 +30,8 @@ class Requests:
     """Signals that this or any other rank has received.
 
     A signal reaches one rank or all of them, at a step that differs from rank to rank; ranks that
-    saved at different steps would wait for each other forever. So they agree at every step, in a
-    separate process group on the CPU, where nothing waits for a GPU.
+    saved at different steps would wait for each other forever. So they agree during every step on what was
+    received before it, in a separate process group on the CPU, where nothing waits for a GPU.
 
     Before and after the steps there is nothing to save: a request to stop raises Stopped there, and one
     to save waits for the first step.
@@ -43,6 +43,7 @@ class Requests:
         self._received = dict.fromkeys(_SIGNALS, 0)
         self._seen = self._done = dict(self._received)
         self._group: Any = None  # a ProcessGroup; torch's annotations say otherwise
+        self._asked: tuple[Any, Any] | None = None  # the largest request of all ranks, and when it is there
         self._in_steps = False
         self._otherwise = _BEFORE
         self.raised: Stopped | None = None
@@ -72,19 +73,27 @@ class Requests:
         try:
             yield
         finally:
-            self._in_steps, self._otherwise = False, _AFTER
+            self._in_steps, self._otherwise, self._asked = False, _AFTER, None
         self._stop_outside_steps()  # it came after the last step
 
-    def agreed(self) -> Request:
-        """The largest request of any rank that is not done; all ranks call this together."""
-        self._seen = dict(self._received)
+    def ask(self) -> None:
+        """Begin to find what ``agreed`` will return. All ranks call this together, before a step."""
         if self._group is None:
-            return self._pending(self._seen)
+            return
         import torch
         from torch import distributed
 
+        self._seen = dict(self._received)
         largest = torch.tensor(int(self._pending(self._seen)))
-        distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._group)
+        self._asked = largest, distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def agreed(self) -> Request:
+        """The largest request of any rank that is not done, as they were asked for. All ranks call this together."""
+        if self._asked is None:
+            self._seen = dict(self._received)
+            return self._pending(self._seen)
+        (largest, there), self._asked = self._asked, None
+        there.wait()
         return Request(int(largest))
 
     def done(self) -> None:

@@ -1,6 +1,7 @@
-"""Main memory that a GPU reads and writes itself."""
+"""Main memory that a GPU reads and writes itself, and numbers that it leaves there."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,3 +37,17 @@ def seen_by(device: torch.device, tensor: Tensor) -> Tensor:
         memory = _Bytes(tensor)  # which the result keeps
         weakref.finalize(memory, runtime.cudaHostUnregister, tensor.data_ptr())
         return torch.as_tensor(memory, device=device).view(tensor.dtype).view(tensor.shape)
+
+
+def left_behind(number: Tensor) -> Callable[[], float]:
+    """Copies a number () to main memory behind the work that a GPU has to do. Call the result for it: it waits if need be."""
+    if not number.is_cuda:
+        return number.item
+    copy, done = torch.empty((), dtype=number.dtype, device="cpu", pin_memory=True), torch.cuda.Event()
+    copy.copy_(number, non_blocking=True)
+    done.record(torch.cuda.current_stream(number.device))
+
+    def read() -> float:
+        done.synchronize()
+        return copy.item()
+    return read

@@ -40,11 +40,11 @@ def device() -> Path:
     return made
 
 
-def counts(**case: Any) -> dict[str, Any]:
-    """What ``count.py`` counts in a step, see there."""
+def counts(script: str = "count", **case: Any) -> dict[str, Any]:
+    """What ``count.py``, or the other script, counts in a step, see there."""
     environment = os.environ | {"LD_PRELOAD": str(device()), "LD_LIBRARY_PATH": str(Path(torch.__file__).parent / "lib"),
                                 "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.cuda_stand_in.count", json.dumps(case)],
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", f"tests.cuda_stand_in.{script}", json.dumps(case)],
                           env=environment, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     return json.loads(done.stdout)

@@ -117,6 +117,14 @@ class Net(nn.Module):
             return self.layers(images)
 
 
+def pretend(head: nn.Module) -> None:
+    """That there is a GPU, once a head is built: with one, tensors would be made on the CPU first."""
+    torch.cuda.is_available, torch.cuda.device_count, torch.cuda.current_device = lambda: True, lambda: 1, lambda: 0
+    if kept := getattr(getattr(head, "pool", None), "kept", None):
+        kept_weights.seen_by = lambda device, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        kept._apply(lambda tensor: tensor.to("cuda"))
+
+
 def main() -> None:
     case = dict(fp16=True, ranks=1, autocast="float16", f2c_pool_dtype="float16") | json.loads(sys.argv[1])
     ranks, autocast, slots = case.pop("ranks"), getattr(torch, case.pop("autocast")), case.pop("slots", 200_000)
@@ -136,11 +144,7 @@ def main() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         net = Net().train()
         head = factory(cfg, net, margin).train()
-        # Not before, because with a GPU tensors are made on the CPU first.
-        torch.cuda.is_available, torch.cuda.device_count, torch.cuda.current_device = lambda: True, lambda: 1, lambda: 0
-        if hasattr(head.pool, "kept"):
-            kept_weights.seen_by = lambda device, tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            head.pool.kept._apply(lambda tensor: tensor.to("cuda"))
+        pretend(head)
         images = torch.empty(cfg["batch_size"], 3, 8, 8)
         labels = torch.empty(cfg["batch_size"], dtype=torch.int64)
         for step in range(3):
