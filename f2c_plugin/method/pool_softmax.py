@@ -139,9 +139,9 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
 
         # The step at right angles to the direction, in units of the weight's length.
         inverse = inverse_lengths(row)  # of what half precision has left of the unit vector
-        along = torch.einsum("cd,cd->c", gradient, row)[:, None] * inverse
+        along = (gradient * row).sum(1, keepdim=True) * inverse
         step = rate / lengths[chunk].to(probes.dtype).square()
-        across = (torch.einsum("cd,cd->c", gradient, gradient)[:, None] - along.square()).clamp(min=0)
+        across = (gradient.norm(dim=1, keepdim=True).square() - along.square()).clamp(min=0)
         growth = (1 + step.square() * across).sqrt()
         row.mul_((1 + step * along) * inverse / growth).addcmul_(gradient, step / growth, value=-1)
         lengths[chunk] *= growth
