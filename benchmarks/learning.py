@@ -8,7 +8,6 @@ pairs of images of unseen identities, at equal images: means over the seeds; of 
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,13 +42,16 @@ class Row(NamedTuple):
     runs: dict[str, list[Result]]
 
 
-def rows() -> Iterator[Row]:
-    for file in sorted(RESULTS.glob("learning_*.json")):
+def rows() -> list[Row]:
+    """In the order of their worlds and passes."""
+    found: list[Row] = []
+    for file in RESULTS.glob("learning_*.json"):
         report = json.loads(file.read_text())
         for each in report["tables"]:
             if each["equal"] == "images":
                 runs = {name: row["runs"] for name, row in each["rows"].items() if name in HEADS}
-                yield Row(world(report["setting"]), each["passes"], runs)
+                found.append(Row(world(report["setting"]), each["passes"], runs))
+    return sorted(found, key=lambda row: (row.world, row.passes))
 
 
 def tars(runs: list[Result], far: str = "1e-3") -> np.ndarray:
@@ -79,7 +81,7 @@ def plot(path: Path) -> None:
     from f2c_plugin.tools.plotting import pyplot
 
     plt = pyplot()
-    found = list(rows())[::-1]
+    found = rows()[::-1]
     baseline, *others = HEADS
     figure, axis = plt.subplots(figsize=(10, 1.5 + 0.45 * len(found)), layout="constrained")
     for number, head in enumerate(others):
