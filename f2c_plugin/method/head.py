@@ -1,5 +1,7 @@
 """The F²C head as published: probe net, gallery net, pool and loss put together (paper, algorithm 1)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from f2c_plugin.method.pool import DynamicClassPool, PoolView
 from f2c_plugin.method.pool_head import PoolHead, StepStatistics
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.method.slots import NOT_IN_POOL
-from f2c_plugin.utils.distributed import gather, this_rank
+from f2c_plugin.utils.distributed import gather, gather_meanwhile, this_rank
 from f2c_plugin.utils.inputs import ImageHook, check_batch, check_room, embeddings_in, identities_in
 from f2c_plugin.utils.tensors import at_least_float32, without_autocast
 
@@ -56,7 +58,8 @@ class F2CHead(PoolHead):
         self.gradient_acc = gradient_acc
         self.autocast = autocast
         self._last_followed: int = 0  # the step before which the gallery net last followed
-        self._hooked: tuple[int, Tensor] | None = None  # number of images and their gallery features
+        # Number of images, and what returns the gallery features of all ranks: they are gathered while the probe net runs.
+        self._hooked: tuple[int, Callable[[], Tensor]] | None = None
         self._hook = ImageHook(backbone, self._take_images) if hook else None
 
     @property
@@ -77,14 +80,14 @@ class F2CHead(PoolHead):
                 labels are noticed on the CPU only: reading them from a GPU would stall the step.
             ConfigError: a pool with fewer slots than the gathered batch may hold identities.
         """
-        num_images, gallery = self._gallery_features(images)
+        num_images, gather_features = self._gallery_features(images)
         labels = identities_in(local_labels)
         probes = at_least_float32(embeddings_in(local_embeddings))
         if not self.symmetric and len(probes) == num_images:
             probes = probes.chunk(2)[1]
         check_batch(num_images, probes, labels, self.symmetric, self.pool.embedding_size, self.pool.num_identities)
         check_room(num_images // 2 * this_rank()[1], self.pool.num_identities, self.pool.num_slots)
-        half_steps = self._half_steps(probes, labels, gallery)
+        half_steps = self._half_steps(probes, labels, gather_features())
         margin = self.schedule.margin_at(self.steps)
         with without_autocast(probes.device.type):  # ``self.autocast`` alone decides
             quality = self.quality(probes) if self.quality else None
@@ -94,11 +97,13 @@ class F2CHead(PoolHead):
         self._report(result, [each.view for each in half_steps], margin.scale)
         return result.loss
 
-    def _half_steps(self, probes: Tensor, labels: Tensor, gallery: Tensor) -> list[HalfStep]:
-        """The half-steps of a batch: all of them start from the pool as it is."""
+    def _half_steps(self, probes: Tensor, labels: Tensor, features: Tensor) -> list[HalfStep]:
+        """The half-steps of a batch: all of them start from the pool as it is.
+
+        ``features`` are those of the gallery net, (W, B, D), or of x alone (W, B/2, D).
+        """
         label_x, label_y = labels.chunk(2)  # (B/2,)
         all_x, all_y = (half.flatten() for half in gather(labels).chunk(2, dim=1))  # (W·B/2,)
-        features = gather(gallery)  # (W, B, D), or of x alone (W, B/2, D)
         if not self.symmetric:
             return [HalfStep(probes, label_y, all_y, self.pool.preview(all_x, features.flatten(0, 1)))]
         features_x, features_y = (half.flatten(0, 1) for half in features.chunk(2, dim=1))  # (W·B/2, D)
@@ -107,19 +112,19 @@ class F2CHead(PoolHead):
                 HalfStep(probe_y, label_y, all_y, self.pool.preview(all_x, features_x))]
 
     def _take_images(self, images: Tensor) -> Tensor:
-        """What the hook does with a batch: its gallery features are kept, and the probe images returned."""
+        """What the hook does with a batch: its gallery features are gathered, and the probe images returned."""
         if len(images) < 2:
             raise InputError(f"a batch of {len(images)} images: F²C needs an even batch, gallery and probe")
-        self._hooked = len(images), self._embed(images)
+        self._hooked = len(images), gather_meanwhile(self._embed(images))
         return images if self.symmetric else images.chunk(2)[1]
 
-    def _gallery_features(self, images: Tensor | None) -> tuple[int, Tensor]:
-        """(B, gallery features of the batch), of the images given or of those that the hook saw."""
+    def _gallery_features(self, images: Tensor | None) -> tuple[int, Callable[[], Tensor]]:
+        """(B, what returns the gallery features of all ranks), of the images given or of those that the hook saw."""
         if images is not None:
             if self._hook is not None:
                 raise InputError("the head already takes the images from the backbone's forward pass: leave out images=, or "
                                  "build the head with hook=False")
-            return len(images), self._embed(images)
+            return len(images), gather_meanwhile(self._embed(images))
         if self._hooked is None:
             raise InputError("the F²C head has seen no images: " + (
                 "pass them, head(embeddings, labels, images=images)" if self._hook is None else

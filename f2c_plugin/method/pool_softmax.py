@@ -24,6 +24,7 @@ from f2c_plugin.utils.tensors import (
     at_least_float32,
     inverse_lengths,
     largest_of_columns,
+    lengths as lengths_of,
     rounded_at_random,
     with_gradient,
 )
@@ -141,7 +142,7 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
         inverse = inverse_lengths(row)  # of what half precision has left of the unit vector
         along = (gradient * row).sum(1, keepdim=True) * inverse
         step = rate / lengths[chunk].to(probes.dtype).square()
-        across = (gradient.norm(dim=1, keepdim=True).square() - along.square()).clamp(min=0)
+        across = (lengths_of(gradient)[:, None].square() - along.square()).clamp(min=0)
         growth = (1 + step.square() * across).sqrt()
         row.mul_((1 + step * along) * inverse / growth).addcmul_(gradient, step / growth, value=-1)
         lengths[chunk] *= growth

@@ -1,6 +1,8 @@
 """Collectives and sharding. With one rank, or without a process group, all of it is free."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, distributed
 
@@ -14,12 +16,21 @@ def this_rank() -> tuple[int, int]:
 
 def gather(local: Tensor) -> Tensor:
     """The tensors (n, …) of all ranks in rank order, (W, n, …)."""
+    return gather_meanwhile(local)()
+
+
+def gather_meanwhile(local: Tensor) -> Callable[[], Tensor]:
+    """Begins to ``gather`` while other work goes on. The result returns the tensors."""
     _, world_size = this_rank()
     if world_size == 1:
-        return local[None]
-    parts = local.new_empty(world_size, *local.shape)
-    distributed.all_gather(list(parts), local.contiguous())
-    return parts
+        return lambda: local[None]
+    parts, local = local.new_empty(world_size, *local.shape), local.contiguous()
+    work: Any = distributed.all_gather(list(parts), local, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return parts
+    return finish
 
 
 @dataclass(frozen=True)
