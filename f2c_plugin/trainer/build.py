@@ -125,6 +125,9 @@ def build_optimizer(cfg: Config, parameters: Iterable[Any]) -> torch.optim.Optim
 def _fuse(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         group["fused"] = True
+        for parameter in group["params"]:
+            if "step" in (state := optimizer.state.get(parameter, {})):  # AdamW's
+                state["step"] = state["step"].to(parameter.device)
 
 
 def learning_rate(cfg: Config, step: int, total_steps: int) -> float:
