@@ -118,16 +118,24 @@ def build_optimizer(cfg: Config, parameters: Iterable[Any]) -> torch.optim.Optim
         optimizer = torch.optim.AdamW(parameters, cfg["lr"], weight_decay=cfg["weight_decay"], fused=True)
     else:
         raise ConfigError(f"optimizer={cfg['optimizer']!r}: must be 'sgd' or 'adamw'")
-    optimizer.register_load_state_dict_post_hook(_fuse)  # checkpoints of 0.2 say that it is not
+    optimizer.register_load_state_dict_post_hook(_fit_for_fused_steps)
     return optimizer
 
 
-def _fuse(optimizer: torch.optim.Optimizer) -> None:
+def _fit_for_fused_steps(optimizer: torch.optim.Optimizer) -> None:
+    """What a checkpoint of 0.2 lacks: its steps were not fused, and its nets not channels_last.
+
+    A fused step goes over memory, whatever the strides, so that state in another layout would be that of other numbers.
+    """
     for group in optimizer.param_groups:
         group["fused"] = True
         for parameter in group["params"]:
-            if "step" in (state := optimizer.state.get(parameter, {})):  # AdamW's
-                state["step"] = state["step"].to(parameter.device)
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                elif name == "step":  # AdamW's
+                    state[name] = value.to(parameter.device)
 
 
 def learning_rate(cfg: Config, step: int, total_steps: int) -> float:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from f2c_plugin.method.gallery import GalleryNet
+from f2c_plugin.utils.tensors import step_towards
 
 
 def net():
@@ -46,3 +47,13 @@ def test_it_takes_no_gradient():
     gallery = GalleryNet(net())
     assert not gallery(torch.randn(4, 3, 8, 8)).requires_grad
     assert not any(parameter.requires_grad for parameter in gallery.parameters())
+
+
+def test_following_does_not_depend_on_the_layout_of_either_net():
+    own, theirs = torch.randn(4, 3, 3, 3), torch.randn(4, 3, 3, 3)
+    expected = 0.9 * own + 0.1 * theirs
+    for own_layout in torch.contiguous_format, torch.channels_last:
+        for their_layout in torch.contiguous_format, torch.channels_last:
+            followed = own.clone(memory_format=own_layout)
+            step_towards([followed], [theirs.clone(memory_format=their_layout)], 0.1)
+            torch.testing.assert_close(followed, expected)
