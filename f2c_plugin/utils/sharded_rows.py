@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from f2c_plugin.utils.distributed import WHOLE, Shard
 from f2c_plugin.utils.tensors import at_least_float32, hashed, true_of_all
 
-_BLOCK = 1 << 14  # slots whose first rows are drawn at a time
+_BLOCK = 1 << 10  # slots whose first rows are drawn at a time, in the cache
 
 
 def first_rows_at(*reads: "tuple[ShardedRows, Tensor]") -> tuple[Tensor, ...]:
