@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from comparison import Result, provenance
 from head_step import EMBEDDING_SIZE, HEADS, MARGIN, plot
 
 from f2c_plugin.build import build_head
@@ -37,7 +38,6 @@ from f2c_plugin.models import get_model
 from f2c_plugin.synthetic.dataset import write_dataset
 
 HEAD_STEP = Path(__file__).with_name("head_step.py")
-Result = dict[str, Any]
 
 # (identities, pool rate, heads). Weights of 100 million identities do not fit into most main memories: published head alone.
 HEAD = [(1_000_000, 0.1, "f2c f2c_paper partial_fc floor"), (10_000_000, 0.1, "f2c f2c_paper partial_fc floor"),
@@ -151,8 +151,9 @@ def table(results: list[Result]) -> str:
 
 def page(report: Result, picture: str | None) -> str:
     """The results for people."""
-    parts = [f"# {report['machine']}", f"PyTorch {report['torch']}, {report['ranks']} rank(s), commit {report['commit']}. "
-             "Milliseconds a step, medians and quartiles; peak MB, and what `f2c-plugin plan` says."]
+    setting = f"PyTorch {report['versions']['torch']}, {report['ranks']} rank(s), commit {report['commit']}."
+    parts = [f"# {report['machine']}",
+             f"{setting} Milliseconds a step, medians and quartiles; peak MB, and what `f2c-plugin plan` says."]
     for name, results in report["parts"].items():
         parts += [f"## {TITLES[name]}", table(results) if results else "nothing could be measured"]
     if picture:
@@ -172,8 +173,7 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU: --small --device cpu only shows that every line runs")
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    report: Result = dict(machine=machine, torch=torch.__version__, ranks=arguments.ranks, commit=commit, parts={})
+    report: Result = provenance() | dict(machine=machine, ranks=arguments.ranks, parts={})
     name = "gpu_" + re.sub(r"\W+", "_", machine).strip("_").lower()
     arguments.out.mkdir(parents=True, exist_ok=True)
     picture = None

@@ -296,12 +296,18 @@ def test_labels_may_come_as_a_column(recipe):
 def test_backbone_and_pool_may_have_different_dtypes(dtype, pool_dtype, recipe):
     expected_net = make_net(torch.float64)
     expected_head = make_head(expected_net, pool_dtype=torch.float64, recipe=recipe)
+    # In 6 dimensions vectors of signs are alike, and which of them is hardest would be up to the rounding.
+    generator = torch.Generator().manual_seed(2968811710)
+    drawn = torch.randn(len(expected_head.pool.rows), 1024, EMBEDDING_SIZE, generator=generator)
+    rows = nn.functional.normalize(drawn[:, :expected_head.pool.num_slots], dim=2)
+    expected_head.pool.rows.copy_(rows)
     expected = train(expected_net, expected_head, batches(4, dtype=torch.float64))
     net = make_net(dtype)
     head = make_head(net, pool_dtype=pool_dtype, recipe=recipe)
+    head.pool.rows.copy_(rows)
     losses = train(net, head, batches(4, dtype=dtype))
     exact = dtype in DTYPES[:2] and pool_dtype == torch.float32
-    assert losses == pytest.approx(expected, rel=1e-5 if exact else 0.05)
+    assert losses == pytest.approx(expected, rel=1e-5 if exact else 0.03)
     assert head.pool.rows.dtype == pool_dtype and net[1].weight.grad.dtype == dtype
     head.pool.validate()
 

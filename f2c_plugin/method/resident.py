@@ -46,6 +46,13 @@ class Arrival(NamedTuple):
     num_not_finite: Tensor
 
 
+class _Lengths(ShardedRows):
+    """Lengths of class weights, which all begin with FIRST_NORM."""
+
+    def _first_rows(self, num_rows: int, size: int, seed: int, dtype: torch.dtype) -> Tensor:
+        return torch.full((num_rows, self.end - self.first, size), FIRST_NORM, dtype=dtype)
+
+
 class ResidentPool(Slots):
     """K slots, each the class weight of an identity; assigned by exact LRU.
 
@@ -61,8 +68,7 @@ class ResidentPool(Slots):
     def __init__(self, num_slots: int, num_identities: int, embedding_size: int, seed: int = 0,
                  dtype: torch.dtype = torch.float32, shard: Shard = WHOLE, folder: Path | None = None):
         super().__init__(1, num_slots, num_identities, embedding_size, seed, dtype, shard)
-        self.lengths = ShardedRows(1, num_slots, 1, dtype=torch.promote_types(dtype, torch.float32), shard=shard)
-        self.lengths.rows.fill_(FIRST_NORM)
+        self.lengths = _Lengths(1, num_slots, 1, dtype=torch.promote_types(dtype, torch.float32), shard=shard)
         self.kept = KeptWeights(num_identities, embedding_size, dtype, shard, folder)
 
     @torch.no_grad()
