@@ -245,7 +245,7 @@ def partial_fc(cfg: Any, backbone: Any, margin_loss: Any) -> torch.nn.Module:
             now = schedule.margin_at(next(steps))
             margin.s, margin.m2, margin.m3 = now.scale, now.angular, now.additive
         head.register_forward_pre_hook(set_margin)
-    return head
+    return head.to(next(backbone.parameters()).device)
 
 
 build.BUILT_IN_HEADS[PARTIAL_FC] = partial_fc

@@ -45,19 +45,19 @@ HEAD = [(1_000_000, 0.1, "f2c f2c_paper partial_fc floor"), (10_000_000, 0.1, "f
 STEPS = [("r50", 1_000_000), ("r100", 1_000_000)]
 SMALL_HEAD = [(20_000, 0.1, "f2c f2c_paper partial_fc floor"), (50_000, 0.1, "f2c f2c_paper partial_fc floor")]
 SMALL_STEPS = [("tiny", 20_000)]
-SECONDS = 240  # that a measurement may take before it is left out
 
 
 def head_step(arguments: argparse.Namespace, *options: object) -> Result | None:
-    """What `head_step.py` measures; None if it fails, which is shown."""
+    """What `head_step.py` measures; None if it fails, or there is no time for it, which is shown."""
     command = [sys.executable, "-W", "ignore", str(HEAD_STEP), "--json", "--device", arguments.device, "--ranks",
                str(arguments.ranks), "--repeats", str(arguments.repeats), *map(str, options)]
     if not arguments.small:
         command += ["--fp16", "--pool-dtype", "float16"]
+    seconds = arguments.end - time.monotonic()
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=SECONDS)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=max(0.0, seconds))
     except subprocess.TimeoutExpired:
-        print(f"left out, for it took over {SECONDS} s: {' '.join(command[3:])}", file=sys.stderr)
+        print(f"left out, for --minutes {arguments.minutes:g} are over: {' '.join(command[3:])}", file=sys.stderr)
         return None
     if done.returncode:
         print(f"left out, for it failed: {' '.join(command[3:])}", file=sys.stderr)
@@ -167,12 +167,14 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--ranks", type=int, default=1, help="GPUs")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--minutes", type=float, default=9, help="after which what is left is left out")
     parser.add_argument("--small", action="store_true", help="only to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU: --small --device cpu only shows that every line runs")
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
+    arguments.end = time.monotonic() + 60 * arguments.minutes
     report: Result = provenance() | dict(machine=machine, ranks=arguments.ranks, parts={})
     name = "gpu_" + re.sub(r"\W+", "_", machine).strip("_").lower()
     arguments.out.mkdir(parents=True, exist_ok=True)

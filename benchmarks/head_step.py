@@ -92,7 +92,8 @@ def partial_fc(net, identities, arguments):
     losses, partial_fc_v2 = arcface_torch_modules(arguments.checkout)
     margin_loss = losses.CombinedMarginLoss(MARGIN.scale, 1.0, 0.0, MARGIN.additive)
     rate = arguments.slots_of(identities) / identities
-    return partial_fc_v2.PartialFC_V2(margin_loss, EMBEDDING_SIZE, identities, rate, False)
+    with torch.device(arguments.device):  # a CPU would take a minute to draw the weights of ten million identities
+        return partial_fc_v2.PartialFC_V2(margin_loss, EMBEDDING_SIZE, identities, rate, False)
 
 
 class Floor(nn.Module):
@@ -190,6 +191,7 @@ def work(name, identities, rank, arguments, rendezvous, pipe):
                                    rank=rank, world_size=arguments.ranks)
     if arguments.device == "cuda":
         torch.cuda.set_device(rank)
+        torch.backends.cudnn.benchmark = True  # as in arcface_torch's script
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // arguments.ranks))
     torch.manual_seed(rank)
@@ -264,7 +266,8 @@ def measure(arguments, cases):
 
 def measure_in_turn(arguments, cases):
     """As ``measure``; all cases at once."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["head_step"])  # once for all of them
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = {}, []
         for name, identities in cases:
@@ -297,7 +300,10 @@ def measure_in_turn(arguments, cases):
         return measured
 
 
-def needed_mb(name, identities):
+def needed_mb(name, identities, arguments):
+    if arguments.device == "cuda" and name == "partial_fc":
+        plan = plan_of(arguments, identities)
+        return 1.1 * plan.partial_fc(plan.pool_rate) / 2**20
     return COPIES.get(name, 0) * identities * EMBEDDING_SIZE * 4 / 2**20
 
 
@@ -426,7 +432,7 @@ def main():
         for name in HEADS:
             if name not in arguments.heads or name in (WITHOUT_BACKBONE if arguments.network else WITH_BACKBONE):
                 continue
-            if (needed := needed_mb(name, identities)) < available:
+            if (needed := needed_mb(name, identities, arguments)) < available:
                 cases.append((name, identities))
                 available -= needed if arguments.device == "cpu" else 0  # where all are measured at once
             else:

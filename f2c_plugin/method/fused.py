@@ -3,11 +3,12 @@
 They compute what ``pool_softmax`` says; its PyTorch operators are their reference and their fallback. Rows are keys and values
 of an attention at once, so that a block of them serves both products while it is on the chip.
 
-Nothing here has run on a GPU. Tests run the kernels on the CPU, in Triton's interpreter, and compile them for GPUs.
+Tests run the kernels on the CPU, in Triton's interpreter, and compile them for GPUs; on a GPU: `make gpu`.
 """
 
 import itertools
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -15,31 +16,46 @@ import triton.language as tl
 from torch import Tensor
 
 from f2c_plugin.method.pool_softmax import LEFT_OUT, num_parts
+from f2c_plugin.utils.replay import Number
 from f2c_plugin.utils.tensors import DROPPED_BITS
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _UNIT = 128  # slots; parts of the pool are multiples of it, and so of every block of slots
 _TUNED_ON = 1 << 16  # slots, enough for all multiprocessors
+_PRECISION = "ieee"  # of products in float32
 _tuned: set[tuple[object, ...]] = set()  # what the step has been tuned for
 
 
-def _configs(probes: list[int], slots: list[int]) -> list[triton.Config]:
-    """What is tried on a GPU before the first step, of which the fastest is taken."""
-    tried = [triton.Config({"PROBES": p, "SLOTS": s}, num_warps=warps, num_stages=stages)
-             for p, s, warps, stages in itertools.product(probes, slots, [4, 8], [1, 2])]
-    return tried[:1] if IS_INTERPRETED else tried
+def _milliseconds(kernel: Callable[[], None], quantiles: Sequence[float]) -> list[float]:
+    """Median of a few calls. Unlike Triton's own measure it takes no memory: a pool does not fit into a GPU's cache anyway."""
+    kernel()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
+    for event in events:
+        event.record()
+        kernel()
+    torch.cuda.synchronize()
+    median = sorted(start.elapsed_time(end) for start, end in itertools.pairwise(events))[2]
+    return [median] * len(quantiles)
 
 
-@triton.autotune(_configs([16, 32, 64], [32, 64]), key=["size", "num_top"])
-@triton.jit
-def _pass_kernel(queries, rows, left_out, own_slot, largest, total, weighted, top, where, num_probes, num_slots, size, part,
-                 num_top, threshold, first_slot, OUT: tl.constexpr, FILTERED: tl.constexpr, LEFT_OUT: tl.constexpr,
-                 OWN: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr, PROBES: tl.constexpr, SLOTS: tl.constexpr):
+def _configs(*tried: tuple[int, int, int, int]) -> list[triton.Config]:
+    """What is tried on a GPU before the first step, of which the fastest is taken: (probes, slots, warps, stages)."""
+    made = [triton.Config({"PROBES": p, "SLOTS": s}, num_warps=warps, num_stages=stages) for p, s, warps, stages in tried]
+    return made[:1] if IS_INTERPRETED else made
+
+
+@triton.autotune(_configs((32, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 2)), key=["size", "num_top"],
+                 do_bench=_milliseconds)
+@triton.jit(do_not_specialize=["first_slot"])
+def _pass_kernel(queries, rows, left_out, own_slot, largest, total, weighted, top, where, num_probes, num_slots, part,
+                 threshold, first_slot, size: tl.constexpr, num_top: tl.constexpr, OUT: tl.constexpr, FILTERED: tl.constexpr,
+                 LEFT_OUT: tl.constexpr, OWN: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+                 PROBES: tl.constexpr, SLOTS: tl.constexpr):
     """A block of probes against a part of the slots, by online softmax (Milakov and Gimelshein, arXiv 1805.02867)."""
-    split = tl.program_id(0)
-    probe = tl.program_id(1) * PROBES + tl.arange(0, PROBES)
+    # Blocks of probes of the same part run at the same time, so that all but one find its rows in the cache.
+    split = tl.program_id(1)
+    probe = tl.program_id(0) * PROBES + tl.arange(0, PROBES)
     number = tl.arange(0, SIZE)
-    rank = tl.arange(0, TOP)
     is_probe, is_number = probe < num_probes, number < size
     query = tl.load(queries + probe[:, None] * size + number[None, :], mask=is_probe[:, None] & is_number[None, :], other=0)
     if OWN:
@@ -47,16 +63,20 @@ def _pass_kernel(queries, rows, left_out, own_slot, largest, total, weighted, to
     maximum = tl.full((PROBES,), float("-inf"), tl.float32)
     denominator = tl.zeros((PROBES,), tl.float32)
     numerator = tl.zeros((PROBES, SIZE), tl.float32)
-    # The largest logits so far, in no order; what pads them to a power of two is never the smallest.
-    best = tl.where(rank[None, :] < num_top, tl.full((PROBES, TOP), OUT, tl.float32), float("inf"))
-    best_slot = tl.zeros((PROBES, TOP), tl.int64)
+    if num_top == 1:
+        best_slot = tl.zeros((PROBES,), tl.int64)
+    else:
+        rank = tl.arange(0, TOP)
+        # The largest logits so far, in no order; what pads them to a power of two is never the smallest.
+        best = tl.where(rank[None, :] < num_top, tl.full((PROBES, TOP), OUT, tl.float32), float("inf"))
+        best_slot = tl.zeros((PROBES, TOP), tl.int64)
 
     for start in range(split * part, tl.minimum((split + 1) * part, num_slots), SLOTS):
         slot = start + tl.arange(0, SLOTS).to(tl.int64)
         is_slot = slot < num_slots
         row = tl.load(rows + slot[:, None] * size + number[None, :], mask=is_slot[:, None] & is_number[None, :], other=0)
         row = row.to(query.dtype)
-        logits = tl.dot(query, tl.trans(row), input_precision="ieee")  # (PROBES, SLOTS)
+        logits = tl.dot(query, tl.trans(row), input_precision=PRECISION)  # (PROBES, SLOTS)
         if FILTERED:
             filtered = logits > threshold
             logits = tl.where(filtered, 0.0, logits)
@@ -67,66 +87,94 @@ def _pass_kernel(queries, rows, left_out, own_slot, largest, total, weighted, to
             is_in &= own[:, None] != first_slot + slot[None, :]
         logits = tl.where(is_in, logits, OUT)
 
-        worst = tl.min(best, 1)
-        candidates = logits
-        found = tl.max(candidates, 1)
-        while tl.max((found > worst).to(tl.int32), 0) > 0:
-            better = found > worst
-            at = tl.argmax(candidates, 1)
-            place = tl.argmax((best == worst[:, None]).to(tl.int32), 1)
-            replaced = better[:, None] & (rank[None, :] == place[:, None])
-            best = tl.where(replaced, found[:, None], best)
-            best_slot = tl.where(replaced, (start + at.to(tl.int64))[:, None], best_slot)
-            taken = better[:, None] & (tl.arange(0, SLOTS)[None, :] == at[:, None])
-            candidates = tl.where(taken, float("-inf"), candidates)
+        if num_top == 1:  # without a loop, which would keep the next rows from being fetched meanwhile
+            found, at = tl.max(logits, 1, return_indices=True)
+            best_slot = tl.where(found > maximum, start + at.to(tl.int64), best_slot)
+        else:
             worst = tl.min(best, 1)
+            candidates = logits
             found = tl.max(candidates, 1)
+            while tl.max((found > worst).to(tl.int32), 0) > 0:
+                better = found > worst
+                at = tl.argmax(candidates, 1)
+                place = tl.argmax((best == worst[:, None]).to(tl.int32), 1)
+                replaced = better[:, None] & (rank[None, :] == place[:, None])
+                best = tl.where(replaced, found[:, None], best)
+                best_slot = tl.where(replaced, (start + at.to(tl.int64))[:, None], best_slot)
+                taken = better[:, None] & (tl.arange(0, SLOTS)[None, :] == at[:, None])
+                candidates = tl.where(taken, float("-inf"), candidates)
+                worst = tl.min(best, 1)
+                found = tl.max(candidates, 1)
+            found = tl.max(logits, 1)
 
-        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        new_maximum = tl.maximum(maximum, found)
         softmax = tl.exp(logits - new_maximum[:, None])
         shrink = tl.exp(maximum - new_maximum)
         denominator = denominator * shrink + tl.sum(softmax, 1)
         if FILTERED:
             softmax = tl.where(filtered, 0.0, softmax)  # a constant has no gradient
-        numerator = numerator * shrink[:, None] + tl.dot(softmax.to(query.dtype), row, input_precision="ieee")
+        numerator = tl.dot(softmax.to(query.dtype), row, numerator * shrink[:, None], input_precision=PRECISION)
         maximum = new_maximum
 
     out = split * num_probes + probe
     tl.store(largest + out, maximum, mask=is_probe)
     tl.store(total + out, denominator, mask=is_probe)
     tl.store(weighted + out[:, None] * size + number[None, :], numerator, mask=is_probe[:, None] & is_number[None, :])
-    is_top = is_probe[:, None] & (rank[None, :] < num_top)
-    tl.store(top + out[:, None] * num_top + rank[None, :], best, mask=is_top)
-    tl.store(where + out[:, None] * num_top + rank[None, :], best_slot, mask=is_top)
+    if num_top == 1:
+        tl.store(top + out, maximum, mask=is_probe)
+        tl.store(where + out, best_slot, mask=is_probe)
+    else:
+        is_top = is_probe[:, None] & (rank[None, :] < num_top)
+        tl.store(top + out[:, None] * num_top + rank[None, :], best, mask=is_top)
+        tl.store(where + out[:, None] * num_top + rank[None, :], best_slot, mask=is_top)
 
 
-@triton.autotune(_configs([16, 32], [16, 32]), key=["size"])
 @triton.jit
-def _learn_kernel(rows, lengths, probes, log_denominator, own_slot, own_gradient, num_probes, num_slots, size, scale, threshold,
-                  rate, seed, first_slot, FILTERED: tl.constexpr, ROUNDED_BITS: tl.constexpr, SIZE: tl.constexpr,
-                  PROBES: tl.constexpr, SLOTS: tl.constexpr):
+def _hashed(values, seed):
+    """As ``utils.tensors.hashed``; a tenth of the work of Philox, which for bits to round with is too much."""
+    values = values.to(tl.uint32)
+    values = (values ^ (values >> 16)) * 0x7feb352d ^ (seed.to(tl.uint32) * 0x9e3779b9)
+    values = (values ^ (values >> 15)) * 0x846ca68b
+    return values ^ (values >> 16)
+
+
+@triton.autotune(_configs((16, 16, 4, 2), (32, 32, 4, 2), (64, 32, 8, 2), (128, 32, 8, 2)), key=["size"],
+                 do_bench=_milliseconds)
+# Without the list Triton would compile it again for a seed that 16 divides.
+@triton.jit(do_not_specialize=["seed", "first_slot"])
+def _learn_kernel(rows, lengths, probes, log_denominator, own_slot, own_gradient, numbers, num_probes, num_slots, scale, rate,
+                  seed, threshold, first_slot, size: tl.constexpr, GIVEN: tl.constexpr, FILTERED: tl.constexpr,
+                  ROUNDED_BITS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr, PROBES: tl.constexpr,
+                  SLOTS: tl.constexpr):
     """The step of a block of slots; see ``pool_softmax.learn``."""
-    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS).to(tl.int64)
+    if not GIVEN:
+        scale, rate = tl.load(numbers).to(tl.float32), tl.load(numbers + 1).to(tl.float32)
+        seed = tl.load(numbers + 2).to(tl.int32)
+    begin = tl.program_id(0) * SLOTS
+    rows += begin.to(tl.int64) * size
+    slot = begin + tl.arange(0, SLOTS)
     number = tl.arange(0, SIZE)
     is_slot, is_number = slot < num_slots, number < size
-    place = slot[:, None] * size + number[None, :]
-    row = tl.load(rows + place, mask=is_slot[:, None] & is_number[None, :], other=0).to(tl.float32)
-    factor = row.to(probes.dtype.element_ty)
+    place = tl.arange(0, SLOTS)[:, None] * size + number[None, :]  # within the block, so that 32 bits hold it
+    inside = is_slot[:, None] & is_number[None, :]
+    factor = tl.load(rows + place, mask=inside, other=0, eviction_policy="evict_last").to(probes.dtype.element_ty)
     gradient = tl.zeros((SLOTS, SIZE), tl.float32)
     for start in range(0, num_probes, PROBES):
         index = start + tl.arange(0, PROBES)
         is_probe = index < num_probes
-        inside = is_probe[:, None] & is_number[None, :]
-        probe = tl.load(probes + index[:, None] * size + number[None, :], mask=inside, other=0)
-        logits = scale * tl.dot(factor, tl.trans(probe), input_precision="ieee")  # (SLOTS, PROBES)
+        is_there = is_probe[:, None] & is_number[None, :]
+        probe = tl.load(probes + index[:, None] * size + number[None, :], mask=is_there, other=0)
+        logits = scale * tl.dot(factor, tl.trans(probe), input_precision=PRECISION)  # (SLOTS, PROBES)
         softmax = tl.exp(logits - tl.load(log_denominator + index, mask=is_probe, other=float("inf"))[None, :])
         if FILTERED:
-            softmax = tl.where(logits > threshold, 0.0, softmax)
+            softmax = tl.where(logits > scale * threshold, 0.0, softmax)
         own = tl.load(own_slot + index, mask=is_probe, other=-1)
         of_own = tl.load(own_gradient + index, mask=is_probe, other=0)
         softmax = tl.where(first_slot + slot[:, None] == own[None, :], of_own[None, :], softmax)
-        gradient += tl.dot(softmax.to(probe.dtype), probe, input_precision="ieee")
+        gradient = tl.dot(softmax.to(probe.dtype), probe, gradient, input_precision=PRECISION)
 
+    # Read again, from the cache: registers have had no room for it beside the gradient.
+    row = tl.load(rows + place, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
     length = tl.load(lengths + slot, mask=is_slot, other=1.0).to(tl.float32)
     inverse = 1 / tl.sqrt(tl.maximum(tl.sum(row * row, 1), 1e-24))
     along = tl.sum(gradient * row, 1) * inverse
@@ -135,10 +183,10 @@ def _learn_kernel(rows, lengths, probes, log_denominator, own_slot, own_gradient
     growth = tl.sqrt(1 + step * step * across)
     row = row * ((1 + step * along) * inverse / growth)[:, None] - gradient * (step / growth)[:, None]
     if ROUNDED_BITS > 0:  # at random; see ``utils.tensors.rounded_at_random``
-        noise = tl.randint(seed, first_slot * size + place) & ((1 << ROUNDED_BITS) - 1)
-        row = (row.to(tl.int32, bitcast=True) + noise.to(tl.int32)) & (-(1 << ROUNDED_BITS))
+        noise = _hashed(place + (first_slot + begin) * size, seed) & ((1 << ROUNDED_BITS) - 1)
+        row = (row.to(tl.uint32, bitcast=True) + noise) & ((1 << 32) - (1 << ROUNDED_BITS))
         row = row.to(tl.float32, bitcast=True)
-    tl.store(rows + place, row.to(rows.dtype.element_ty), mask=is_slot[:, None] & is_number[None, :])
+    tl.store(rows + place, row.to(rows.dtype.element_ty), mask=inside)
     tl.store(lengths + slot, (length * growth).to(lengths.dtype.element_ty), mask=is_slot)
 
 
@@ -154,10 +202,10 @@ def _pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Tens
                                                          num_splits)
     num_probes, size = queries.shape
     part = triton.cdiv(triton.cdiv(len(rows), num_splits), _UNIT) * _UNIT
-    _pass_kernel[lambda chosen: (num_splits, triton.cdiv(num_probes, chosen["PROBES"]))](
-        queries, rows, left_out, own_slot, largest, total, weighted, top, where, num_probes, len(rows), size, part, num_top,
-        threshold, first_slot, OUT=LEFT_OUT, FILTERED=threshold > 0, LEFT_OUT=left_out is not None, OWN=own_slot is not None,
-        TOP=max(2, triton.next_power_of_2(num_top)), SIZE=_padded(size))
+    _pass_kernel[lambda chosen: (triton.cdiv(num_probes, chosen["PROBES"]), num_splits)](
+        queries, rows, left_out, own_slot, largest, total, weighted, top, where, num_probes, len(rows), part, threshold,
+        first_slot, size, num_top, OUT=LEFT_OUT, FILTERED=threshold > 0, LEFT_OUT=left_out is not None,
+        OWN=own_slot is not None, TOP=triton.next_power_of_2(num_top), SIZE=_padded(size), PRECISION=_PRECISION)
     return made
 
 
@@ -178,21 +226,32 @@ def one_pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: T
                                                  num_hardest, splits)
     sums = largest + total.log()  # (S, B)
     log_sum_exp = sums.logsumexp(0)
-    mean_row = torch.einsum("sb,sbd->bd", (largest - log_sum_exp).exp(), weighted)
+    mean_row = weighted.mul_((largest - log_sum_exp).exp()[:, :, None]).sum(0)  # (B, D)
     values, best = top.movedim(0, 1).flatten(1).topk(num_hardest)  # (B, h)
     return log_sum_exp, mean_row, where.movedim(0, 1).flatten(1).gather(1, best), values
 
 
-@torch.library.custom_op("f2c_plugin::pool_learn", mutates_args=("rows", "lengths"))
 def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, own_slot: Tensor, own_gradient: Tensor,
-          scale: float, threshold: float, rate: float, seed: int, first_slot: int) -> None:
+          scale: Number, rate: Number, seed: Number, threshold: float, first_slot: int) -> None:
     """The step of ``pool_softmax.learn``, with the probes in the products' type, and as it scales the others."""
+    factors = rows, lengths, probes, log_denominator, own_slot, own_gradient
+    if isinstance(scale, Tensor) and isinstance(rate, Tensor) and isinstance(seed, Tensor):
+        _learn(*factors, torch.stack([scale, rate, seed]), 0.0, 0.0, 0, threshold, first_slot)
+    else:
+        _learn(*factors, None, float(scale), float(rate), int(seed), threshold, first_slot)
+
+
+@torch.library.custom_op("f2c_plugin::pool_learn", mutates_args=("rows", "lengths"))
+def _learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, own_slot: Tensor, own_gradient: Tensor,
+           numbers: Tensor | None, scale: float, rate: float, seed: int, threshold: float, first_slot: int) -> None:
+    """``numbers`` float64 (3,), if there are any, are scale, rate and seed."""
     size = rows.size(1)
 
     def run(rows: Tensor, lengths: Tensor) -> None:
         _learn_kernel[lambda chosen: (triton.cdiv(len(rows), chosen["SLOTS"]),)](
-            rows, lengths, probes, log_denominator, own_slot, own_gradient, len(probes), len(rows), size, scale, threshold,
-            rate, seed, first_slot, FILTERED=threshold > 0, ROUNDED_BITS=DROPPED_BITS.get(rows.dtype, 0), SIZE=_padded(size))
+            rows, lengths, probes, log_denominator, own_slot, own_gradient, numbers, len(probes), len(rows), scale, rate,
+            seed, threshold, first_slot, size, GIVEN=numbers is None, FILTERED=threshold > 0,
+            ROUNDED_BITS=DROPPED_BITS.get(rows.dtype, 0), SIZE=_padded(size), PRECISION=_PRECISION)
 
     kind = size, rows.dtype, lengths.dtype, probes.dtype
     if kind not in _tuned:  # on copies, because each try takes a step
@@ -201,7 +260,7 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
     run(rows, lengths)
 
 
-@learn.register_fake
+@_learn.register_fake
 def _(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, own_slot: Tensor, own_gradient: Tensor,
-      scale: float, threshold: float, rate: float, seed: int, first_slot: int) -> None:
+      numbers: Tensor | None, scale: float, rate: float, seed: int, threshold: float, first_slot: int) -> None:
     return None

@@ -94,7 +94,7 @@ class F2CHead(PoolHead):
             result = pool_loss(half_steps, self.pool, margin, self.num_hard_negatives, self.autocast, quality)
         self.pool.commit(half_steps[-1].view)
         self.steps += 1
-        self._report(result, [each.view for each in half_steps], margin.scale)
+        self._report(result, [each.view for each in half_steps], margin.numbers[0])
         return result.loss
 
     def _half_steps(self, probes: Tensor, labels: Tensor, features: Tensor) -> list[HalfStep]:

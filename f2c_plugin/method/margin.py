@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from f2c_plugin.utils.distributed import gather
+from f2c_plugin.utils.replay import Number
 from f2c_plugin.utils.tensors import at_least_float32, lengths
 
 # Keeps the slope of cos(θ + m), which divides by sin θ, finite at θ = 0.
@@ -40,11 +41,16 @@ class Margin:
         adaptive: whether the margin is AdaFace's, with m = m3 and without m2.
     """
 
-    scale: float
-    angular: float = 0.0
-    additive: float = 0.0
+    scale: Number
+    angular: Number = 0.0
+    additive: Number = 0.0
     filter_threshold: float = 0.0
     adaptive: bool = False
+
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """Scale, angular and additive."""
+        return float(self.scale), float(self.angular), float(self.additive)
 
     def scaled(self, scale: float, share: float) -> "Margin":
         """This margin with another scale and ``share`` of its margins."""
@@ -62,6 +68,8 @@ class Margin:
             below_0 = (angular < 0) & (cosine > angular.cos())  # θ + angular
             target = cosine * angular.cos() - _sine(cosine) * angular.sin()
             return torch.where(below_0, 1.0, target) - self.additive * (1 + quality)
+        if isinstance(self.angular, Tensor):
+            return cosine * self.angular.cos() - _sine(cosine) * self.angular.sin()
         if not self.angular:
             return cosine - self.additive
         return cosine * math.cos(self.angular) - _sine(cosine) * math.sin(self.angular)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from f2c_plugin.utils.distributed import WHOLE, Shard
+from f2c_plugin.utils.replay import Number
 from f2c_plugin.utils.tensors import (
     all_finite,
     at_least_float32,
@@ -36,7 +37,8 @@ LEFT_OUT = -3e4
 # Entries of a chunk of logits. On the CPU a chunk stays in the cache; a GPU needs work for each kernel.
 CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 24}
 
-FUSED_ON = ["cuda"]  # devices
+# Where the fused kernels make the passes, and for which types of the products: in float32 PyTorch's own are faster.
+FUSED_ON = {"cuda": (torch.float16, torch.bfloat16)}
 _MULTIPROCESSORS = 132  # of an H100; an A100 has 108
 
 
@@ -54,7 +56,7 @@ class PoolSoftmax(NamedTuple):
     hardest_cosine: Tensor
 
 
-def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: float, num_hardest: int,
+def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: Number, num_hardest: int,
                  filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
                  first_slot: int = 0, own_slot: Tensor | None = None, fused: bool = True,
                  all_probes: Tensor | None = None) -> PoolSoftmax:
@@ -77,10 +79,12 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: f
     """
     if all_probes is None:
         all_probes = shard.gather(probes.detach()).flatten(0, 1)
-    kernels = _kernels(probes, fused)
+    dtype = dtype or probes.dtype
+    kernels = _kernels(probes, dtype, fused)
     one_pass = kernels.one_pass if kernels else _one_pass
+    threshold = filter_threshold and float(scale) * filter_threshold
     log_sum_exp, mean_row, hardest, values = one_pass(all_probes * scale, rows, left_out, own_slot, first_slot,
-                                                      scale * filter_threshold, num_hardest, dtype or probes.dtype)
+                                                      threshold, num_hardest, dtype)
     if shard.world_size > 1:
         local = slice(shard.rank * len(probes), (shard.rank + 1) * len(probes))
         every = shard.gather(log_sum_exp)  # (W, W·B)
@@ -96,8 +100,8 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: f
 
 @torch.no_grad()
 def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, own_slot: Tensor, own_gradient: Tensor,
-          scale: float, rate: float, filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
-          first_slot: int = 0, fused: bool = True, seed: int = 0) -> None:
+          scale: Number, rate: Number, filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
+          first_slot: int = 0, fused: bool = True, seed: Number = 0) -> None:
     """A step of plain SGD of the class weights, in place: the mean of the probes' losses falls at ``rate``.
 
     The gradient of a probe's loss to its cosine to a slot is s · exp(s·cos − log denominator), or what is given for its own
@@ -122,11 +126,11 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
     log_denominator = (log_denominator - math.log(lift)).masked_fill_(not_finite, torch.inf)
     own_gradient = (lift * own_gradient).masked_fill_(not_finite, 0)
     dtype = dtype or probes.dtype
-    rate *= scale / lift / len(probes)
+    rate = rate * scale / (lift * len(probes))
     factors = probes.to(dtype)
-    if kernels := _kernels(probes, fused):
-        return kernels.learn(rows, lengths, factors, log_denominator, own_slot, own_gradient, scale, scale * filter_threshold,
-                             rate, seed, first_slot)
+    if kernels := _kernels(probes, dtype, fused):
+        return kernels.learn(rows, lengths, factors, log_denominator, own_slot, own_gradient, scale, rate, seed,
+                             filter_threshold, first_slot)
     queries = (probes * scale).to(dtype)
     for chunk in _chunks(rows, max(len(probes), rows.size(1))):
         row = rows[chunk].to(probes.dtype)
@@ -150,9 +154,9 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
             rows[chunk] = rounded_at_random(row, rows.dtype)
 
 
-def _kernels(probes: Tensor, fused: bool) -> Any:
-    """The module with the fused kernels, where they are wanted and run: for float32, on a GPU, with Triton."""
-    if not fused or probes.device.type not in FUSED_ON or probes.dtype != torch.float32:
+def _kernels(probes: Tensor, dtype: torch.dtype, fused: bool) -> Any:
+    """The module with the fused kernels, where they are wanted and run: for float32 probes, on a GPU, with Triton."""
+    if not fused or dtype not in FUSED_ON.get(probes.device.type, ()) or probes.dtype != torch.float32:
         return None
     try:
         from f2c_plugin.method import fused as kernels
@@ -162,11 +166,11 @@ def _kernels(probes: Tensor, fused: bool) -> Any:
 
 
 def num_parts(num_slots: int, num_probes: int) -> int:
-    """Into how many parts the fused kernel splits the slots: about two programs for each multiprocessor of an H100.
+    """Into how many parts the fused kernel splits the slots: about a program for each multiprocessor of an H100.
 
     The same on every card, so that each adds in the same order, and `plan` needs none to know the working memory.
     """
-    return max(1, min(2 * _MULTIPROCESSORS * 64 // max(64, num_probes), num_slots // 1024))
+    return max(1, min(_MULTIPROCESSORS * 64 // max(64, num_probes), num_slots // 1024))
 
 
 def _chunks(rows: Tensor, width: int) -> Iterator[slice]:

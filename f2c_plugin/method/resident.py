@@ -17,8 +17,9 @@ from f2c_plugin.method.margin import Margin
 from f2c_plugin.method.pool_softmax import learn, pool_softmax
 from f2c_plugin.method.slots import NOT_IN_POOL, Slots
 from f2c_plugin.utils.distributed import WHOLE, Shard
+from f2c_plugin.utils.replay import Number
 from f2c_plugin.utils.sharded_rows import ShardedRows, first_rows_at
-from f2c_plugin.utils.tensors import all_finite, at_least_float32, lengths, true_of_all, with_gradient
+from f2c_plugin.utils.tensors import all_finite, at_least_float32, lengths, true_of_all
 
 # Norm of a class weight that enters. Its first steps are large, as those of a full FC layer's weights, which begin with a
 # norm of 0.01 · √D = 0.11 to 0.23; steps at right angles let the norm grow, so later ones are smaller.
@@ -117,19 +118,21 @@ class ResidentLoss(NamedTuple):
     """Loss of a step, and statistics over this rank's images. All float ().
 
     Attributes:
-        loss: mean, with gradient to the embeddings.
+        loss: mean.
+        gradient: (P, D) of the loss to the probes.
         positive_cosine: mean cosine to the own class weight, of images that are not the first of their identity; NaN if
             there are none.
         hard_negative_cosine: mean of the largest cosines to other class weights.
     """
 
     loss: Tensor
+    gradient: Tensor
     positive_cosine: Tensor
     hard_negative_cosine: Tensor
 
 
 def resident_loss(probes: Tensor, all_probes: Tensor, own: slice, arrival: Arrival, pool: ResidentPool, margin: Margin,
-                  rate: float, autocast: bool = False, quality: Tensor | None = None, seed: int = 0) -> ResidentLoss:
+                  rate: Number, autocast: bool = False, quality: Tensor | None = None, seed: Number = 0) -> ResidentLoss:
     """Margin softmax of a rank's embeddings over the K slots; and a step of plain SGD of the class weights.
 
     The first image of an identity is its own target, without margin. Logits of other identities count log((N − 1) / (K − 1))
@@ -157,7 +160,7 @@ def resident_loss(probes: Tensor, all_probes: Tensor, own: slice, arrival: Arriv
         leaf = probes.detach().requires_grad_()
         others = pool_softmax(leaf, pool.rows[0], None, margin.scale, 1, margin.filter_threshold, dtype, pool.shard,
                               pool.first, arrival.slot, pool.fused, all_probes)
-        positive = torch.einsum("pd,pd->p", leaf, arrival.rows[own].to(leaf.dtype))
+        positive = (leaf * arrival.rows[own].to(leaf.dtype)).sum(1)
         # The first image's is 1, of itself, and has no gradient.
         target = margin.scale * margin.target(positive, quality).masked_fill(is_first, 1.0)
         total = torch.logaddexp(others.log_sum_exp + absent, target)
@@ -168,4 +171,4 @@ def resident_loss(probes: Tensor, all_probes: Tensor, own: slice, arrival: Arriv
         learn(pool.rows[0], pool.lengths.rows[0], all_probes, total - absent, arrival.slot, own_gradient, margin.scale, rate,
               margin.filter_threshold, dtype, pool.shard, pool.first, pool.fused, seed)
         positive_cosine = positive.masked_fill(is_first, 0).sum() / (~is_first).sum()
-    return ResidentLoss(with_gradient(probes, loss.detach(), gradient), positive_cosine, others.hardest_cosine.mean())
+    return ResidentLoss(loss.detach(), gradient, positive_cosine, others.hardest_cosine.mean())

@@ -1,5 +1,7 @@
 """The head of the recipe "resident": class weights in the pool, plain shuffled batches, no gallery net."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -11,7 +13,8 @@ from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.method.slots import NOT_IN_POOL
 from f2c_plugin.utils.distributed import gather, this_rank
 from f2c_plugin.utils.inputs import check_numbers, check_room, embeddings_in, identities_in
-from f2c_plugin.utils.tensors import all_finite, at_least_float32, without_autocast
+from f2c_plugin.utils.replay import Number, Replay
+from f2c_plugin.utils.tensors import all_finite, at_least_float32, with_gradient, without_autocast
 
 
 class ResidentHead(PoolHead):
@@ -31,6 +34,7 @@ class ResidentHead(PoolHead):
     def __init__(self, backbone: nn.Module, pool: ResidentPool, schedule: Schedule, autocast: bool = False):
         super().__init__(backbone, pool, schedule)
         self.autocast = autocast
+        self._replay = Replay(self._step)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor, images: Tensor | None = None) -> Tensor:
         """Loss of a batch, and a step of the class weights.
@@ -52,23 +56,38 @@ class ResidentHead(PoolHead):
             raise InputError(f"{len(embeddings)} embeddings and {len(labels)} labels: the head takes what the backbone made of "
                              "a batch, and a label for each image")
         check_numbers(embeddings, labels, self.pool.embedding_size, self.pool.num_identities)
-        rank, world_size = this_rank()
+        world_size = this_rank()[1]
         check_room(len(labels) * world_size, self.pool.num_identities, self.pool.num_slots)
         margin = self.schedule.margin_at(self.steps)
+        numbers = *margin.numbers, self.schedule.slot_rate_at(self.steps), self.steps
         with without_autocast(embeddings.device.type):  # ``self.autocast`` alone decides
-            probes = normalize(embeddings)
-            features = gather(probes.detach()).flatten(0, 1)  # (W·B, D)
-            arrival = self.pool.admit(gather(labels).flatten(), features)
-            own = slice(rank * len(labels), (rank + 1) * len(labels))
-            quality = self.quality(embeddings) if self.quality else None
-            result = resident_loss(probes, features, own, arrival, self.pool, margin, self.schedule.slot_rate_at(self.steps),
-                                   self.autocast, quality, self.steps)
+            if self.pool.fused and not margin.filter_threshold:
+                loss, gradient, *statistics = self._replay((embeddings.detach(), labels), numbers, list(self.buffers()),
+                                                          (self.autocast, world_size, self.schedule.margin))
+            else:
+                loss, gradient, *statistics = self._step(embeddings.detach(), labels, *numbers)
         self.steps += 1
-        self.report(StepStatistics(
-            arrival.was_in_pool[own].mean(dtype=torch.float32), result.positive_cosine, result.hard_negative_cosine,
-            (arrival.evicted != NOT_IN_POOL).sum(dtype=torch.float32), arrival.num_not_finite,
-            all_finite(result.loss.detach()).float(), margin.scale), len(features))
-        return result.loss
+        self.report(StepStatistics(*statistics, scale=numbers[0]), len(labels) * world_size)
+        return with_gradient(embeddings, loss, gradient)
+
+    def _step(self, embeddings: Tensor, labels: Tensor, scale: Number, angular: Number, additive: Number, rate: Number,
+              seed: Number) -> list[Tensor]:
+        """The loss (), its gradient to the embeddings (B, D), and the tensors of StepStatistics."""
+        rank = this_rank()[0]
+        whole = self.schedule.margin
+        margin = replace(whole, scale=scale, angular=angular if whole.angular else 0.0, additive=additive)
+        with torch.enable_grad():
+            leaf = embeddings.detach().requires_grad_()
+            probes = normalize(leaf)
+        features = gather(probes.detach()).flatten(0, 1)  # (W·B, D)
+        arrival = self.pool.admit(gather(labels).flatten(), features)
+        own = slice(rank * len(labels), (rank + 1) * len(labels))
+        quality = self.quality(embeddings) if self.quality else None
+        result = resident_loss(probes, features, own, arrival, self.pool, margin, rate, self.autocast, quality, seed)
+        gradient, = torch.autograd.grad(probes, leaf, result.gradient)
+        return [result.loss, gradient, arrival.was_in_pool[own].mean(dtype=torch.float32), result.positive_cosine,
+                result.hard_negative_cosine, (arrival.evicted != NOT_IN_POOL).sum(dtype=torch.float32),
+                arrival.num_not_finite, all_finite(result.loss).float()]
 
     def put_class_weights(self, identities: Tensor, weights: Tensor) -> None:
         """Start from the weights (n, D) of identities int64 (n,), before the first batch. All ranks call this."""

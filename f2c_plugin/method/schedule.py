@@ -58,8 +58,9 @@ class Schedule:
         if not self.ramp_steps:
             return self.margin
         share = min(1.0, step / self.ramp_steps)
-        start = min(self.start_scale, self.margin.scale)
-        return self.margin.scaled(scale=start + share * (self.margin.scale - start), share=share)
+        scale = self.margin.numbers[0]
+        start = min(self.start_scale, scale)
+        return self.margin.scaled(scale=start + share * (scale - start), share=share)
 
     def slot_rate_at(self, step: int) -> float:
         """Rate of the class weights' steps."""

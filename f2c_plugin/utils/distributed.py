@@ -1,6 +1,7 @@
 """Collectives and sharding. With one rank, or without a process group, all of it is free."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,20 @@ def this_rank() -> tuple[int, int]:
     return 0, 1
 
 
+_recorder: Callable[[Callable[[], Any]], None] | None = None
+
+
+@contextmanager
+def recording(recorder: Callable[[Callable[[], Any]], None]) -> Iterator[None]:
+    """Within, collectives are handed to ``recorder`` instead of called."""
+    global _recorder
+    _recorder = recorder
+    try:
+        yield
+    finally:
+        _recorder = None
+
+
 def gather(local: Tensor) -> Tensor:
     """The tensors (n, …) of all ranks in rank order, (W, n, …)."""
     return gather_meanwhile(local)()
@@ -25,6 +40,9 @@ def gather_meanwhile(local: Tensor) -> Callable[[], Tensor]:
     if world_size == 1:
         return lambda: local[None]
     parts, local = local.new_empty(world_size, *local.shape), local.contiguous()
+    if _recorder:
+        _recorder(lambda: distributed.all_gather(list(parts), local))
+        return lambda: parts
     work: Any = distributed.all_gather(list(parts), local, async_op=True)
 
     def finish() -> Tensor:
@@ -52,7 +70,10 @@ class Shard:
         """The sum over the ranks that share."""
         if self.world_size > 1:
             partial = partial.contiguous()
-            distributed.all_reduce(partial)
+            if _recorder:
+                _recorder(lambda: distributed.all_reduce(partial))
+            else:
+                distributed.all_reduce(partial)
         return partial
 
 

@@ -1,6 +1,6 @@
 """Compiles the fused kernels for a GPU that need not be there: python -m tests.method.compile_fused ARCHITECTURE
 
-Prints JSON: bytes of shared memory of each kernel with the largest blocks that are tried.
+Prints JSON: bytes of shared memory of each kernel with each size of blocks that is tried.
 """
 
 import json
@@ -16,11 +16,12 @@ from f2c_plugin.method.pool_softmax import LEFT_OUT
 HALF, FLOAT, WHOLE = "*fp16", "*fp32", "*i64"
 TYPES = dict(
     queries=HALF, probes=HALF, rows=HALF, lengths=FLOAT, left_out="*i1", own_slot=WHOLE, own_gradient=FLOAT,
-    log_denominator=FLOAT, largest=FLOAT, total=FLOAT, weighted=FLOAT, top=FLOAT, where=WHOLE,
+    log_denominator=FLOAT, largest=FLOAT, total=FLOAT, weighted=FLOAT, top=FLOAT, where=WHOLE, numbers="*fp64",
     scale="fp32", threshold="fp32", rate="fp32")
 CONSTANTS = {
-    fused._pass_kernel: dict(OUT=LEFT_OUT, FILTERED=True, LEFT_OUT=True, OWN=True, TOP=2, SIZE=512),
-    fused._learn_kernel: dict(FILTERED=True, ROUNDED_BITS=13, SIZE=512)}
+    fused._pass_kernel: dict(OUT=LEFT_OUT, FILTERED=True, LEFT_OUT=True, OWN=True, num_top=1, TOP=1, size=512, SIZE=512,
+                              PRECISION="ieee"),
+    fused._learn_kernel: dict(GIVEN=False, FILTERED=True, ROUNDED_BITS=13, size=512, SIZE=512, PRECISION="ieee")}
 
 
 def shared_memory(kernel, config: triton.Config, architecture: int) -> int:
@@ -33,4 +34,5 @@ def shared_memory(kernel, config: triton.Config, architecture: int) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps({kernel.fn.__name__: shared_memory(kernel, kernel.configs[-1], int(sys.argv[1])) for kernel in CONSTANTS}))
+    print(json.dumps({kernel.fn.__name__: [shared_memory(kernel, config, int(sys.argv[1])) for config in kernel.configs]
+                      for kernel in CONSTANTS}))

@@ -21,7 +21,8 @@ def test_the_cpu_never_waits(case):
 @pytest.mark.parametrize("case, kernels, kilobytes_per_slot, megabytes", [
     ({}, 150, 4, 100),
     (dict(autocast="bfloat16", f2c_pool_dtype="bfloat16"), 150, 4, 100),
-    (dict(fp16=False, f2c_pool_dtype="float32"), 150, 7, 100),
+    # By operators: in float32 they are faster on a GPU than the fused kernels, though many more.
+    (dict(fp16=False, f2c_pool_dtype="float32"), 480, 60, 200),
     (PAPER, 400, 2, 150),
     (PAPER | dict(f2c_fused=False), 450, 4, 150)], ids=str)
 def test_a_step_launches_few_kernels_and_moves_few_bytes(case, kernels, kilobytes_per_slot, megabytes):

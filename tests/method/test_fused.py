@@ -22,7 +22,7 @@ FIRST_SLOT = 7
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setattr(pool_softmax, "FUSED_ON", ["cpu"])
+    monkeypatch.setattr(pool_softmax, "FUSED_ON", {"cpu": tuple(TOLERANCE)})
     from f2c_plugin.method import fused
     assert fused.IS_INTERPRETED
     return fused
@@ -121,20 +121,21 @@ def test_heads_learn_the_same_with_fused_kernels(recipe, interpreted, monkeypatc
             losses[fused].append(loss.item())
             losses[fused].append(torch.autograd.grad(loss, net[1].weight)[0].norm().item())
         monkeypatch.undo()
-        monkeypatch.setattr(pool_softmax, "FUSED_ON", ["cpu"])
+        monkeypatch.setattr(pool_softmax, "FUSED_ON", {"cpu": tuple(TOLERANCE)})
         assert made == (["one_pass"] * 4 if recipe == "paper" else ["one_pass", "learn"] * 4) * fused
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
 
 
-@pytest.mark.parametrize("architecture, shared_memory", [(80, 163), (90, 227)], ids=["A100", "H100"])
-def test_they_compile_for_gpus_and_fit_their_shared_memory(architecture, shared_memory, tmp_path):
+@pytest.mark.parametrize("architecture, shared_memory, fitting", [(80, 163, 3), (90, 227, 4)], ids=["A100", "H100"])
+def test_they_compile_for_gpus_and_fit_their_shared_memory(architecture, shared_memory, fitting, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-W", "ignore", "-m", "tests.method.compile_fused", str(architecture)],
                           env=environment | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == {"_pass_kernel", "_learn_kernel"}
-    assert all(0 < used <= 1024 * shared_memory for used in found.values()), found
+    for kernel, used in found.items():  # the tuner leaves out the others
+        assert sum(0 < each <= 1024 * shared_memory for each in used) >= fitting, (kernel, used)
 
 
 def test_without_triton_the_operators_do_the_work(interpreted, monkeypatch):

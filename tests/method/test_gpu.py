@@ -4,12 +4,13 @@ import os
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.functional import normalize
 
 from f2c_plugin import Margin, build_head
 from f2c_plugin.method import pool_softmax
 from f2c_plugin.tools.plan import Plan
+from f2c_plugin.utils import replay
 from f2c_plugin.utils.sharded_rows import ShardedRows
 from tests.runs import history, run
 
@@ -27,10 +28,9 @@ def device():
     return found
 
 
-def make(device, recipe, size=SIZE, slots=SLOTS, identities=IDENTITIES, **keys):
+def make(device, recipe, size=SIZE, slots=SLOTS, identities=IDENTITIES, margin=Margin(32.0, additive=0.2), **keys):
     torch.manual_seed(1)
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, size)).to(device)
-    margin = Margin(32.0, additive=0.2)
     return net, build_head(net, identities, 100, embedding_size=size, margin=margin, num_slots=slots, recipe=recipe, **keys)
 
 
@@ -68,18 +68,59 @@ def test_a_gpu_learns_what_the_cpu_learns(device, recipe, fused):
 @pytest.mark.parametrize("autocast, pool_dtype", [(False, "float32"), (True, "float16"), (True, "bfloat16")])
 def test_a_step_never_makes_the_cpu_wait(device, recipe, fused, autocast, pool_dtype):
     net, head = make(device, recipe, fused=fused, autocast=autocast, pool_dtype=getattr(torch, pool_dtype))
-    steps = list(batches(6, device))
-    losses(net, head, steps[:3])  # the first set up libraries
+    steps = list(batches(8, device))
+    losses(net, head, steps[:5])  # the first set up libraries, and the fourth is recorded
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
     try:
-        for images, labels in steps[3:]:
+        for images, labels in steps[5:]:
             head(net(images), labels, images=images).backward()
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
     head.pool.validate()
+
+
+def two_kinds_of_losses(device, monkeypatch, **keys):
+    """Of steps that are recorded, and of steps that never are; with smaller batches, and after a state was loaded."""
+    found = []
+    for calls_before in (3, 1 << 30):
+        monkeypatch.setattr(replay, "_CALLS_BEFORE", calls_before)
+        net, head = make(device, "resident", autocast=device.type == "cuda", pool_dtype=torch.float16, **keys)
+        some = losses(net, head, batches(12, device)) + losses(net, head, batches(5, device, BATCH // 2))
+        head.load_state_dict(head.state_dict())
+        found.append(some + losses(net, head, batches(8, device)))
+        if device.type == "cuda":
+            assert (head._replay._recording is None) == (calls_before > 3)
+    return found
+
+
+@pytest.mark.parametrize("margin", [dict(additive=0.2), dict(angular=0.3), dict(additive=0.3, adaptive=True)], ids=str)
+def test_recorded_steps_are_those_that_are_not(device, margin, monkeypatch):
+    recorded, others = two_kinds_of_losses(device, monkeypatch, margin=Margin(32.0, **margin))
+    assert recorded == pytest.approx(others, rel=1e-3)
+
+
+def _of_two_ranks(rank, store, device, queue):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        distributed.init_process_group("gloo", store=distributed.FileStore(store, 2), rank=rank, world_size=2)
+        queue.put(two_kinds_of_losses(device, monkeypatch))
+        distributed.destroy_process_group()
+
+
+def test_collectives_lie_between_the_parts_of_a_recording(device, tmp_path):
+    """Two ranks on one GPU, which gloo allows."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    ranks = [context.Process(target=_of_two_ranks, args=(rank, str(tmp_path / "store"), device, queue)) for rank in range(2)]
+    for each in ranks:
+        each.start()
+    found = [queue.get(timeout=120) for _ in ranks]
+    for each in ranks:
+        each.join()
+    for recorded, others in found:
+        assert recorded == pytest.approx(others, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
@@ -128,8 +169,10 @@ def test_memory_is_what_plan_says(device, recipe):
         pytest.skip("the memory of a GPU")
     before = torch.cuda.memory_allocated()
     net, head = make(device, recipe, 512, 200_000, 2_000_000, autocast=True, pool_dtype=torch.float16)
+    steps = list(batches(8, device, 128, 2_000_000))
+    losses(net, head, steps[:1])  # cuBLAS takes memory for itself
     torch.cuda.reset_peak_memory_stats()
-    losses(net, head, batches(4, device, 128, 2_000_000))
+    losses(net, head, steps)
     used = torch.cuda.max_memory_allocated() - before
     plan = Plan(2_000_000, gpus=1, batch_size=128, pool_dtype="float16", recipe=recipe)
     assert used == pytest.approx(plan.f2c(device.type), rel=0.1)
