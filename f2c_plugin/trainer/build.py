@@ -114,6 +114,11 @@ def build_optimizer(cfg: Config, parameters: Iterable[Any]) -> torch.optim.Optim
     """
     if cfg["optimizer"] == "sgd":
         optimizer = torch.optim.SGD(parameters, cfg["lr"], cfg["momentum"], weight_decay=cfg["weight_decay"], fused=True)
+        if cfg["momentum"]:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    # PyTorch leaves it uninitialised if the very first step is left out, as with float16 it nearly always is.
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     elif cfg["optimizer"] == "adamw":
         optimizer = torch.optim.AdamW(parameters, cfg["lr"], weight_decay=cfg["weight_decay"], fused=True)
     else:

@@ -8,7 +8,7 @@ from f2c_plugin.errors import TrainingDiverged
 from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.resident_head import ResidentHead
 from f2c_plugin.utils.safe_load import load_states
-from tests.runs import history, refusal, run
+from tests.runs import history, losses, refusal, run
 from tests.trainer.test_checkpoint import checkpoints
 
 
@@ -63,6 +63,18 @@ def test_gradients_that_are_not_finite_change_nothing(config, monkeypatch):
     run(config(**keys))
     assert before
     assert_whole()
+
+
+@pytest.mark.parametrize("keys", [{}, dict(fp16=True), dict(optimizer="adamw", lr=0.001)], ids=str)
+def test_the_very_first_step_may_be_bad(config, monkeypatch, keys):
+    """As it nearly always is in float16, whose scaler begins too high."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what nobody initialises is NaN
+    try:
+        spoil_images(monkeypatch, {0, 1}, torch.nan)
+        run(config(num_epoch=1, frequent=1, val_targets=[], **keys))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [*losses()] == [12 * step for step in range(3, 11)]  # those that are finite
 
 
 def test_too_many_bad_steps_in_a_row_end_the_training_and_the_last_good_checkpoint_stays(config, monkeypatch):
