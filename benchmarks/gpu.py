@@ -43,7 +43,7 @@ HEAD_STEP = Path(__file__).with_name("head_step.py")
 HEAD = [(1_000_000, 0.1, "f2c f2c_paper partial_fc floor"), (10_000_000, 0.1, "f2c f2c_paper partial_fc floor"),
         (29_000_000, 0.1, "f2c f2c_paper partial_fc floor"), (100_000_000, 0.01, "f2c_paper floor")]
 STEPS = [("r50", 1_000_000), ("r100", 1_000_000)]
-SMALL_HEAD = [(20_000, 0.1, "f2c f2c_paper partial_fc floor"), (50_000, 0.1, "f2c f2c_paper partial_fc floor")]
+SMALL_HEAD = [(20_000, 0.1, "f2c f2c_paper partial_fc floor"), (50_000, 0.1, "f2c_paper floor")]
 SMALL_STEPS = [("tiny", 20_000)]
 
 

@@ -379,10 +379,10 @@ def plot(results, path):
             points = [(result["identities"], result[name + suffix]) for result in results if name + suffix in result]
             if points:
                 axis.loglog(*zip(*points, strict=True), "o-", label=title)
-        if suffix == "_peak_mb" and "f2c_peak_mb" in results[0]:
-            axis.loglog([result["identities"] for result in results],
-                        [result["f2c_peak_mb"] + result["f2c_kept_weights_mb"] for result in results], "C0--",
-                        label="F²C with all weights in main memory")
+        kept = [(result["identities"], result["f2c_peak_mb"] + result["f2c_kept_weights_mb"]) for result in results
+                if "f2c_peak_mb" in result]
+        if suffix == "_peak_mb" and kept:
+            axis.loglog(*zip(*kept, strict=True), "C0--", label="F²C with all weights in main memory")
         low, high = axis.get_ylim()
         axis.set(xlabel="identities", ylabel=label, ylim=(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))))
         axis.grid(alpha=0.3, which="both")

@@ -21,7 +21,7 @@ from f2c_plugin.utils.tensors import DROPPED_BITS
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _UNIT = 128  # slots; parts of the pool are multiples of it, and so of every block of slots
-_TUNED_ON = 1 << 16  # slots, enough for all multiprocessors
+_TUNED_ON = 1 << 14  # slots: four blocks for each multiprocessor, and copies no larger than a step's working memory
 _PRECISION = "ieee"  # of products in float32
 _tuned: set[tuple[object, ...]] = set()  # what the step has been tuned for
 
@@ -130,6 +130,30 @@ def _pass_kernel(queries, rows, left_out, own_slot, largest, total, weighted, to
 
 
 @triton.jit
+def _join_kernel(largest, total, weighted, log_sum_exp, mean_row, num_probes, num_parts, size: tl.constexpr, SIZE: tl.constexpr,
+                 PARTS: tl.constexpr):
+    """What the parts of the slots have found for a probe, put together."""
+    probe = tl.program_id(0)
+    number = tl.arange(0, SIZE)
+    maximum = tl.full((), float("-inf"), tl.float32)
+    denominator = tl.full((), 0.0, tl.float32)
+    numerator = tl.zeros((SIZE,), tl.float32)
+    for start in range(0, num_parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        is_part, place = part < num_parts, part * num_probes + probe
+        of_part = tl.load(largest + place, mask=is_part, other=float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(of_part, 0))
+        shrink, weight = tl.exp(maximum - new_maximum), tl.exp(of_part - new_maximum)
+        denominator = denominator * shrink + tl.sum(weight * tl.load(total + place, mask=is_part, other=0), 0)
+        inside = is_part[:, None] & (number < size)[None, :]
+        rows = tl.load(weighted + place[:, None] * size + number[None, :], mask=inside, other=0)
+        numerator = numerator * shrink + tl.sum(weight[:, None] * rows, 0)
+        maximum = new_maximum
+    tl.store(log_sum_exp + probe, maximum + tl.log(denominator))
+    tl.store(mean_row + probe * size + number, numerator / denominator, mask=number < size)
+
+
+@triton.jit
 def _hashed(values, seed):
     """As ``utils.tensors.hashed``; a tenth of the work of Philox, which for bits to round with is too much."""
     values = values.to(tl.uint32)
@@ -218,15 +242,27 @@ def _parts(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Ten
     return empty(), empty(), empty(queries.size(1)), empty(num_top), empty(num_top, dtype=torch.int64)
 
 
+@torch.library.custom_op("f2c_plugin::pool_join", mutates_args=())
+def _join(largest: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
+    """Of parts (S, B), (S, B) and (S, B, D): log Σ exp (B,) of all slots, and their mean row (B, D)."""
+    num_parts, num_probes, size = weighted.shape
+    log_sum_exp, mean_row = _joined(largest, total, weighted)
+    _join_kernel[num_probes,](largest, total, weighted, log_sum_exp, mean_row, num_probes, num_parts, size, SIZE=_padded(size),
+                              PARTS=16)
+    return log_sum_exp, mean_row
+
+
+@_join.register_fake
+def _joined(largest: Tensor, total: Tensor, weighted: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(largest[0]), torch.empty_like(weighted[0])
+
+
 def one_pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Tensor | None, first_slot: int, threshold: float,
              num_hardest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``pool_softmax._one_pass``."""
     splits = num_parts(len(rows), len(queries)) if rows.is_cuda else 3
-    largest, total, weighted, top, where = _pass(queries.to(dtype), rows, left_out, own_slot, first_slot, threshold,
-                                                 num_hardest, splits)
-    sums = largest + total.log()  # (S, B)
-    log_sum_exp = sums.logsumexp(0)
-    mean_row = weighted.mul_((largest - log_sum_exp).exp()[:, :, None]).sum(0)  # (B, D)
+    *parts, top, where = _pass(queries.to(dtype), rows, left_out, own_slot, first_slot, threshold, num_hardest, splits)
+    log_sum_exp, mean_row = _join(*parts)
     values, best = top.movedim(0, 1).flatten(1).topk(num_hardest)  # (B, h)
     return log_sum_exp, mean_row, where.movedim(0, 1).flatten(1).gather(1, best), values
 

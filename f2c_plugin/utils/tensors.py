@@ -48,7 +48,7 @@ def _signed(bits: int) -> int:
 
 def all_finite(vectors: Tensor) -> Tensor:
     """Which of vectors (…, D) are finite, bool (…,), if their numbers are of moderate size; of a number (), itself."""
-    total = vectors.sum(-1)
+    total = vectors.sum(-1) if vectors.dim() else vectors
     return total - total == 0  # NaN is not equal to 0
 
 

@@ -65,7 +65,7 @@ def test_a_gpu_learns_what_the_cpu_learns(device, recipe, fused):
 
 @RECIPES
 @FUSED
-@pytest.mark.parametrize("autocast, pool_dtype", [(False, "float32"), (True, "float16"), (True, "bfloat16")])
+@pytest.mark.parametrize("autocast, pool_dtype", [(False, "float32"), (True, "float32"), (True, "float16"), (True, "bfloat16")])
 def test_a_step_never_makes_the_cpu_wait(device, recipe, fused, autocast, pool_dtype):
     net, head = make(device, recipe, fused=fused, autocast=autocast, pool_dtype=getattr(torch, pool_dtype))
     steps = list(batches(8, device))
