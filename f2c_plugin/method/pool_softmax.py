@@ -82,7 +82,7 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: N
     dtype = dtype or probes.dtype
     kernels = _kernels(probes, dtype, fused)
     one_pass = kernels.one_pass if kernels else _one_pass
-    threshold = filter_threshold and float(scale) * filter_threshold
+    threshold = float(scale) * filter_threshold if filter_threshold > 0 else 0.0
     log_sum_exp, mean_row, hardest, values = one_pass(all_probes * scale, rows, left_out, own_slot, first_slot,
                                                       threshold, num_hardest, dtype)
     if shard.world_size > 1:

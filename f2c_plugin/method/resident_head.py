@@ -61,6 +61,7 @@ class ResidentHead(PoolHead):
         margin = self.schedule.margin_at(self.steps)
         numbers = *margin.numbers, self.schedule.slot_rate_at(self.steps), self.steps
         with without_autocast(embeddings.device.type):  # ``self.autocast`` alone decides
+            # Kernels get the threshold of a filter as a number, which moves with the scale.
             if self.pool.fused and not margin.filter_threshold:
                 loss, gradient, *statistics = self._replay((embeddings.detach(), labels), numbers, list(self.buffers()),
                                                           (self.autocast, world_size, self.schedule.margin))

@@ -41,7 +41,7 @@ class Replay:
             constants: all else that the function depends on.
         """
         device = inputs[0].device
-        if not can_record(device, state):
+        if not _can_record(device, state):
             return self.function(*inputs, *numbers)
         of = constants, [(each.shape, each.dtype) for each in inputs], [each.data_ptr() for each in state]
         if of != self._of:
@@ -63,7 +63,7 @@ class Replay:
         return {"function": self.function, "_of": None, "_calls": 0, "_recording": None}
 
 
-def can_record(device: torch.device, state: Sequence[Tensor]) -> bool:
+def _can_record(device: torch.device, state: Sequence[Tensor]) -> bool:
     """Whether the calls can be recorded: everything is on a GPU, and nobody else is recording."""
     return (device.type == "cuda" and torch.cuda.is_initialized() and all(each.is_cuda for each in state)
             and not torch.cuda.is_current_stream_capturing())

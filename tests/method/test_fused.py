@@ -77,6 +77,20 @@ def test_a_step_equals_the_operators(dtype, num_probes, num_slots, size, thresho
         torch.testing.assert_close(new.double(), expected, rtol=0, atol=TOLERANCE[dtype])
 
 
+def test_scale_rate_and_seed_may_be_tensors(interpreted):
+    """As in a recorded step, where they change and the kernel must read them on the GPU."""
+    probes, rows, own_slot = case(5, 70, 24, torch.float16)
+    given = probes, (SCALE * probes @ rows.T).logsumexp(1), own_slot, -torch.ones(5)
+    found = []
+    for numbers in (SCALE, 0.7, 5), torch.tensor([SCALE, 0.7, 5], dtype=torch.float64).unbind():
+        changed = rows.half(), torch.ones(70, 1)
+        scale, rate, seed = numbers
+        learn(*changed, *given, scale, rate, dtype=torch.float16, seed=seed)
+        found.append(changed)
+    assert not torch.equal(found[0][0], rows.half())
+    assert all(map(torch.equal, *found))
+
+
 def test_half_precision_is_rounded_at_random_and_differently_in_each_step(interpreted):
     probes, rows, own_slot = case(4, 40, 16, torch.float16)
     rest = (SCALE * probes @ rows.T).logsumexp(1), own_slot, -torch.ones(4), SCALE, 1e-3

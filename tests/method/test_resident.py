@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from f2c_plugin import Margin, build_head
 from f2c_plugin.errors import ConfigError, InputError
 from f2c_plugin.method import pool_softmax
+from f2c_plugin.utils.replay import Replay
 from f2c_plugin.utils.tensors import rounded_at_random
 from tests.reference.resident import SlowResident
 
@@ -193,6 +194,22 @@ def test_bad_batches_are_refused_with_what_was_found():
         head(embeddings, torch.arange(BATCH) * 40 // (BATCH - 1))
     with pytest.raises(ConfigError, match="a pool of 14 slots, but a gathered batch holds up to 20 identities"):
         head(torch.cat([embeddings, embeddings[:8]]), torch.cat([labels, labels[:8]]))
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+def test_numbers_of_a_step_may_be_tensors(margin, monkeypatch):
+    """As in a recorded step, which reads them on the GPU."""
+    expected, found = make_head(MARGINS[margin]), make_head(MARGINS[margin])
+    losses = [expected(*batch).item() for batch in batches()]
+    called = []
+
+    def call(self, inputs, numbers, state, constants):
+        called.append(constants)
+        return self.function(*inputs, *torch.tensor(numbers, dtype=torch.float64).unbind())
+    monkeypatch.setattr(Replay, "__call__", call)
+    assert [found(*batch).item() for batch in batches()] == pytest.approx(losses, abs=1e-12)
+    filtered = MARGINS[margin].filter_threshold > 0  # such steps are not recorded
+    assert len(called) == (0 if filtered else STEPS) and len(set(called)) <= 1
 
 
 def test_statistics_are_those_of_the_batch():
