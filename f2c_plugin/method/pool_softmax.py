@@ -37,6 +37,9 @@ LEFT_OUT = -3e4
 # Entries of a chunk of logits. On the CPU a chunk stays in the cache; a GPU needs work for each kernel.
 CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 24}
 
+# Entries of logits that a step keeps for ``learn``, which else makes them once more. On a GPU that takes less time than memory.
+KEPT_LOGITS = {"cpu": 1 << 24}
+
 # Where the fused kernels make the passes, and for which types of the products: in float32 PyTorch's own are faster.
 FUSED_ON = {"cuda": (torch.float16, torch.bfloat16)}
 _MULTIPROCESSORS = 132  # of an H100; an A100 has 108
@@ -49,17 +52,19 @@ class PoolSoftmax(NamedTuple):
         log_sum_exp: (B,) of s·cos over the slots, with gradient to the probes.
         hardest: int64 (B, h) the slots of the largest cosines.
         hardest_cosine: (B, h) these cosines, without gradient; LEFT_OUT / s where there are fewer slots.
+        logits: (K', W·B) for ``learn``, if they are kept.
     """
 
     log_sum_exp: Tensor
     hardest: Tensor
     hardest_cosine: Tensor
+    logits: Tensor | None = None
 
 
 def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: Number, num_hardest: int,
                  filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
                  first_slot: int = 0, own_slot: Tensor | None = None, fused: bool = True,
-                 all_probes: Tensor | None = None) -> PoolSoftmax:
+                 all_probes: Tensor | None = None, keep_logits: bool = False) -> PoolSoftmax:
     """Compare probes with one row of every slot, except those that are left out.
 
     Args:
@@ -76,15 +81,18 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: N
         own_slot: int64 (W·B,) the slot, of all ranks' slots, that is left out for each probe of all ranks; None: no slot.
         fused: whether to use the fused kernels where they run.
         all_probes: (W·B, D) those of all ranks, if they are gathered already.
+        keep_logits: whether slots will learn: the logits are kept, if they are few.
     """
     if all_probes is None:
         all_probes = shard.gather(probes.detach()).flatten(0, 1)
     dtype = dtype or probes.dtype
     kernels = _kernels(probes, dtype, fused)
-    one_pass = kernels.one_pass if kernels else _one_pass
     threshold = float(scale) * filter_threshold if filter_threshold > 0 else 0.0
-    log_sum_exp, mean_row, hardest, values = one_pass(all_probes * scale, rows, left_out, own_slot, first_slot,
-                                                      threshold, num_hardest, dtype)
+    task = all_probes * scale, rows, left_out, own_slot, first_slot, threshold, num_hardest, dtype
+    kept = None
+    if keep_logits and not threshold and len(rows) * len(all_probes) <= KEPT_LOGITS.get(rows.device.type, 0):
+        kept = all_probes.new_empty(len(rows), len(all_probes))
+    log_sum_exp, mean_row, hardest, values = kernels.one_pass(*task) if kernels else _one_pass(*task, kept)
     if shard.world_size > 1:
         local = slice(shard.rank * len(probes), (shard.rank + 1) * len(probes))
         every = shard.gather(log_sum_exp)  # (W, W·B)
@@ -95,13 +103,13 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: N
         numbers, values = shard.gather(found)[:, :, local].movedim(0, 2).flatten(2)  # (B, W·h) each
         values, best = values.to(probes.dtype).topk(num_hardest, dim=1)
         hardest = numbers.gather(1, best).long()
-    return PoolSoftmax(with_gradient(probes, log_sum_exp, scale * mean_row), hardest, values / scale)
+    return PoolSoftmax(with_gradient(probes, log_sum_exp, scale * mean_row), hardest, values / scale, None if kernels else kept)
 
 
 @torch.no_grad()
 def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, own_slot: Tensor, own_gradient: Tensor,
           scale: Number, rate: Number, filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
-          first_slot: int = 0, fused: bool = True, seed: Number = 0) -> None:
+          first_slot: int = 0, fused: bool = True, seed: Number = 0, logits: Tensor | None = None) -> None:
     """A step of plain SGD of the class weights, in place: the mean of the probes' losses falls at ``rate``.
 
     The gradient of a probe's loss to its cosine to a slot is s · exp(s·cos − log denominator), or what is given for its own
@@ -117,6 +125,7 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
         own_gradient: (B,) of the loss of this rank's probes to their cosine to that, over s.
         scale, filter_threshold, dtype, shard, first_slot, fused: as of ``pool_softmax``.
         seed: of the fused kernel's rounding; another one in each step.
+        logits: (K', W·B) what ``pool_softmax`` has kept, if it has; used up.
     """
     log_denominator, own_gradient = shard.gather(torch.stack([log_denominator, own_gradient])).movedim(1, 0).flatten(1)
     not_finite = ~all_finite(probes + (log_denominator + own_gradient)[:, None])
@@ -132,11 +141,13 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
         return kernels.learn(rows, lengths, factors, log_denominator, own_slot, own_gradient, scale, rate, seed,
                              filter_threshold, first_slot)
     queries = (probes * scale).to(dtype)
+    if logits is not None and not_finite.any():
+        logits.masked_fill_(not_finite, 0)
     for chunk in _chunks(rows, max(len(probes), rows.size(1))):
         row = rows[chunk].to(probes.dtype)
-        logits, slots_last = _logits(queries, row.to(dtype), None)
-        filtered = logits > scale * filter_threshold if filter_threshold > 0 else None
-        softmax = logits.sub_((log_denominator[:, None] if slots_last else log_denominator).to(logits.dtype)).exp_()
+        here, slots_last = _logits(queries, row.to(dtype), None) if logits is None else (logits[chunk], False)
+        filtered = here > scale * filter_threshold if filter_threshold > 0 else None
+        softmax = here.sub_((log_denominator[:, None] if slots_last else log_denominator).to(here.dtype)).exp_()
         if filtered is not None:
             softmax.masked_fill_(filtered, 0)
         _set_own(softmax, slots_last, own_slot, first_slot + chunk.start, own_gradient)
@@ -203,8 +214,12 @@ def _set_own(logits: Tensor, slots_last: bool, own_slot: Tensor, first: int, val
 
 
 def _one_pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Tensor | None, first_slot: int,
-              filter_threshold: float, num_hardest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-sum-exp (B,), softmax · rows (B, D), indices (B, h) and values (B, h) of the largest logits)."""
+              filter_threshold: float, num_hardest: int, dtype: torch.dtype,
+              kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-sum-exp (B,), softmax · rows (B, D), indices (B, h) and values (B, h) of the largest logits).
+
+    On the CPU the logits go into ``kept`` (K', B), too.
+    """
     log_sum_exp = queries.new_full((len(queries),), -torch.inf)
     mean_row = torch.zeros_like(queries)
     values = [queries.new_full((num_hardest, len(queries)), LEFT_OUT)]  # of each chunk
@@ -213,6 +228,8 @@ def _one_pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: 
     for chunk in _chunks(rows, len(queries)):
         part = rows[chunk].to(dtype)  # (C, D)
         logits, slots_last = _logits(factors, part, None if left_out is None else left_out[chunk])
+        if kept is not None:
+            kept[chunk] = logits
         filtered = logits > filter_threshold if filter_threshold > 0 else None
         if filtered is not None:
             logits.masked_fill_(filtered, 0)

@@ -159,7 +159,7 @@ def resident_loss(probes: Tensor, all_probes: Tensor, own: slice, arrival: Arriv
     with torch.enable_grad():
         leaf = probes.detach().requires_grad_()
         others = pool_softmax(leaf, pool.rows[0], None, margin.scale, 1, margin.filter_threshold, dtype, pool.shard,
-                              pool.first, arrival.slot, pool.fused, all_probes)
+                              pool.first, arrival.slot, pool.fused, all_probes, keep_logits=True)
         positive = (leaf * arrival.rows[own].to(leaf.dtype)).sum(1)
         # The first image's is 1, of itself, and has no gradient.
         target = margin.scale * margin.target(positive, quality).masked_fill(is_first, 1.0)
@@ -169,6 +169,6 @@ def resident_loss(probes: Tensor, all_probes: Tensor, own: slice, arrival: Arriv
     with torch.no_grad():
         own_gradient = len(probes) / margin.scale * to_positive
         learn(pool.rows[0], pool.lengths.rows[0], all_probes, total - absent, arrival.slot, own_gradient, margin.scale, rate,
-              margin.filter_threshold, dtype, pool.shard, pool.first, pool.fused, seed)
+              margin.filter_threshold, dtype, pool.shard, pool.first, pool.fused, seed, others.logits)
         positive_cosine = positive.masked_fill(is_first, 0).sum() / (~is_first).sum()
     return ResidentLoss(loss.detach(), gradient, positive_cosine, others.hardest_cosine.mean())

@@ -16,7 +16,7 @@ import torch
 from f2c_plugin.config import F2CConfig
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.loss import default_hard_negatives
-from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES, num_parts
+from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES, KEPT_LOGITS, num_parts
 from f2c_plugin.models import NETWORKS, get_model
 from f2c_plugin.tools.plotting import pyplot, save_figure
 
@@ -83,10 +83,11 @@ class Plan:
     def working_memory(self, device: str = "cuda") -> int:
         """What a step of the F²C head takes for a while.
 
-        On a GPU, with the fused kernels: for each part of the slots, of which there are about two for each multiprocessor
+        On a GPU, with the fused kernels: for each part of the slots, of which there is about one for each multiprocessor
         and block of probes, a vector for each probe; and a few vectors for each image of all GPUs. As published, the
         touched slots' rows in both views, and, not at the same time as the parts, the hardest negatives' rows. On the CPU: 3
-        chunks of logits, and the hardest negatives' rows or the cosines to the touched slots; where slots learn, 4 chunks.
+        chunks of logits, and the hardest negatives' rows or the cosines to the touched slots; where slots learn, 4 chunks, and
+        the logits, if they are few enough to be kept.
         """
         probes, gathered = self.batch_size, self.batch_size * self.gpus
         hardest_rows = probes * default_hard_negatives(self.slots) * EMBEDDING_SIZE
@@ -94,7 +95,9 @@ class Plan:
         scored = gathered if self.shard_pool or self.is_resident else probes
         touched = scored + gathered  # as published: target slots, slots written
         if device == "cpu" and self.is_resident:
-            return _FLOAT * max(4 * CHUNK_ENTRIES[device], 8 * gathered * EMBEDDING_SIZE)
+            logits = -(-self.slots // self.gpus) * gathered
+            kept = logits if logits <= KEPT_LOGITS[device] else 0
+            return _FLOAT * (max(4 * CHUNK_ENTRIES[device], 8 * gathered * EMBEDDING_SIZE) + kept)
         if device == "cpu":
             # Two views; cosines, their filtered and scaled copies, logits and their gradients: about 12 matrices.
             return _FLOAT * (3 * CHUNK_ENTRIES[device] + max(8 * hardest_rows, 12 * 2 * probes * touched))

@@ -212,6 +212,22 @@ def test_numbers_of_a_step_may_be_tensors(margin, monkeypatch):
     assert len(called) == (0 if filtered else STEPS) and len(set(called)) <= 1
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_that_are_kept_for_the_second_pass_are_those_that_it_makes(autocast, monkeypatch):
+    heads = []
+    for kept in pool_softmax.KEPT_LOGITS, {}:
+        monkeypatch.setattr(pool_softmax, "KEPT_LOGITS", kept)
+        head = make_head(pool_dtype=torch.float32, autocast=autocast)
+        for step, (embeddings, labels) in enumerate(batches()):
+            embeddings = embeddings.detach().float()
+            embeddings[step % BATCH] = torch.nan if step == 3 else 1.0
+            head(embeddings, labels)
+        heads.append(head)
+    for name in "rows", "lengths.rows":
+        found, expected = (head.pool.get_buffer(name) for head in heads)
+        assert torch.equal(found, expected) and found.isfinite().all()
+
+
 def test_statistics_are_those_of_the_batch():
     head = make_head(num_slots=BATCH)
     (embeddings, _), (others, _) = batches(2)
