@@ -1,5 +1,6 @@
 """Class weights of the identities that are not in the pool, outside the GPU's memory."""
 
+import mmap
 import os
 import tempfile
 from pathlib import Path
@@ -17,6 +18,14 @@ from f2c_plugin.utils.host_memory import seen_by
 from f2c_plugin.utils.sharded_rows import ShardedRows
 
 _BLOCK = 1 << 24  # numbers that a rank hands over at a time
+
+
+def _pages(num_bytes: int) -> mmap.mmap:
+    """Memory whose pages come one by one with the first write. NumPy's and PyTorch's come in huge ones, or at once."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # on Linux
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
 
 
 class KeptWeights(ShardedRows):
@@ -48,8 +57,11 @@ class KeptWeights(ShardedRows):
 
     def _zeros(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
         num_bytes = int(np.prod(shape)) * dtype.itemsize
-        if self._folder is None or not num_bytes:
-            memory: NDArray[np.uint8] = np.zeros(num_bytes, np.uint8)  # unlike torch's, their pages come with the first write
+        memory: NDArray[np.uint8]
+        if not num_bytes:
+            memory = np.zeros(0, np.uint8)
+        elif self._folder is None:
+            memory = np.frombuffer(_pages(num_bytes), np.uint8)
         else:
             with naming(self._folder), tempfile.TemporaryFile(dir=self._folder) as file:
                 if hasattr(os, "posix_fallocate"):  # not on macOS; a disk that fills up later would end the process

@@ -1,7 +1,9 @@
 """Resident classes against a slow reference, on one rank and over gloo."""
 
+import os
 import pickle
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.nn.functional import normalize
 from f2c_plugin import Margin, build_head
 from f2c_plugin.errors import ConfigError, InputError
 from f2c_plugin.method import pool_softmax
+from f2c_plugin.method.kept_weights import KeptWeights
 from f2c_plugin.utils.replay import Replay
 from f2c_plugin.utils.tensors import rounded_at_random
 from tests.reference.resident import SlowResident
@@ -125,7 +128,7 @@ def test_weights_in_a_file_are_those_in_main_memory_and_leave_no_file_behind(tmp
 
 def test_a_folder_without_room_for_the_weights_is_refused_at_the_start():
     with pytest.raises(OSError, match="/dev/full|Not a directory|No space"):
-        make_head(kept_weights=__import__("pathlib").Path("/dev/full"))
+        make_head(kept_weights=Path("/dev/full"))
 
 
 def test_kept_weights_stay_on_the_cpu_and_in_their_type():
@@ -256,3 +259,18 @@ def test_rounding_at_random_keeps_what_the_type_holds_and_is_right_on_average(dt
     assert ((rounded - values).abs() <= step).all()
     assert ((rounded.mean(0) - values).abs() < 0.02 * step).all()
     assert (rounded.std(0) > 0).all()
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="NOT TESTED: this system does not say what memory is taken")
+def test_main_memory_is_taken_as_weights_come():
+    kept = KeptWeights(200_000, 512)  # 400 MB
+    identities = torch.arange(0, 200_000, 500)
+    weights = torch.ones(len(identities), 512)
+    before = resident_bytes()
+    kept.write(identities, weights)
+    assert torch.equal(kept.rows[0, identities], weights)
+    assert resident_bytes() - before < 20 << 20  # 400 weights; in huge pages it would be all of it
