@@ -267,7 +267,7 @@ def measure(arguments, cases):
 def measure_in_turn(arguments, cases):
     """As ``measure``; all cases at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["head_step"])  # once for all of them
+    context.set_forkserver_preload(["f2c_plugin.build"])  # PyTorch, once for all of them
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = {}, []
         for name, identities in cases:

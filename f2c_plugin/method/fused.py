@@ -22,7 +22,6 @@ from f2c_plugin.utils.tensors import DROPPED_BITS
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _UNIT = 128  # slots; parts of the pool are multiples of it, and so of every block of slots
 _TUNED_ON = 1 << 14  # slots: four blocks for each multiprocessor, and copies no larger than a step's working memory
-_PRECISION = "ieee"  # of products in float32
 _tuned: set[tuple[object, ...]] = set()  # what the step has been tuned for
 
 
@@ -49,8 +48,8 @@ def _configs(*tried: tuple[int, int, int, int]) -> list[triton.Config]:
 @triton.jit(do_not_specialize=["first_slot"])
 def _pass_kernel(queries, rows, left_out, own_slot, largest, total, weighted, top, where, num_probes, num_slots, part,
                  threshold, first_slot, size: tl.constexpr, num_top: tl.constexpr, OUT: tl.constexpr, FILTERED: tl.constexpr,
-                 LEFT_OUT: tl.constexpr, OWN: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
-                 PROBES: tl.constexpr, SLOTS: tl.constexpr):
+                 LEFT_OUT: tl.constexpr, OWN: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr, PROBES: tl.constexpr,
+                 SLOTS: tl.constexpr):
     """A block of probes against a part of the slots, by online softmax (Milakov and Gimelshein, arXiv 1805.02867)."""
     # Blocks of probes of the same part run at the same time, so that all but one find its rows in the cache.
     split = tl.program_id(1)
@@ -76,7 +75,7 @@ def _pass_kernel(queries, rows, left_out, own_slot, largest, total, weighted, to
         is_slot = slot < num_slots
         row = tl.load(rows + slot[:, None] * size + number[None, :], mask=is_slot[:, None] & is_number[None, :], other=0)
         row = row.to(query.dtype)
-        logits = tl.dot(query, tl.trans(row), input_precision=PRECISION)  # (PROBES, SLOTS)
+        logits = tl.dot(query, tl.trans(row), input_precision="ieee")  # (PROBES, SLOTS)
         if FILTERED:
             filtered = logits > threshold
             logits = tl.where(filtered, 0.0, logits)
@@ -113,7 +112,7 @@ def _pass_kernel(queries, rows, left_out, own_slot, largest, total, weighted, to
         denominator = denominator * shrink + tl.sum(softmax, 1)
         if FILTERED:
             softmax = tl.where(filtered, 0.0, softmax)  # a constant has no gradient
-        numerator = tl.dot(softmax.to(query.dtype), row, numerator * shrink[:, None], input_precision=PRECISION)
+        numerator = tl.dot(softmax.to(query.dtype), row, numerator * shrink[:, None], input_precision="ieee")
         maximum = new_maximum
 
     out = split * num_probes + probe
@@ -168,8 +167,7 @@ def _hashed(values, seed):
 @triton.jit(do_not_specialize=["seed", "first_slot"])
 def _learn_kernel(rows, lengths, probes, log_denominator, own_slot, own_gradient, numbers, num_probes, num_slots, scale, rate,
                   seed, threshold, first_slot, size: tl.constexpr, GIVEN: tl.constexpr, FILTERED: tl.constexpr,
-                  ROUNDED_BITS: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr, PROBES: tl.constexpr,
-                  SLOTS: tl.constexpr):
+                  ROUNDED_BITS: tl.constexpr, SIZE: tl.constexpr, PROBES: tl.constexpr, SLOTS: tl.constexpr):
     """The step of a block of slots; see ``pool_softmax.learn``."""
     if not GIVEN:
         scale, rate = tl.load(numbers).to(tl.float32), tl.load(numbers + 1).to(tl.float32)
@@ -188,14 +186,14 @@ def _learn_kernel(rows, lengths, probes, log_denominator, own_slot, own_gradient
         is_probe = index < num_probes
         is_there = is_probe[:, None] & is_number[None, :]
         probe = tl.load(probes + index[:, None] * size + number[None, :], mask=is_there, other=0)
-        logits = scale * tl.dot(factor, tl.trans(probe), input_precision=PRECISION)  # (SLOTS, PROBES)
+        logits = scale * tl.dot(factor, tl.trans(probe), input_precision="ieee")  # (SLOTS, PROBES)
         softmax = tl.exp(logits - tl.load(log_denominator + index, mask=is_probe, other=float("inf"))[None, :])
         if FILTERED:
             softmax = tl.where(logits > scale * threshold, 0.0, softmax)
         own = tl.load(own_slot + index, mask=is_probe, other=-1)
         of_own = tl.load(own_gradient + index, mask=is_probe, other=0)
         softmax = tl.where(first_slot + slot[:, None] == own[None, :], of_own[None, :], softmax)
-        gradient = tl.dot(softmax.to(probe.dtype), probe, gradient, input_precision=PRECISION)
+        gradient = tl.dot(softmax.to(probe.dtype), probe, gradient, input_precision="ieee")
 
     # Read again, from the cache: registers have had no room for it beside the gradient.
     row = tl.load(rows + place, mask=inside, other=0, eviction_policy="evict_first").to(tl.float32)
@@ -229,7 +227,7 @@ def _pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Tens
     _pass_kernel[lambda chosen: (triton.cdiv(num_probes, chosen["PROBES"]), num_splits)](
         queries, rows, left_out, own_slot, largest, total, weighted, top, where, num_probes, len(rows), part, threshold,
         first_slot, size, num_top, OUT=LEFT_OUT, FILTERED=threshold > 0, LEFT_OUT=left_out is not None,
-        OWN=own_slot is not None, TOP=triton.next_power_of_2(num_top), SIZE=_padded(size), PRECISION=_PRECISION)
+        OWN=own_slot is not None, TOP=triton.next_power_of_2(num_top), SIZE=_padded(size))
     return made
 
 
@@ -287,7 +285,7 @@ def _learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tenso
         _learn_kernel[lambda chosen: (triton.cdiv(len(rows), chosen["SLOTS"]),)](
             rows, lengths, probes, log_denominator, own_slot, own_gradient, numbers, len(probes), len(rows), scale, rate,
             seed, threshold, first_slot, size, GIVEN=numbers is None, FILTERED=threshold > 0,
-            ROUNDED_BITS=DROPPED_BITS.get(rows.dtype, 0), SIZE=_padded(size), PRECISION=_PRECISION)
+            ROUNDED_BITS=DROPPED_BITS.get(rows.dtype, 0), SIZE=_padded(size))
 
     kind = size, rows.dtype, lengths.dtype, probes.dtype
     if kind not in _tuned:  # on copies, because each try takes a step

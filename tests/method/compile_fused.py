@@ -20,10 +20,9 @@ TYPES = dict(
     log_sum_exp=FLOAT, mean_row=FLOAT,
     scale="fp32", threshold="fp32", rate="fp32")
 CONSTANTS = {
-    fused._pass_kernel: dict(OUT=LEFT_OUT, FILTERED=True, LEFT_OUT=True, OWN=True, num_top=1, TOP=1, size=512, SIZE=512,
-                              PRECISION="ieee"),
+    fused._pass_kernel: dict(OUT=LEFT_OUT, FILTERED=True, LEFT_OUT=True, OWN=True, num_top=1, TOP=1, size=512, SIZE=512),
     fused._join_kernel: dict(size=512, SIZE=512, PARTS=16),
-    fused._learn_kernel: dict(GIVEN=False, FILTERED=True, ROUNDED_BITS=13, size=512, SIZE=512, PRECISION="ieee")}
+    fused._learn_kernel: dict(GIVEN=False, FILTERED=True, ROUNDED_BITS=13, size=512, SIZE=512)}
 
 
 def tried(kernel):
