@@ -59,9 +59,14 @@ def tars(runs: list[Result], far: str = "1e-3") -> np.ndarray:
     return 100 * np.array([run[f"tar_{far}"] for run in runs])
 
 
+def deviation(values: np.ndarray) -> float:
+    """The standard deviation; of one value 0."""
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
 def cell(runs: list[Result]) -> str:
     coarse, fine = tars(runs, "1e-2"), tars(runs)
-    spread = f" ± {fine.std(ddof=1):.1f}" if len(fine) > 1 else ""
+    spread = f" ± {deviation(fine):.1f}" if len(fine) > 1 else ""
     return f"{coarse.mean():.1f}; {fine.mean():.1f}{spread}"
 
 
@@ -89,11 +94,11 @@ def plot(path: Path) -> None:
         if not shown:
             continue
         axis.errorbar([values.mean() - full_fc.mean() for _, values, full_fc in shown], [at for at, *_ in shown],
-                      xerr=[values.std(ddof=1) if len(values) > 1 else 0 for _, values, _ in shown],
+                      xerr=[deviation(values) for _, values, _ in shown],
                       fmt="os^D"[number], capsize=3, label=HEADS[head])
     for at, row in enumerate(found):
         values = tars(row.runs[baseline])
-        axis.barh(at, 2 * values.std(ddof=1), 0.6, -values.std(ddof=1), color="0.85", label="full FC" * (not at) or None)
+        axis.barh(at, 2 * deviation(values), 0.6, -deviation(values), color="0.85", label="full FC" * (not at) or None)
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(range(len(found)), [
         f"{row.world}, {row.passes:g} {'pass' if row.passes == 1 else 'passes'} ({tars(row.runs[baseline]).mean():.0f} %)"
