@@ -37,7 +37,7 @@ LEFT_OUT = -3e4
 # Entries of a chunk of logits. On the CPU a chunk stays in the cache; a GPU needs work for each kernel.
 CHUNK_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 24}
 
-# Entries of logits that a step keeps for ``learn``, which else makes them once more. On a GPU that takes less time than memory.
+# Most entries of logits that a step keeps for ``learn``, which else makes them once more. On a GPU that is faster.
 KEPT_LOGITS = {"cpu": 1 << 24}
 
 # Where the fused kernels make the passes, and for which types of the products: in float32 PyTorch's own are faster.
@@ -90,7 +90,7 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: N
     threshold = float(scale) * filter_threshold if filter_threshold > 0 else 0.0
     task = all_probes * scale, rows, left_out, own_slot, first_slot, threshold, num_hardest, dtype
     kept = None
-    if keep_logits and not threshold and len(rows) * len(all_probes) <= KEPT_LOGITS.get(rows.device.type, 0):
+    if keep_logits and not kernels and not threshold and are_kept(len(rows) * len(all_probes), rows.device.type):
         kept = all_probes.new_empty(len(rows), len(all_probes))
     log_sum_exp, mean_row, hardest, values = kernels.one_pass(*task) if kernels else _one_pass(*task, kept)
     if shard.world_size > 1:
@@ -103,7 +103,7 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: N
         numbers, values = shard.gather(found)[:, :, local].movedim(0, 2).flatten(2)  # (B, W·h) each
         values, best = values.to(probes.dtype).topk(num_hardest, dim=1)
         hardest = numbers.gather(1, best).long()
-    return PoolSoftmax(with_gradient(probes, log_sum_exp, scale * mean_row), hardest, values / scale, None if kernels else kept)
+    return PoolSoftmax(with_gradient(probes, log_sum_exp, scale * mean_row), hardest, values / scale, kept)
 
 
 @torch.no_grad()
@@ -182,6 +182,11 @@ def num_parts(num_slots: int, num_probes: int) -> int:
     The same on every card, so that each adds in the same order, and `plan` needs none to know the working memory.
     """
     return max(1, min(_MULTIPROCESSORS * 64 // max(64, num_probes), num_slots // 1024))
+
+
+def are_kept(logits: int, device: str) -> bool:
+    """Whether so many logits are few enough to be kept for ``learn``."""
+    return logits <= KEPT_LOGITS.get(device, 0)
 
 
 def _chunks(rows: Tensor, width: int) -> Iterator[slice]:

@@ -16,7 +16,7 @@ import torch
 from f2c_plugin.config import F2CConfig
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.loss import default_hard_negatives
-from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES, KEPT_LOGITS, num_parts
+from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES, are_kept, num_parts
 from f2c_plugin.models import NETWORKS, get_model
 from f2c_plugin.tools.plotting import pyplot, save_figure
 
@@ -96,7 +96,7 @@ class Plan:
         touched = scored + gathered  # as published: target slots, slots written
         if device == "cpu" and self.is_resident:
             logits = -(-self.slots // self.gpus) * gathered
-            kept = logits if logits <= KEPT_LOGITS[device] else 0
+            kept = logits if are_kept(logits, device) else 0
             return _FLOAT * (max(4 * CHUNK_ENTRIES[device], 8 * gathered * EMBEDDING_SIZE) + kept)
         if device == "cpu":
             # Two views; cosines, their filtered and scaled copies, logits and their gradients: about 12 matrices.

@@ -114,28 +114,29 @@ def build_optimizer(cfg: Config, parameters: Iterable[Any]) -> torch.optim.Optim
     """
     if cfg["optimizer"] == "sgd":
         optimizer = torch.optim.SGD(parameters, cfg["lr"], cfg["momentum"], weight_decay=cfg["weight_decay"], fused=True)
-        if cfg["momentum"]:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    # PyTorch leaves it uninitialised if the very first step is left out, as with float16 it nearly always is.
-                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     elif cfg["optimizer"] == "adamw":
         optimizer = torch.optim.AdamW(parameters, cfg["lr"], weight_decay=cfg["weight_decay"], fused=True)
     else:
         raise ConfigError(f"optimizer={cfg['optimizer']!r}: must be 'sgd' or 'adamw'")
+    _fit_for_fused_steps(optimizer)
     optimizer.register_load_state_dict_post_hook(_fit_for_fused_steps)
     return optimizer
 
 
 def _fit_for_fused_steps(optimizer: torch.optim.Optimizer) -> None:
-    """What a checkpoint of 0.2 lacks: its steps were not fused, and its nets not channels_last.
+    """What fused steps need, and neither PyTorch nor a checkpoint of 0.2 gives them.
 
-    A fused step goes over memory, whatever the strides, so that state in another layout would be that of other numbers.
+    A fused step goes over memory, whatever the strides, so that state in another layout would be that of other numbers: nets
+    of 0.2 were not channels_last. And if the very first step is left out, as with float16 it nearly always is, PyTorch begins
+    with momentum that nobody has initialised.
     """
     for group in optimizer.param_groups:
         group["fused"] = True
         for parameter in group["params"]:
             state = optimizer.state.get(parameter, {})
+            if group.get("momentum") and state.get("momentum_buffer") is None:
+                state = optimizer.state[parameter]
+                state["momentum_buffer"] = torch.zeros_like(parameter)
             for name, value in state.items():
                 if value.shape == parameter.shape:
                     state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
