@@ -1,20 +1,22 @@
 """The F²C head as published: probe net, gallery net, pool and loss put together (paper, algorithm 1)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from f2c_plugin.errors import InputError
 from f2c_plugin.method.gallery import GalleryNet
-from f2c_plugin.method.loss import HalfStep, PoolLoss, default_hard_negatives, pool_loss
-from f2c_plugin.method.pool import DynamicClassPool, PoolView
-from f2c_plugin.method.pool_head import PoolHead, StepStatistics
+from f2c_plugin.method.loss import HalfStep, default_hard_negatives, pool_loss
+from f2c_plugin.method.margin import Margin
+from f2c_plugin.method.pool import DynamicClassPool
+from f2c_plugin.method.pool_head import PoolHead
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.method.slots import NOT_IN_POOL
 from f2c_plugin.utils.distributed import gather, gather_meanwhile, this_rank
 from f2c_plugin.utils.inputs import ImageHook, check_batch, check_room, embeddings_in, identities_in
-from f2c_plugin.utils.tensors import at_least_float32, without_autocast
+from f2c_plugin.utils.replay import Number
+from f2c_plugin.utils.tensors import at_least_float32
 
 
 class F2CHead(PoolHead):
@@ -31,13 +33,11 @@ class F2CHead(PoolHead):
     with the hook the probe net sees y alone.
 
     Args:
-        backbone: the probe net as the training loop calls it, wrapped in DDP or not.
+        backbone, schedule, autocast: see ``PoolHead``.
         pool: the Dynamic Class Pool.
-        schedule: margin, momentum and loss weight of each step.
         symmetric: whether to do both half-steps.
         num_hard_negatives: h; None derives it from the pool's size.
         gradient_acc: batches per optimizer step. The gallery net follows once per optimizer step.
-        autocast: whether matrix products with the pool run in the autocast type.
         hook: whether the images come from the backbone's forward pass.
 
     Attributes:
@@ -51,12 +51,11 @@ class F2CHead(PoolHead):
     def __init__(self, backbone: nn.Module, pool: DynamicClassPool, schedule: Schedule, symmetric: bool = True,
                  num_hard_negatives: int | None = None, gradient_acc: int = 1, autocast: bool = False,
                  hook: bool = True):
-        super().__init__(backbone, pool, schedule)
+        super().__init__(backbone, pool, schedule, autocast)
         self.gallery = GalleryNet(self.probe_net)
         self.symmetric = symmetric
         self.num_hard_negatives = num_hard_negatives or default_hard_negatives(pool.num_slots)
         self.gradient_acc = gradient_acc
-        self.autocast = autocast
         self._last_followed: int = 0  # the step before which the gallery net last followed
         # Number of images, and what returns the gallery features of all ranks: they are gathered while the probe net runs.
         self._hooked: tuple[int, Callable[[], Tensor]] | None = None
@@ -87,15 +86,22 @@ class F2CHead(PoolHead):
             probes = probes.chunk(2)[1]
         check_batch(num_images, probes, labels, self.symmetric, self.pool.embedding_size, self.pool.num_identities)
         check_room(num_images // 2 * this_rank()[1], self.pool.num_identities, self.pool.num_slots)
-        half_steps = self._half_steps(probes, labels, gather_features())
-        margin = self.schedule.margin_at(self.steps)
-        with without_autocast(probes.device.type):  # ``self.autocast`` alone decides
-            quality = self.quality(probes) if self.quality else None
+        return self._loss_of_step((probes, labels, gather_features()), num_writes=num_images // 2 * this_rank()[1])
+
+    def _step(self, tensors: Sequence[Tensor], margin: Margin, rate: Number, seed: Number) -> list[Tensor]:
+        probes, labels, features = tensors
+        quality = self.quality(probes) if self.quality else None
+        with torch.enable_grad():
+            leaf = probes.detach().requires_grad_()
+            half_steps = self._half_steps(leaf, labels, features)
             result = pool_loss(half_steps, self.pool, margin, self.num_hard_negatives, self.autocast, quality)
-        self.pool.commit(half_steps[-1].view)
-        self.steps += 1
-        self._report(result, [each.view for each in half_steps], margin.numbers[0])
-        return result.loss
+            gradient, = torch.autograd.grad(result.loss, leaf)
+        views = [each.view for each in half_steps]
+        self.pool.commit(views[-1])
+        loss = result.loss.detach()
+        return [loss, gradient, result.pool_hit_rate, result.positive_cosine, result.hard_negative_cosine,
+                (views[-1].assignment.evicted != NOT_IN_POOL).sum().float(),
+                torch.stack([view.num_not_finite for view in views]).sum().float(), loss.isfinite().float()]
 
     def _half_steps(self, probes: Tensor, labels: Tensor, features: Tensor) -> list[HalfStep]:
         """The half-steps of a batch: all of them start from the pool as it is.
@@ -143,14 +149,6 @@ class F2CHead(PoolHead):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-
-    def _report(self, result: PoolLoss, views: list[PoolView], scale: float):
-        evicted = views[-1].assignment.evicted
-        self.report(StepStatistics(
-            pool_hit_rate=result.pool_hit_rate, positive_cosine=result.positive_cosine,
-            hard_negative_cosine=result.hard_negative_cosine, evictions=(evicted != NOT_IN_POOL).sum().float(),
-            not_finite=torch.stack([view.num_not_finite for view in views]).sum().float(),
-            finite=result.loss.detach().isfinite().float(), scale=scale), len(evicted))
 
     def continue_at(self, step: int):
         """Count on from ``step`` batches. The gallery net has yet to follow the last of them."""

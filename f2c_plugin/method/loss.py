@@ -69,7 +69,7 @@ def pool_loss(half_steps: list[HalfStep], pool: DynamicClassPool, margin: Margin
         half_steps: with the same number of probes each.
         pool: the pool of their views, unchanged. If it is sharded, all ranks call this together.
         margin, num_hard_negatives: of this step; h.
-        autocast: whether matrix products run in the autocast type of the device.
+        autocast: whether matrix products with the untouched slots run in the autocast type of the device.
         quality: (H·P,) of the images of all half-steps, for an adaptive margin.
     """
     probes = normalize(torch.stack([each.probes for each in half_steps]), dim=2)  # (H, P, D)
@@ -79,7 +79,7 @@ def pool_loss(half_steps: list[HalfStep], pool: DynamicClassPool, margin: Margin
     touched = _touched_slots(half_steps, pool)  # (A,)
     views = _touched_rows(half_steps, touched, pool)  # (H, 2, A, D)
     untouched = _score_untouched(probes, touched, pool, margin, min(num_hard_negatives, pool.num_slots), dtype)
-    target_cosine, others = _score_touched(probes, slots, touched, views, margin, dtype)  # (H, 2, P), (H, 2, P, A)
+    target_cosine, others = _score_touched(probes, slots, touched, views, margin)  # (H, 2, P), (H, 2, P, A)
     if quality is not None:
         quality = quality.view(len(half_steps), 1, -1)
     return _combine(slots != NOT_IN_POOL, *untouched, target_cosine, others, margin, quality)
@@ -126,13 +126,12 @@ def _score_untouched(probes: Tensor, touched: Tensor, pool: DynamicClassPool, ma
     return found.log_sum_exp.view(probes.shape[:2]), hardest.view(*probes.shape[:2], -1)
 
 
-def _score_touched(probes: Tensor, slots: Tensor, touched: Tensor, views: Tensor, margin: Margin,
-                   dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _score_touched(probes: Tensor, slots: Tensor, touched: Tensor, views: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:
     """Cosines to the target slots (H, 2, P), 0 where there is none; and to the other touched slots (H, 2, P, A), else -inf."""
     counted = touched != NOT_IN_POOL  # (A,), and of equal ones the first
     counted[1:] &= touched[1:] != touched[:-1]
-    cosine = probes[:, None].to(dtype) @ views.mT.to(dtype)  # (H, 1, P, D) @ (H, 2, D, A) -> (H, 2, P, A)
-    cosine = cosine.to(probes.dtype)
+    # Not in the autocast type: these are few, and the small gradients of a good net would vanish in float16.
+    cosine = probes[:, None] @ views.mT.to(probes.dtype)  # (H, 1, P, D) @ (H, 2, D, A) -> (H, 2, P, A)
     is_target = (counted & (touched == slots[:, :, None]))[:, None]  # (H, 1, P, A)
     others = margin.filtered(cosine).masked_fill(is_target | ~counted, -torch.inf)
     return torch.where(is_target, cosine, 0).sum(3), others

@@ -1,16 +1,21 @@
 """What every head with a pool is to a training loop: a loss, a count of steps, statistics, a state."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from f2c_plugin.errors import InputError
-from f2c_plugin.method.margin import ImageQuality
+from f2c_plugin.method.margin import ImageQuality, Margin
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.method.slots import Slots
+from f2c_plugin.utils.distributed import this_rank
 from f2c_plugin.utils.inputs import unwrapped
+from f2c_plugin.utils.replay import Number, Replay
+from f2c_plugin.utils.tensors import with_gradient, without_autocast
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class PoolHead(nn.Module):
         backbone: the probe net as the training loop calls it, wrapped in DDP or not.
         pool: its slots.
         schedule: what changes from step to step.
+        autocast: whether matrix products with the pool run in the autocast type.
 
     Attributes:
         quality: of images, if the margin follows it.
@@ -57,16 +63,18 @@ class PoolHead(nn.Module):
         monitor: receives the statistics of every step, if set.
     """
 
-    def __init__(self, backbone: nn.Module, pool: Slots, schedule: Schedule):
+    def __init__(self, backbone: nn.Module, pool: Slots, schedule: Schedule, autocast: bool = False):
         super().__init__()
         # Kept in a tuple so that the probe net is not registered as a submodule.
         self._probe_net = (unwrapped(backbone),)
         self.pool = pool
         self.schedule = schedule
+        self.autocast = autocast
         self.quality = ImageQuality() if schedule.margin.adaptive else None
         self.steps: int = 0
         self.statistics: StepStatistics | None = None
         self.monitor: StepObserver | None = None
+        self._replay = Replay(self._step_with)
 
     @property
     def probe_net(self) -> nn.Module:
@@ -76,6 +84,42 @@ class PoolHead(nn.Module):
     def nets(self) -> dict[str, nn.Module]:
         """The nets that can be verified and exported, by name."""
         return {"probe": self.probe_net}
+
+    @abstractmethod
+    def _step(self, tensors: Sequence[Tensor], margin: Margin, rate: Number, seed: Number) -> list[Tensor]:
+        """What a step computes and changes: work of fixed shapes without a wait, so that a GPU can repeat it by itself.
+
+        Args:
+            tensors: embeddings (B, D), labels int64 (B,), and what else the head was given.
+            margin, rate: of this step; see ``Schedule``.
+            seed: another one in each step.
+        Returns:
+            The loss (), its gradient to the embeddings (B, D), and the tensors of StepStatistics in their order.
+        """
+
+    def _loss_of_step(self, tensors: Sequence[Tensor], num_writes: int) -> Tensor:
+        """The loss of this step, with gradient to the first of ``tensors``; the step is counted and reported."""
+        margin = self.schedule.margin_at(self.steps)
+        numbers = *margin.numbers, self.schedule.slot_rate_at(self.steps), self.steps
+        embeddings, *others = tensors
+        inputs = embeddings.detach(), *others
+        with without_autocast(embeddings.device.type):  # ``self.autocast`` alone decides
+            # Kernels get the threshold of a filter as a number, which moves with the scale.
+            if self.pool.fused and not margin.filter_threshold:
+                state = [each for module in (self.pool, self.quality) if module for each in module.buffers()]
+                constants = self.autocast, this_rank()[1], self.schedule.margin
+                loss, gradient, *statistics = self._replay(inputs, numbers, state, constants)
+            else:
+                loss, gradient, *statistics = self._step_with(*inputs, *numbers)
+        self.steps += 1
+        self.report(StepStatistics(*statistics, scale=numbers[0]), num_writes)
+        return with_gradient(embeddings, loss, gradient)
+
+    def _step_with(self, *tensors_and_numbers: Any) -> list[Tensor]:
+        *tensors, scale, angular, additive, rate, seed = tensors_and_numbers
+        whole = self.schedule.margin
+        margin = replace(whole, scale=scale, angular=angular if whole.angular else 0.0, additive=additive)
+        return self._step(tensors, margin, rate, seed)
 
     def report(self, statistics: StepStatistics, num_writes: int):
         """Keep the statistics of a step that wrote ``num_writes`` features over all ranks, and show them to the monitor."""

@@ -1,20 +1,20 @@
 """The head of the recipe "resident": class weights in the pool, plain shuffled batches, no gallery net."""
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from f2c_plugin.errors import InputError
-from f2c_plugin.method.pool_head import PoolHead, StepStatistics
+from f2c_plugin.method.margin import Margin
+from f2c_plugin.method.pool_head import PoolHead
 from f2c_plugin.method.resident import ResidentPool, resident_loss
-from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.method.slots import NOT_IN_POOL
 from f2c_plugin.utils.distributed import gather, this_rank
 from f2c_plugin.utils.inputs import check_numbers, check_room, embeddings_in, identities_in
-from f2c_plugin.utils.replay import Number, Replay
-from f2c_plugin.utils.tensors import all_finite, at_least_float32, with_gradient, without_autocast
+from f2c_plugin.utils.replay import Number
+from f2c_plugin.utils.tensors import all_finite, at_least_float32
 
 
 class ResidentHead(PoolHead):
@@ -24,17 +24,11 @@ class ResidentHead(PoolHead):
     take their steps during the call: the head has no parameters, and needs no optimizer.
 
     Args:
-        backbone, schedule: see ``PoolHead``.
+        backbone, schedule, autocast: see ``PoolHead``.
         pool: class weights; split over the ranks, if there are several.
-        autocast: whether matrix products with the pool run in the autocast type.
     """
 
     pool: ResidentPool
-
-    def __init__(self, backbone: nn.Module, pool: ResidentPool, schedule: Schedule, autocast: bool = False):
-        super().__init__(backbone, pool, schedule)
-        self.autocast = autocast
-        self._replay = Replay(self._step)
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor, images: Tensor | None = None) -> Tensor:
         """Loss of a batch, and a step of the class weights.
@@ -58,25 +52,11 @@ class ResidentHead(PoolHead):
         check_numbers(embeddings, labels, self.pool.embedding_size, self.pool.num_identities)
         world_size = this_rank()[1]
         check_room(len(labels) * world_size, self.pool.num_identities, self.pool.num_slots)
-        margin = self.schedule.margin_at(self.steps)
-        numbers = *margin.numbers, self.schedule.slot_rate_at(self.steps), self.steps
-        with without_autocast(embeddings.device.type):  # ``self.autocast`` alone decides
-            # Kernels get the threshold of a filter as a number, which moves with the scale.
-            if self.pool.fused and not margin.filter_threshold:
-                loss, gradient, *statistics = self._replay((embeddings.detach(), labels), numbers, list(self.buffers()),
-                                                          (self.autocast, world_size, self.schedule.margin))
-            else:
-                loss, gradient, *statistics = self._step(embeddings.detach(), labels, *numbers)
-        self.steps += 1
-        self.report(StepStatistics(*statistics, scale=numbers[0]), len(labels) * world_size)
-        return with_gradient(embeddings, loss, gradient)
+        return self._loss_of_step((embeddings, labels), num_writes=len(labels) * world_size)
 
-    def _step(self, embeddings: Tensor, labels: Tensor, scale: Number, angular: Number, additive: Number, rate: Number,
-              seed: Number) -> list[Tensor]:
-        """The loss (), its gradient to the embeddings (B, D), and the tensors of StepStatistics."""
+    def _step(self, tensors: Sequence[Tensor], margin: Margin, rate: Number, seed: Number) -> list[Tensor]:
+        embeddings, labels = tensors
         rank = this_rank()[0]
-        whole = self.schedule.margin
-        margin = replace(whole, scale=scale, angular=angular if whole.angular else 0.0, additive=additive)
         with torch.enable_grad():
             leaf = embeddings.detach().requires_grad_()
             probes = normalize(leaf)

@@ -82,12 +82,12 @@ def test_a_step_never_makes_the_cpu_wait(device, recipe, fused, autocast, pool_d
     head.pool.validate()
 
 
-def two_kinds_of_losses(device, monkeypatch, **keys):
+def two_kinds_of_losses(device, monkeypatch, recipe, **keys):
     """Of steps that are recorded, and of steps that never are; with smaller batches, and after a state was loaded."""
     found = []
     for calls_before in (3, 1 << 30):
         monkeypatch.setattr(replay, "_CALLS_BEFORE", calls_before)
-        net, head = make(device, "resident", autocast=device.type == "cuda", pool_dtype=torch.float16, **keys)
+        net, head = make(device, recipe, autocast=device.type == "cuda", pool_dtype=torch.float16, **keys)
         some = losses(net, head, batches(12, device)) + losses(net, head, batches(5, device, BATCH // 2))
         head.load_state_dict(head.state_dict())
         found.append(some + losses(net, head, batches(8, device)))
@@ -96,24 +96,27 @@ def two_kinds_of_losses(device, monkeypatch, **keys):
     return found
 
 
+@RECIPES
 @pytest.mark.parametrize("margin", [dict(additive=0.2), dict(angular=0.3), dict(additive=0.3, adaptive=True)], ids=str)
-def test_recorded_steps_are_those_that_are_not(device, margin, monkeypatch):
-    recorded, others = two_kinds_of_losses(device, monkeypatch, margin=Margin(32.0, **margin))
+def test_recorded_steps_are_those_that_are_not(device, recipe, margin, monkeypatch):
+    recorded, others = two_kinds_of_losses(device, monkeypatch, recipe, margin=Margin(32.0, **margin))
     assert recorded == pytest.approx(others, rel=1e-3)
 
 
-def _of_two_ranks(rank, store, device, queue):
+def _of_two_ranks(rank, store, device, recipe, queue):
     with pytest.MonkeyPatch.context() as monkeypatch:
         distributed.init_process_group("gloo", store=distributed.FileStore(store, 2), rank=rank, world_size=2)
-        queue.put(two_kinds_of_losses(device, monkeypatch))
+        queue.put(two_kinds_of_losses(device, monkeypatch, recipe, shard_pool=True))
         distributed.destroy_process_group()
 
 
-def test_collectives_lie_between_the_parts_of_a_recording(device, tmp_path):
+@RECIPES
+def test_collectives_lie_between_the_parts_of_a_recording(device, recipe, tmp_path):
     """Two ranks on one GPU, which gloo allows."""
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    ranks = [context.Process(target=_of_two_ranks, args=(rank, str(tmp_path / "store"), device, queue)) for rank in range(2)]
+    of_all = str(tmp_path / "store"), device, recipe, queue
+    ranks = [context.Process(target=_of_two_ranks, args=(rank, *of_all)) for rank in range(2)]
     for each in ranks:
         each.start()
     found = [queue.get(timeout=120) for _ in ranks]

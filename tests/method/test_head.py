@@ -42,7 +42,9 @@ def batches(steps=STEPS, batch=BATCH, seed=0):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("gradient_acc, margin", [(1, MARGIN), (3, MARGIN), (1, ADAFACE)], ids=["1", "3", "AdaFace"])
-def test_twenty_steps_equal_the_slow_reference(symmetric, gradient_acc, margin):
+@pytest.mark.parametrize("recorded", [False, True])
+def test_twenty_steps_equal_the_slow_reference(symmetric, gradient_acc, margin, recorded, request):
+    called = request.getfixturevalue("as_recorded") if recorded else []
     net = make_net()
     head = make_head(net, symmetric, gradient_acc, margin=margin)
     gallery = make_net().train()
@@ -66,6 +68,7 @@ def test_twenty_steps_equal_the_slow_reference(symmetric, gradient_acc, margin):
             optimizer.zero_grad()
     by_recency = head.pool.slot_identity[head.pool.last_used.argsort()]
     assert by_recency[by_recency >= 0].tolist() == list(slow.pool.slots)
+    assert len(called) == STEPS * recorded and len(set(called)) <= 1
 
 
 def test_verification_between_steps_leaves_no_trace():

@@ -15,7 +15,6 @@ from f2c_plugin import Margin, build_head
 from f2c_plugin.errors import ConfigError, InputError
 from f2c_plugin.method import pool_softmax
 from f2c_plugin.method.kept_weights import KeptWeights
-from f2c_plugin.utils.replay import Replay
 from f2c_plugin.utils.tensors import rounded_at_random
 from tests.reference.resident import SlowResident
 
@@ -200,16 +199,10 @@ def test_bad_batches_are_refused_with_what_was_found():
 
 
 @pytest.mark.parametrize("margin", MARGINS)
-def test_numbers_of_a_step_may_be_tensors(margin, monkeypatch):
-    """As in a recorded step, which reads them on the GPU."""
+def test_a_step_may_be_repeated_in_the_same_tensors(margin, request):
     expected, found = make_head(MARGINS[margin]), make_head(MARGINS[margin])
     losses = [expected(*batch).item() for batch in batches()]
-    called = []
-
-    def call(self, inputs, numbers, state, constants):
-        called.append(constants)
-        return self.function(*inputs, *torch.tensor(numbers, dtype=torch.float64).unbind())
-    monkeypatch.setattr(Replay, "__call__", call)
+    called = request.getfixturevalue("as_recorded")
     assert [found(*batch).item() for batch in batches()] == pytest.approx(losses, abs=1e-12)
     filtered = MARGINS[margin].filter_threshold > 0  # such steps are not recorded
     assert len(called) == (0 if filtered else STEPS) and len(set(called)) <= 1
