@@ -1,19 +1,16 @@
-"""Config files and their keys: the ``f2c_`` keys, defaults, valid values, loading."""
+"""The keys of a config: the ``f2c_`` keys, defaults, valid values."""
 
+import ast
 import difflib
 import math
-import runpy
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from easydict import EasyDict
 
 from f2c_plugin.errors import ConfigError
-from f2c_plugin.utils.paths import data_folder
 
 Config = Mapping[str, Any]  # the keys of a config file
 
@@ -170,7 +167,8 @@ _KEYS = {
     "seed": _Values((int,), lambda v: 0 <= v < 1 << 32, "a whole number from 0 to below 2**32"),
     "lr": _POSITIVE, "scale": _POSITIVE, "weight_decay": _NON_NEGATIVE, "momentum": _UNIT_INTERVAL_OPEN,
     "interclass_filtering_threshold": _Values((int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
-    "fp16": _FLAG, "save_all_states": _FLAG, "softmax_ramp": _FLAG,
+    "fp16": _FLAG, "save_all_states": _FLAG, "softmax_ramp": _FLAG, "using_wandb": _FLAG, "using_mlflow": _FLAG,
+    **dict.fromkeys(("wandb_project", "wandb_entity", "suffix_run_name", "mlflow_experiment"), _NAME_OR_NONE),
     "resume": _Values((bool, str), lambda v: v in (True, False, "auto"), "True, False or 'auto'"),
     "dali": _Values((bool,), lambda v: not v, "False: this package's loader decodes by itself"),
     "margin_list": _Values((list, tuple), _is_margin_list, "three numbers, (m1, m2, m3)"),
@@ -244,6 +242,64 @@ def _unknown_keys(cfg: Config) -> list[str]:
     return problems
 
 
+# Keys of arcface_torch and of its forks that are not read here, and what there is instead.
+REPLACED = {
+    "sample_rate": "it is Partial FC's; the share of classes that F²C holds is f2c_pool_rate",
+    "pretrained": "f2c_init starts from a pretrained net",
+    "dali_aug": "images are flipped at random, and not augmented otherwise",
+    "wandb_key": "log in by `wandb login`, or set WANDB_API_KEY",
+    "wandb_log_all": "all scalars are logged", "wandb_resume": "a run that resumes goes on in Weights & Biases, too",
+    "save_artifacts": "models stay in config.output",
+}
+
+
+def known_keys() -> list[str]:
+    """All keys that the built-in trainer and F²C read."""
+    return [*DEFAULTS, *REQUIRED, *(PREFIX + field.name for field in fields(F2CConfig))]
+
+
+def unused_keys(cfg: Config) -> list[str]:
+    """What to say about each key that nobody reads, but for the ``f2c_`` keys, which are errors."""
+    return [f"{key}={cfg[key]!r} is not used: {_remedy(key)}"
+            for key in cfg if key not in known_keys() and not key.startswith(PREFIX)]
+
+
+def _remedy(key: str) -> str:
+    if key in REPLACED:
+        return REPLACED[key]
+    close = difflib.get_close_matches(key, known_keys(), 1)
+    return f"did you mean {close[0]}?" if close else "neither the built-in trainer nor F²C has such a key"
+
+
+def parsed_override(text: str) -> tuple[str, Any]:
+    """Key and value of ``KEY=VALUE`` from a command line.
+
+    The value is written as in a config file, but names need no quotes, lists no brackets, and ``true``, ``false`` and ``none``
+    may be in small letters.
+
+    Raises:
+        ConfigError: it has not that form, or there is no such key. Values are judged by ``problems``.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise ConfigError(f"{text!r}: must be KEY=VALUE, as lr=0.2")
+    if key not in known_keys():
+        raise ConfigError(f"{key}: unknown key: {_remedy(key)}")
+    types = _KEYS[key].types if key in _KEYS else (str,)
+    try:
+        literal = ast.literal_eval(_CAPITAL.get(value, value))
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        literal = value
+    if isinstance(literal, types):
+        return key, literal
+    if list in types:
+        return key, [each.strip() for each in value.split(",") if each.strip()]
+    return key, value if str in types else literal
+
+
+_CAPITAL = {"true": "True", "false": "False", "none": "None"}
+
+
 # The keys of arcface_torch's configs/base.py that the built-in trainer uses, and its own.
 DEFAULTS: dict[str, Any] = dict(
     head=None, sampler=None, output=None, resume=False, save_all_states=False, seed=2048,
@@ -253,6 +309,8 @@ DEFAULTS: dict[str, Any] = dict(
     batch_size=128, gradient_acc=1, num_workers=2, dali=False,
     optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, num_epoch=20, warmup_epoch=0,
     val_targets=[], verbose=2000, frequent=10,
+    using_wandb=False, wandb_project=None, wandb_entity=None, suffix_run_name=None,
+    using_mlflow=False, mlflow_experiment=None,  # not arcface_torch's
 )
 REQUIRED = ("rec", "num_classes", "num_image")
 
@@ -260,53 +318,3 @@ REQUIRED = ("rec", "num_classes", "num_image")
 def with_defaults(cfg: Config) -> dict[str, Any]:
     """The keys of a config, and those that it does not set with their defaults."""
     return DEFAULTS | {PREFIX + field.name: field.default for field in fields(F2CConfig)} | dict(cfg)
-
-
-def load_config(name: str) -> TrainConfig:
-    """Load a config file in arcface_torch's form: Python that sets ``config``.
-
-    A ``base.py`` beside the file is loaded first, as arcface_torch does.
-
-    Args:
-        name: path of the file, with or without ``.py``, or the name of a config that comes with
-            this package.
-    Raises:
-        ConfigError: there is no such file, it cannot be run (gives the line), it does not set ``config``, or it
-            lacks a key without default. ``check`` looks at the values.
-    """
-    path = _find_config(name)
-    cfg = TrainConfig(DEFAULTS)
-    base = path.with_name("base.py")
-    for file in (*([base] if base.is_file() and base != path else []), path):
-        found = _run(file).get("config")
-        if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-            raise ConfigError(f"{file}: sets no `config`; a config file ends with one, config = EasyDict()")
-        cfg.update({key: plain(value) for key, value in found.items()})
-    if missing := [key for key in REQUIRED if key not in cfg]:
-        raise ConfigError("\n".join(f"{path}: lacks {key}" for key in missing))
-    if cfg.output is None:
-        cfg.output = str(Path("work_dirs") / path.stem)
-    return cfg
-
-
-def _run(file: Path) -> dict[str, Any]:
-    """The names that a config file sets."""
-    try:
-        return runpy.run_path(str(file))
-    except SyntaxError as error:
-        raise ConfigError(f"{error.filename or file}, line {error.lineno or 1}: {error.msg}: correct it") from error
-    except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-        line = f", line {lines[-1]}" if lines else ""
-        raise ConfigError(f"{file}{line}: cannot be run: {type(error).__name__}: {error}") from error
-
-
-def _find_config(name: str) -> Path:
-    given = Path(name if name.endswith(".py") else name + ".py")
-    bundled = data_folder("configs") / given.name
-    if given.is_file():
-        return given
-    if given.name == str(given) and bundled.is_file():
-        return bundled
-    known = sorted(file.stem for file in bundled.parent.glob("*.py") if file.stem != "__init__")
-    raise ConfigError(f"{name}: no such config file, nor one of those that come with the package: {', '.join(known)}")

@@ -1,7 +1,7 @@
 """Train from an arcface_torch config file, on CPU or GPU: the built-in trainer's command.
 
-    python -m f2c_plugin.train CONFIG
-    torchrun --nproc_per_node=N -m f2c_plugin.train CONFIG
+    python -m f2c_plugin.train CONFIG [KEY=VALUE …]
+    torchrun --nproc_per_node=N -m f2c_plugin.train CONFIG [KEY=VALUE …]
 
 ``config.head`` is the name of an installed head ("f2c_dcp"), or "softmax" for the full FC layer.
 Into ``config.output`` go training.log, TensorBoard scalars, history.jsonl, model.pt, model.onnx,
@@ -34,12 +34,15 @@ from f2c_plugin.utils.terminal import tolerate_any_terminal
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m f2c_plugin.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("config", help="path of a config file, or the name of one that comes with the package")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE",
+                        help="a key and its value, which replaces the file's, as lr=0.2")
     # torch.distributed.launch gives it, and sets LOCAL_RANK, too.
     parser.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
     tolerate_any_terminal()
     try:
         with listening():
-            _train(parser.parse_args(arguments).config)
+            args = parser.parse_args(arguments)
+            _train(args.config, args.overrides)
     except (F2CError, OSError) as error:
         sys.exit(f"f2c_plugin.train: {error}")
     except Stopped as stopped:
@@ -52,16 +55,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-def _train(config: str) -> None:
+def _train(config: str, overrides: list[str]) -> None:
     # Signals are heard already: this imports PyTorch, which takes seconds.
-    from f2c_plugin.config import load_config
+    from f2c_plugin.config_files import load_config
     from f2c_plugin.trainer.check import check
     from f2c_plugin.trainer.logger import logging_to
     from f2c_plugin.trainer.loop import train
     from f2c_plugin.trainer.output import sole_user
     from f2c_plugin.trainer.rendezvous import process_group
 
-    cfg = load_config(config)
+    cfg = load_config(config, overrides)
     check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     rank, folder = int(os.environ.get("RANK", 0)), Path(cfg.output)
     with sole_user(folder, rank), logging_to(folder, cfg.resume) if rank == 0 else nullcontext(), process_group():

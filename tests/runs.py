@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from f2c_plugin import train
-from f2c_plugin.config import load_config
+from f2c_plugin.config_files import load_config
 from f2c_plugin.trainer.loop import train as run_training
 from f2c_plugin.trainer.rendezvous import process_group
 

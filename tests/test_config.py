@@ -1,15 +1,19 @@
 """Configs: what is refused and how; the configs that come with the package."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from f2c_plugin import train
 from f2c_plugin.arcface_torch.patching import arcface_torch_configs
-from f2c_plugin.config import F2CConfig, load_config
+from f2c_plugin.config import F2CConfig, unused_keys
+from f2c_plugin.config_files import load_config
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.trainer.check import check
+from tests.runs import history
 
 GOOD = dict(batch_size=128, num_classes=10_000, dali=False)
 
@@ -94,6 +98,69 @@ def test_a_config_by_path_takes_the_base_beside_it_as_arcface_torch_does(tmp_pat
         assert (cfg.lr, cfg.momentum, cfg.weight_decay) == (0.3, 0.8, 5e-4)
 
 
+def test_a_config_may_name_another_as_its_base(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "lowest.py", "config.rec = 'x'\nconfig.num_classes = config.num_image = 9\nconfig.lr = 0.5\n")
+    write(tmp_path / "sub/middle.py", "config.base = '../lowest'\nconfig.lr = 0.4\nconfig.momentum = 0.8\n")
+    path = write(tmp_path / "mine.py", "config.base = 'sub/middle.py'\nconfig.momentum = 0.7\n")
+    cfg = load_config(path)
+    assert (cfg.lr, cfg.momentum, cfg.rec, cfg.output, "base" in cfg) == (0.4, 0.7, "x", "work_dirs/mine", False)
+    assert load_config(write(tmp_path / "onto.py", "config.base = 'wf42m_r100_f2c'\n")).network == "r100"
+    write(tmp_path / "lowest.py", "config.base = 'mine'\n")
+    with pytest.raises(ConfigError, match="mine.py: is its own base: mine.py → middle.py → lowest.py → mine.py: take one out"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="mine.py: base=3: must be the path of a config file"):
+        load_config(write(tmp_path / "mine.py", "config.base = 3\n"))
+    with pytest.raises(ConfigError, match="nowhere: no such config file"):
+        load_config(write(tmp_path / "mine.py", "config.base = 'nowhere'\n"))
+
+
+@pytest.mark.parametrize("text, value", [
+    ("lr=0.2", 0.2), ("lr=1", 1), ("f2c_pool_rate=.05", 0.05), ("fp16=true", True), ("fp16=False", False),
+    ("network=r18", "r18"),
+    ("output=7", "7"), ("output=a=b", "a=b"), ("f2c_init='none'", "none"), ("optimizer=adamw", "adamw"),
+    ("val_targets=lfw, agedb_30", ["lfw", "agedb_30"]), ("val_targets=lfw", ["lfw"]), ("val_targets=", []),
+    ("val_targets=['lfw']", ["lfw"]), ("margin_list=1,0,0.4", (1, 0, 0.4)), ("resume=auto", "auto"), ("resume=True", True),
+    ("f2c_hard_negatives=None", None), ("num_epoch=2", 2), ("f2c_recipe=paper", "paper")])
+def test_an_override_is_typed_by_its_key(config, text, value):
+    found = load_config(config(), ["num_epoch=3", text])
+    key = text.partition("=")[0]
+    assert found[key] == value and type(found[key]) is type(value)
+    assert key == "num_epoch" or found.num_epoch == 3
+
+
+@pytest.mark.parametrize("text, message", [
+    ("lr", "'lr': must be KEY=VALUE, as lr=0.2"), ("=3", "'=3': must be KEY=VALUE"), ("2=3", "'2=3': must be KEY=VALUE"),
+    ("lrr=3", "lrr: unknown key: did you mean lr?"),
+    ("f2c_poolrate=3", "f2c_poolrate: unknown key: did you mean f2c_pool_rate?"),
+    ("sample_rate=0.1", "sample_rate: unknown key: it is Partial FC's; .* f2c_pool_rate"),
+    ("zebra=1", "zebra: unknown key: neither the built-in trainer nor F²C has such a key")])
+def test_an_override_of_no_key_is_refused_with_the_nearest(config, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(config(), [text])
+
+
+def test_keys_that_nobody_reads_are_named_with_what_there_is_instead(config, tmp_path):
+    assert not unused_keys(load_config(config()))
+    found = unused_keys(load_config(config(sample_rate=0.3, pretrained="x.pt", lerning_rate=3, zebra=1)))
+    assert found == [
+        "sample_rate=0.3 is not used: it is Partial FC's; the share of classes that F²C holds is f2c_pool_rate",
+        "pretrained='x.pt' is not used: f2c_init starts from a pretrained net",
+        "lerning_rate=3 is not used: neither the built-in trainer nor F²C has such a key",
+        "zebra=1 is not used: neither the built-in trainer nor F²C has such a key"]
+    # arcface_torch's base.py sets some of them whatever the training.
+    write(tmp_path / "base.py", "config.sample_rate = 1\nconfig.wandb_key = 'XXX'\nconfig.momentun = 1\n")
+    assert unused_keys(load_config(config())) == ["momentun=1 is not used: did you mean momentum?"]
+
+
+def test_a_training_takes_overrides_and_says_which_keys_it_does_not_use(config):
+    train.main([config(num_epoch=2, frequent=5, sample_rate=0.3), "num_epoch=1", "lr=0.01"])
+    said = Path("out/training.log").read_text()
+    assert "sample_rate=0.3 is not used: it is Partial FC's" in said
+    assert "step 5: loss" in said and "left 0:00:0" in said
+    assert history()[-1]["images"] == 120 and history()[0]["learning_rate"] == pytest.approx(0.01 * 0.6)
+
+
 def test_configs_that_are_none_are_refused_with_the_reason(tmp_path):
     with pytest.raises(ConfigError, match="no such config file.*f2c_demo, glint360k_r100_f2c"):
         load_config("f2c_dmeo")
@@ -168,6 +235,18 @@ def test_whatever_a_config_says_each_wrong_key_is_named_with_its_value_and_nothi
 def test_nonsense_in_any_key_ends_in_a_config_error_or_in_a_config_that_is_right(config, key, value):
     cfg = load_config(config(num_epoch=2))
     cfg[key] = value
+    try:
+        check(cfg)
+        said = key
+    except ConfigError as error:
+        said = str(error)
+    assert key in said
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(key=st.sampled_from(sorted({*RIGHT, *WRONG} - {"f2c_pool_rat", "f2c_momentun", "f2c_"})), value=st.text())
+def test_whatever_an_override_says_its_key_is_named_or_right(config, key, value):
+    cfg = load_config(config(), [f"{key}={value}"])
     try:
         check(cfg)
         said = key

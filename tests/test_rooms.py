@@ -12,7 +12,7 @@ FLOORS = [
     {"utils"},
     {"config", "models"},
     {"data", "method"},
-    {"build", "evaluation", "initial"},
+    {"build", "config_files", "evaluation", "initial"},
     {"arcface_torch", "synthetic", "trainer"},
     {"tools"},
     {"cli", "train"},

@@ -1,4 +1,4 @@
-"""The log of a training: progress bar, training.log, TensorBoard and history.jsonl."""
+"""The log of a training: progress bar, training.log, TensorBoard, history.jsonl and what else the config asks for."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -19,6 +20,7 @@ from f2c_plugin.config import TrainConfig
 from f2c_plugin.evaluation.model_selection import PREFIX, Results, verify
 from f2c_plugin.evaluation.verification import VerificationSet
 from f2c_plugin.trainer.output import PatientFile, checkpoints_in
+from f2c_plugin.trainer.trackers import Trackers
 from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.tensorboard import ScalarWriter
 
@@ -36,6 +38,7 @@ class TrainingLog:
 
     def __init__(self, cfg: TrainConfig, total_steps: int, step: int):
         self.cfg = cfg
+        self.total_steps = total_steps
         self.images_per_step = cfg.batch_size * distributed.get_world_size()
         self.folder = Path(cfg.output)
         self._keep_history(step * self.images_per_step)
@@ -46,6 +49,7 @@ class TrainingLog:
                 with suppress(IsADirectoryError):
                     events.unlink()
         self.writer = ScalarWriter(scalars, step)
+        self.trackers = Trackers(cfg, step)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", disable=None, file=sys.stdout)
         self._start_interval(step)
 
@@ -77,7 +81,8 @@ class TrainingLog:
         monitor = getattr(head, "monitor", None)
         self._record(step, scalars, monitor.scalars if monitor else {})
         self.bar.set_postfix(loss=f"{scalars['loss']:.3f}")
-        log.info("step %d: %s", step, "  ".join(f"{name} {value:.4g}" for name, value in scalars.items()))
+        left = timedelta(seconds=round((self.total_steps - step) * seconds / (step - self.first_step)))
+        log.info("step %d: %s  left %s", step, "  ".join(f"{name} {value:.4g}" for name, value in scalars.items()), left)
         self._start_interval(step)
 
     def verify(self, step: int, nets: Mapping[str, nn.Module], sets: Mapping[str, VerificationSet]) -> Results:
@@ -97,10 +102,12 @@ class TrainingLog:
         finite = {name: value for name, value in {**scalars, **(of_monitor or {})}.items() if np.isfinite(value)}
         self.history.write(json.dumps({"step": step, "images": step * self.images_per_step, **finite}) + "\n")
         self.writer.write(step, scalars)
+        self.trackers.write(step, finite)
 
     def close(self) -> None:
         """Raise OSError if the history could not be written."""
         self.bar.close()
+        self.trackers.close()
         self.history.close()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from f2c_plugin.config import F2CConfig, TrainConfig
+from f2c_plugin.config import F2CConfig, TrainConfig, unused_keys
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.data.from_config import steps_per_epoch, training_device
 from f2c_plugin.data.loader import DualLoader
@@ -144,6 +144,8 @@ def _train(cfg: TrainConfig, requests: Requests) -> dict[str, Any]:
     state.bad_steps.keep()
     if cfg.save_all_states or cfg.get("f2c_save_every"):
         checkpoints.require_room()
+    for line in unused_keys(cfg):
+        log.warning("%s", line)
     for key, value in cfg.items():
         log.info(": %-24s %s", key, value)  # as arcface_torch does, for whoever reads its log
 

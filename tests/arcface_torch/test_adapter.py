@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from f2c_plugin.arcface_torch.entry_points import f2c_dcp
-from f2c_plugin.config import load_config
+from f2c_plugin.config_files import load_config
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.models import get_model
 from f2c_plugin.trainer.build import margin_loss

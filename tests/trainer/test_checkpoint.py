@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from f2c_plugin.config import load_config
+from f2c_plugin.config_files import load_config
 from f2c_plugin.errors import CheckpointError, TrainingDiverged
 from f2c_plugin.synthetic.dataset import write_dataset
 from f2c_plugin.trainer.checkpoint import Checkpoints

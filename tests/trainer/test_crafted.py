@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from f2c_plugin.config import load_config
+from f2c_plugin.config_files import load_config
 from f2c_plugin.data.from_config import steps_per_epoch, training_device
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.trainer import build
