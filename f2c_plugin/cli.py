@@ -1,5 +1,6 @@
 """The command ``f2c-plugin``: ``@command`` adds a function and its arguments to ``COMMANDS``."""
 
+import json
 import os
 import signal
 import sys
@@ -7,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import f2c_plugin
 from f2c_plugin.arcface_torch import patching
@@ -15,7 +16,7 @@ from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.index import open_index
 from f2c_plugin.errors import ExportError, F2CError
 from f2c_plugin.synthetic.dataset import draw_contact_sheet, power_law, write_dataset
-from f2c_plugin.tools import checkpoints, packs
+from f2c_plugin.tools import checkpoints, packs, repack
 from f2c_plugin.tools.convert import convert as convert_pack
 from f2c_plugin.tools.doctor import examine
 from f2c_plugin.tools.pack_folder import pack_folder
@@ -36,9 +37,28 @@ def argument(*flags: str, **options: Any) -> AddTo:
 def command(*arguments: AddTo) -> Callable[[Run], Run]:
     """Make a function a command. Its docstring is the command's description."""
     def register(run: Run) -> Run:
-        COMMANDS[run.__name__.replace("_", "-")] = run, arguments
+        COMMANDS[run.__name__.strip("_").replace("_", "-")] = run, arguments
         return run
     return register
+
+
+JSON = argument("--json", action="store_true", help="print the result as JSON")
+
+
+class Result(Protocol):
+    """What a command has made: a dataclass, or what ``vars`` reads."""
+
+    def report(self) -> str:
+        """In lines for people."""
+        ...
+
+
+def _show(args: Namespace, *results: Result) -> None:
+    if args.json:
+        found = [{name: value for name, value in vars(result).items() if not name.startswith("_")} for result in results]
+        print(json.dumps(found if len(found) > 1 else found[0], default=str, indent=2))
+    else:
+        print(*(result.report() for result in results), sep="\n")
 
 
 @command(argument("checkout", help="folder of arcface_torch, or of the insightface checkout that contains it"),
@@ -118,10 +138,43 @@ def reindex(args: Namespace) -> None:
                        "centre. Align the faces before; this does not"),
          argument("--quality", type=int, metavar="N",
                   help="store what is not a JPEG as JPEG of this quality, 1 to 100; default: as PNG, which loses nothing, but "
-                       "needs Pillow in training"))
+                       "needs Pillow in training"), JSON)
 def pack(args: Namespace) -> None:
     """Write a pack from all images of 112×112 pixels in a folder that has a folder for each identity."""
-    print(pack_folder(args.source, args.out, args.resize, args.quality).report())
+    _show(args, pack_folder(args.source, args.out, args.resize, args.quality))
+
+
+@command(argument("folders", nargs="+", metavar="folder", help="folder of train.rec and train.idx, of two packs or more"),
+         argument("out", help="folder to write train.rec, train.idx, property, identities.tsv (new number, pack, old number) "
+                              "and duplicates.tsv (images whose bytes come twice) into"),
+         argument("--same", metavar="LIST", help="identities that are one: in each line the number of the pack, from 1, the "
+                                                 "identity and any name, with tabs between; those with one name become one"),
+         argument("--drop-duplicates", action="store_true", help="leave out images that an identity has twice"), JSON)
+def merge(args: Namespace) -> None:
+    """Write the images of several packs into one."""
+    _show(args, repack.merge(args.folders, args.out, args.same, args.drop_duplicates))
+
+
+@command(argument("source", help="folder of train.rec and train.idx"),
+         argument("train", help="folder to write the pack to train on into"),
+         argument("unseen", help="folder to write the pack to verify with into"),
+         argument("--identities", type=int, required=True, metavar="N", help="that are in UNSEEN, and not in TRAIN"),
+         argument("--min-images", type=int, default=2, metavar="N", help="that each of them has; default: %(default)s"),
+         argument("--seed", type=int, default=0, help="of the choice; default: %(default)s"), JSON)
+def split(args: Namespace) -> None:
+    """Write a pack as two, with other identities in each."""
+    _show(args, *repack.split(args.source, args.train, args.unseen, args.identities, args.seed, args.min_images))
+
+
+@command(argument("source", help="folder of train.rec and train.idx"),
+         argument("out", help="folder to write train.rec, train.idx, property and identities.tsv into"),
+         argument("--min-images", type=int, default=1, metavar="N", help="that an identity has; default: %(default)s"),
+         argument("--max-images", type=int, metavar="N", help="that an identity has"),
+         argument("--only", metavar="LIST", help="file of identities, one in each line: no others"),
+         argument("--without", metavar="LIST", help="file of identities, one in each line: not these"), JSON)
+def filter_(args: Namespace) -> None:
+    """Write some identities of a pack into another, numbered anew."""
+    _show(args, repack.filtered(args.source, args.out, args.min_images, args.max_images, args.only, args.without))
 
 
 @command(argument("source", help="folder of train.rec and train.idx"),

@@ -1,8 +1,9 @@
 """Writes packs: RecordIO byte for byte as mxnet does, in InsightFace's layout."""
 
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate, chain, pairwise, repeat
 from pathlib import Path
 
@@ -88,6 +89,33 @@ def refuse_to_overwrite(folder: Path, names: Iterable[str] = ("train.rec",)) -> 
     for path in map(folder.joinpath, names):
         if os.path.lexists(path):
             raise OverwriteError(f"{path} exists and is not overwritten: choose another folder or remove it")
+
+
+@contextmanager
+def new_pack(out: Path, names: Sequence[str]) -> Generator[Path]:
+    """A folder for the files of a pack, which move to ``out`` when all are whole. On an error, nothing stays.
+
+    Args:
+        out: made if it is missing.
+        names: of the files, in the order in which they appear; those that have not been written are left out.
+    Raises:
+        OverwriteError: ``out`` holds a file of one of the names.
+    """
+    refuse_to_overwrite(out, names)
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".packing-", dir=out) as folder:
+            yield Path(folder)
+            refuse_to_overwrite(out, names)  # another process may have packed meanwhile
+            for name in names:
+                if Path(folder, name).exists():
+                    os.replace(Path(folder, name), out / name)
+    except BaseException:
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 def write_property(folder: Path, num_identities: int) -> None:

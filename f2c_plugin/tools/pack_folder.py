@@ -6,14 +6,13 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from f2c_plugin.data.dataset import IMAGE_SIZE
-from f2c_plugin.data.writer import refuse_to_overwrite, write_insightface_pack, write_property
+from f2c_plugin.data.writer import new_pack, refuse_to_overwrite, write_insightface_pack, write_property
 from f2c_plugin.errors import InputError, RecordError
 from f2c_plugin.tools.image_files import storable
 from f2c_plugin.utils.atomic import naming, written_whole
@@ -96,7 +95,7 @@ def pack_folder(source: str | Path, out: str | Path, resize: bool = False, quali
     refuse_to_overwrite(out, _NAMES)
     packed = Packed(out)
     count = sum(1 for _ in _walk(source))  # also finds links that lead out, before the work begins
-    with (_appearing_together(out) as folder, tempfile.TemporaryFile(dir=folder) as images,
+    with (new_pack(out, _NAMES) as folder, tempfile.TemporaryFile(dir=folder) as images,
           worker_pool(processes) as pool):
         # A pack begins with its number of images, which is known only when all are decoded. Until then they wait here.
         lengths = array("Q")
@@ -126,25 +125,6 @@ def pack_folder(source: str | Path, out: str | Path, resize: bool = False, quali
         stored = (images.read(length) for length in tqdm(lengths, "writing", unit=" images", disable=None))
         write_insightface_pack(folder / "train.rec", stored, list(packed.sizes.values()))
     return packed
-
-
-@contextmanager
-def _appearing_together(out: Path) -> Iterator[Path]:
-    """A folder for the files of the pack, which move to ``out`` when all are whole. On an error, nothing stays."""
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".packing-", dir=out) as folder:
-            yield Path(folder)
-            refuse_to_overwrite(out, _NAMES)  # another process may have packed meanwhile
-            for name in _NAMES:
-                if name != LEFT_OUT or Path(folder, name).exists():
-                    os.replace(Path(folder, name), out / name)
-    except BaseException:
-        with suppress(OSError):
-            for folder in missing:
-                folder.rmdir()
-        raise
 
 
 def _is_hidden(name: str) -> bool:
