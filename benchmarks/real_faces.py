@@ -37,6 +37,7 @@ from f2c_plugin.errors import F2CError, InputError, OverwriteError, RecordError,
 from f2c_plugin.evaluation.verification import FOLDS, save_bin
 from f2c_plugin.tools.image_files import storable
 from f2c_plugin.tools.pack_folder import pack_folder
+from f2c_plugin.tools.verification_sets import LfwPairs, lfw_file
 from f2c_plugin.utils.workers import WorkerPool, worker_pool
 
 QUALITY = 95
@@ -108,35 +109,19 @@ def listed_pairs(path: Path, source: str, folds: Iterable[int] | None) -> list[P
     """
     folder, share = folder_and_share(source)
     try:
-        header, *lines = path.read_text().splitlines()
-        num_folds, count = map(int, header.split())
-        if not 0 < 2 * num_folds * count <= len(lines):
-            raise ValueError(f"{len(lines)} pairs for {num_folds} folds of {count} same and {count} different ones")
-    except (OSError, ValueError) as error:
-        raise RecordError(f"--pairs {path}: must be LFW's pairs.txt: {error}") from error
-
-    def pair(number: int) -> Pair:
-        same = number // count % 2 == 0  # each fold begins with its same pairs
-        match lines[number].split():
-            case [first, one, other] if same:
-                second = first
-            case [first, one, second, other] if not same:
-                pass
-            case _:
-                form = "a name and two numbers" if same else "a name and a number, twice"
-                raise RecordError(f"{path}, line {number + 2}: {lines[number]!r} must be {form}")
-        files = [folder / name / f"{name}_{image:0>4}.jpg" for name, image in ((first, one), (second, other))]
+        lfw = LfwPairs(path)
+    except RecordError as error:
+        raise RecordError(f"--pairs {error}") from error
+    folds = list(folds or range(-(-lfw.num_folds // 2)))
+    if missing := [fold for fold in folds if not 0 <= fold < lfw.num_folds]:
+        raise InputError(f"--folds {missing[0]}: {path} has folds from 0 to {lfw.num_folds - 1}")
+    pairs = []
+    for pair in lfw.of_folds(folds):
+        files = [folder / lfw_file(image) for image in (pair.first, pair.second)]
         for file in files:
             if not file.is_file():
-                raise RecordError(f"{path}, line {number + 2}: there is no {file}; the first folder of --from must be LFW's")
-        return Pair(Photo(files[0], share), Photo(files[1], share), same)
-
-    pairs = []
-    for fold in folds or range(-(-num_folds // 2)):
-        if not 0 <= fold < num_folds:
-            raise InputError(f"--folds {fold}: {path} has folds from 0 to {num_folds - 1}")
-        same = range(2 * count * fold, 2 * count * fold + count)
-        pairs += [pair(number) for number in chain.from_iterable((number, number + count) for number in same)]
+                raise RecordError(f"{path}, line {pair.line}: there is no {file}; the first folder of --from must be LFW's")
+        pairs.append(Pair(Photo(files[0], share), Photo(files[1], share), pair.same))
     return pairs
 
 

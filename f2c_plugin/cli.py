@@ -16,11 +16,12 @@ from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.index import open_index
 from f2c_plugin.errors import ExportError, F2CError
 from f2c_plugin.synthetic.dataset import draw_contact_sheet, power_law, write_dataset
-from f2c_plugin.tools import checkpoints, packs, repack
+from f2c_plugin.tools import checkpoints, packs, repack, verification_sets
 from f2c_plugin.tools.convert import convert as convert_pack
 from f2c_plugin.tools.doctor import examine
 from f2c_plugin.tools.pack_folder import pack_folder
 from f2c_plugin.tools.plan import Plan, draw as draw_plan
+from f2c_plugin.tools.plotting import draw_roc
 from f2c_plugin.tools.report import report as write_report
 from f2c_plugin.utils.terminal import printed, tolerate_any_terminal
 
@@ -199,6 +200,36 @@ def export(args: Namespace) -> None:
     cosine = export_checked(net, args.out)
     print(f"{args.out}: the {args.net} net, {len(net.features.weight)}-dimensional embeddings"
           + ("" if cosine is None else f"; smallest cosine to PyTorch: {cosine:.6f}"))
+
+
+@command(argument("source", help="folder of a pack, or one with a folder of images for each identity"),
+         argument("out", help="the .bin file to write"),
+         argument("--pairs", type=int, default=6000, metavar="N", help="to draw, half of them same; default: %(default)s"),
+         argument("--seed", type=int, default=0, help="of the draw; default: %(default)s"),
+         argument("--list", metavar="FILE", help="of the pairs: two images and 1 or 0 in each line, tabs between; images are "
+                                                 "numbers of records, or paths in the folder. Or LFW's pairs.txt"),
+         argument("--resize", action="store_true", help="also take images of other sizes from folders, as pack does"))
+def verification_set(args: Namespace) -> None:
+    """Write a verification set: pairs of images, the same person's or not."""
+    source = verification_sets.source_of(args.source, args.resize)
+    pairs = (verification_sets.listed_pairs(args.list) if args.list else
+             verification_sets.drawn_pairs(source.identities(), args.pairs, args.seed))
+    verification_sets.write_verification_set(source, pairs, args.out)
+    print(f"{args.out}: {len(pairs)} pairs, {sum(pair.same for pair in pairs)} same")
+
+
+@command(argument("model", help="a model.pt, a checkpoint of arcface_torch or f2c_plugin.train, or an .onnx file"),
+         argument("sets", nargs="+", metavar="set", help="a verification set, .bin"),
+         argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net"),
+         argument("--plot", metavar="PNG", help="draw the ROC"), JSON)
+def evaluate(args: Namespace) -> None:
+    """Verify a model: accuracy over ten folds, and TAR at the FARs that the pairs resolve."""
+    from f2c_plugin.tools import evaluate as tool  # doctor must run without onnx
+
+    found = tool.evaluate(args.model, args.sets, args.net)
+    print(json.dumps([each.summary() for each in found], indent=2) if args.json else tool.table(found))
+    if args.plot:
+        draw_roc({each.name: (each.result.scores, each.result.same) for each in found}, args.plot)
 
 
 def checkpoint_actions(parser: ArgumentParser) -> None:

@@ -105,7 +105,7 @@ class VerificationSet:
 @torch.no_grad()
 def embed(net: nn.Module, faces: Tensor, batch_size: int = 256) -> Tensor:
     """Embed faces, uint8 (n, 112, 112, 3) RGB, and their mirror images with the net in eval mode, float64 (n, 2, D)."""
-    device = next(net.parameters()).device
+    device = next(net.parameters(), torch.empty(0)).device
     was_training = net.training
     net.eval()
     embeddings = []

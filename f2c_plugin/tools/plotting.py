@@ -1,7 +1,10 @@
 """matplotlib, if it is installed, and the files it writes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from f2c_plugin.errors import InputError
 from f2c_plugin.utils.atomic import written_whole
@@ -24,3 +27,17 @@ def save_figure(figure: Any, path: str | Path) -> Path:
     finally:
         pyplot().close(figure)
     return Path(path)
+
+
+def draw_roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path) -> Path:
+    """Plot TAR against FAR, from {label: (cosines of pairs (n,), whether they are the same person's, bool (n,))}."""
+    figure, axis = pyplot().subplots(figsize=(6, 4.2), layout="constrained")
+    for label, (scores, same) in curves.items():
+        order = np.argsort(-scores)
+        far, tar = (np.cumsum(same[order] == answer) / max((same == answer).sum(), 1) for answer in (False, True))
+        far = np.maximum(far, 0.5 / max((~same).sum(), 1))  # a log axis cannot show 0
+        axis.semilogx(far, tar, label=label, drawstyle="steps-post")
+    axis.set(xlabel="FAR, different people accepted", ylabel="TAR, same person accepted", ylim=(0, 1.02))
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3, which="both")
+    return save_figure(figure, path)

@@ -17,7 +17,7 @@ import numpy as np
 
 from f2c_plugin.errors import ReportError
 from f2c_plugin.evaluation.verification import tar_at_far, tar_text
-from f2c_plugin.tools.plotting import pyplot, save_figure
+from f2c_plugin.tools.plotting import draw_roc, pyplot, save_figure
 from f2c_plugin.utils.atomic import written_whole
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -141,7 +141,7 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     out.mkdir(parents=True, exist_ok=True)
     plots = [draw_curves(runs, out / "curves.png")]
     if any(run.scores for run in runs):
-        plots += [draw_scores(runs, out / "scores.png"), draw_roc(runs, out / "roc.png")]
+        plots += [draw_scores(runs, out / "scores.png"), draw_roc(_by_label(runs), out / "roc.png")]
     page = out / "report.html"
     with written_whole(page) as file:
         file.write(_page(runs, plots).encode("utf-8", "surrogateescape"))  # a folder's name may be in another encoding
@@ -218,19 +218,8 @@ def draw_scores(runs: Sequence[Run], path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def draw_roc(runs: Sequence[Run], path: Path) -> Path:
-    """Plot TAR against FAR for every run and set."""
-    figure, axis = pyplot().subplots(figsize=(6, 4.2), layout="constrained")
-    for run in runs:
-        for name, (scores, same) in run.scores.items():
-            order = np.argsort(-scores)
-            far, tar = (np.cumsum(same[order] == answer) / max((same == answer).sum(), 1) for answer in (False, True))
-            far = np.maximum(far, 0.5 / max((~same).sum(), 1))  # a log axis cannot show 0
-            axis.semilogx(far, tar, label=f"{run.name}: {name}", drawstyle="steps-post")
-    axis.set(xlabel="FAR, different people accepted", ylabel="TAR, same person accepted", ylim=(0, 1.02))
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3, which="both")
-    return save_figure(figure, path)
+def _by_label(runs: Sequence[Run]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {f"{run.name}: {name}": scores for run in runs for name, scores in run.scores.items()}
 
 
 def _page(runs: Sequence[Run], plots: Sequence[Path]) -> str:

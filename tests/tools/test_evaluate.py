@@ -1,0 +1,114 @@
+"""Models on verification sets: a trained one and its export, in the insightface package's way of calling it, too."""
+
+import json
+from pathlib import Path
+
+import insightface
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper
+from torch import nn
+
+from f2c_plugin.cli import main as cli
+from f2c_plugin.data.dataset import normalize_faces
+from f2c_plugin.errors import ExportError, F2CError, InputError
+from f2c_plugin.evaluation.onnx_net import OnnxNet
+from f2c_plugin.evaluation.verification import VerificationSet, embed
+from f2c_plugin.tools.evaluate import evaluate, table
+from tests.runs import history, run
+
+
+@pytest.fixture(scope="module")
+def trained(faces, tmp_path_factory):
+    """The folder of a training with a checkpoint, by the recipe that has a gallery net."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = folder / "config.py"
+    config.write_text(f"""config = dict(head="f2c_dcp", f2c_recipe="paper", f2c_pool_rate=1.0, network="tiny",
+        embedding_size=32, batch_size=12, lr=0.05, margin_list=(1.0, 0.0, 0.2), scale=16.0, rec={str(faces)!r}, num_classes=12, num_image=120,
+        num_epoch=2, num_workers=0, val_targets=["synth"], frequent=2, verbose=5, f2c_save_every=10,
+        output={str(folder / "out")!r})""")
+    run(str(config))
+    return folder / "out"
+
+
+def test_a_model_a_checkpoint_and_the_export_are_evaluated_alike(trained, faces, tmp_path, capsys):
+    last = [entry for entry in history(trained) if "synth/accuracy" in entry][-1]
+
+    def found(path, *options):
+        cli(["evaluate", str(path), str(faces / "synth.bin"), "--json", *options])
+        result, = json.loads(capsys.readouterr().out)
+        return result
+    model, exported = found(trained / "model.pt"), found(trained / "model.onnx")
+    gallery = found(max(trained.glob("checkpoint_*.pt")), "--net", "gallery")
+    assert model["accuracy"] == last["synth/accuracy"] and model["pairs"] == 60
+    assert exported["accuracy"] == pytest.approx(last["synth/accuracy"], abs=0.02)
+    assert exported["embedding_norm"] == pytest.approx(model["embedding_norm"], rel=1e-4)
+    assert gallery["embedding_norm"] != pytest.approx(model["embedding_norm"], rel=1e-4)
+    assert model["tar_at_far"]["1e-01"] is not None and model["tar_at_far"]["1e-02"] is None  # of 30 different pairs
+
+
+def test_the_table_and_the_curve_show_what_the_pairs_resolve(trained, faces, tmp_path, capsys):
+    cli(["evaluate", str(trained / "model.pt"), str(faces / "synth.bin"), str(faces / "synth.bin"), "--plot",
+         str(tmp_path / "roc.png")])
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split() == ["set", "pairs", "accuracy", "TAR", "at", "1e-01"] and first == second
+    assert first.startswith("synth     60  ") and (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_onnx_net_embeds_as_the_insightface_package_does(trained, faces):
+    images = VerificationSet(faces / "synth.bin").faces(6)
+    ours = embed(OnnxNet(trained / "model.onnx"), images)[:, 0].numpy()
+    model = insightface.model_zoo.get_model(str(trained / "model.onnx"))
+    theirs = model.get_feat([image[:, :, ::-1] for image in images.numpy()])  # it takes BGR
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def graph(path, *nodes, batch="N", shape=(3, 112, 112), out=("M", "D")):
+    """A small model of these nodes, from "x" to "y"."""
+    initializers = [helper.make_tensor("half", onnx.TensorProto.FLOAT, [1], [127.5]),
+                    helper.make_tensor("scale", onnx.TensorProto.FLOAT, [1], [1 / 127.5])]
+    made = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", 1, [batch, *shape])],
+                             [helper.make_tensor_value_info("y", 1, list(out))], initializers)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), str(path))
+    return path
+
+
+def test_a_model_that_normalises_pixels_itself_gets_pixels(tmp_path):
+    flatten = helper.make_node("Flatten", ["x"], ["y"])
+    own = (helper.make_node("Sub", ["x", "half"], ["a"]), helper.make_node("Mul", ["a", "scale"], ["b"]),
+           helper.make_node("Flatten", ["b"], ["y"]))
+    images = normalize_faces(torch.randint(0, 256, (3, 112, 112, 3), dtype=torch.uint8))
+    plain, normalising = OnnxNet(graph(tmp_path / "a.onnx", flatten)), OnnxNet(graph(tmp_path / "b.onnx", *own))
+    torch.testing.assert_close(plain(images), images.flatten(1))
+    torch.testing.assert_close(normalising(images), images.flatten(1), rtol=0, atol=1e-5)
+    fixed = OnnxNet(graph(tmp_path / "c.onnx", flatten, batch=1))
+    torch.testing.assert_close(fixed(images), images.flatten(1))
+
+
+def test_what_is_no_face_model_is_refused(trained, faces, tmp_path, capsys):
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(ExportError, match="text.onnx: no ONNX model that can be run"):
+        OnnxNet(tmp_path / "text.onnx")
+    with pytest.raises(ExportError, match=r"takes x \['N', 1, 28, 28\], but a face model takes \(N, 3, 112, 112\)"):
+        OnnxNet(graph(tmp_path / "a.onnx", helper.make_node("Flatten", ["x"], ["y"]), shape=(1, 28, 28)))
+    net = OnnxNet(graph(tmp_path / "b.onnx", helper.make_node("Flatten", ["x"], ["y"], axis=0)))
+    with pytest.raises(ExportError, match="gives .* for 3 faces, but a face model gives a row for each"):
+        net(torch.zeros(3, 3, 112, 112))
+    with pytest.raises(ExportError, match="nowhere.onnx: no such file"):
+        evaluate(tmp_path / "nowhere.onnx", [faces / "synth.bin"])
+    with pytest.raises(InputError, match="--net gallery: only checkpoints"):
+        evaluate(trained / "model.onnx", [faces / "synth.bin"], "gallery")
+    with pytest.raises(SystemExit, match="f2c-plugin evaluate: .*none.bin"):
+        cli(["evaluate", str(trained / "model.pt"), str(tmp_path / "none.bin")])
+
+
+def test_embeddings_that_are_not_finite_are_no_result(faces, monkeypatch):
+    class Broken(nn.Module):
+        def forward(self, images):
+            return torch.full((len(images), 4), torch.nan)
+    monkeypatch.setattr("f2c_plugin.tools.evaluate.load_model", lambda *_: Broken())
+    with pytest.raises(F2CError, match="model.pt: its embeddings of .*synth.bin are not finite"):
+        evaluate(Path("model.pt"), [faces / "synth.bin"])
+    assert table([])
