@@ -192,13 +192,13 @@ def convert(args: Namespace) -> None:
          argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net"))
 def export(args: Namespace) -> None:
     """Write a trained net as ONNX for the insightface package."""
-    from f2c_plugin.evaluation.onnx_export import export_checked, load_net  # doctor must run without onnx
+    from f2c_plugin.evaluation.onnx_export import embedding_size, export_checked, load_net  # doctor must run without onnx
 
     if os.path.realpath(args.model) == os.path.realpath(args.out):
         raise ExportError(f"{args.out} is the trained model itself and is not overwritten: name another file")
     net = load_net(args.model, args.net)
     cosine = export_checked(net, args.out)
-    print(f"{args.out}: the {args.net} net, {len(net.features.weight)}-dimensional embeddings"
+    print(f"{args.out}: the {args.net} net, {embedding_size(net)}-dimensional embeddings"
           + ("" if cosine is None else f"; smallest cosine to PyTorch: {cosine:.6f}"))
 
 

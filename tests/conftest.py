@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,34 @@ def as_recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return [each.clone() for each in self.function(*mine[:-1], *mine[-1].unbind())]
     monkeypatch.setattr(Replay, "__call__", call)
     return called
+
+
+PACKAGE = """
+import torch
+from torch import nn
+
+class Pixels(nn.Module):
+    def __init__(self, num_features, fp16, dropout):
+        super().__init__()
+        assert dropout == 0.0
+        self.dense = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(588, num_features), nn.BatchNorm1d(num_features))
+
+    def forward(self, x):
+        return self.dense(x.float())
+
+def make(num_features, fp16, dropout):
+    return Pixels(num_features, fp16, dropout)
+"""
+
+
+@pytest.fixture
+def other_package(tmp_path, monkeypatch):
+    """A package with the backbone "pixels", installed; the folder that holds it."""
+    site = tmp_path / "site"
+    (site / "others-1.0.dist-info").mkdir(parents=True)
+    (site / "others_nets.py").write_text(PACKAGE)
+    (site / "others-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+    (site / "others-1.0.dist-info/entry_points.txt").write_text("[arcface_torch.backbones]\npixels = others_nets:make\n")
+    monkeypatch.syspath_prepend(str(site))
+    yield site
+    sys.modules.pop("others_nets", None)

@@ -14,7 +14,7 @@ from torch import nn
 from f2c_plugin.data.dataset import IMAGE_SIZE, normalize_faces
 from f2c_plugin.errors import CheckpointError, ExportError, F2CError
 from f2c_plugin.evaluation.verification import embed
-from f2c_plugin.models import NETWORKS, Net, get_model
+from f2c_plugin.models import get_model, networks
 from f2c_plugin.utils.atomic import naming, written_whole
 from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.finite import not_finite, some
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 SAME_EMBEDDING = 0.9999  # smallest cosine between embeddings of PyTorch and ONNX Runtime that counts as equal
 
 
-def load_net(path: str | Path, which: str = "probe") -> Net:
+def load_net(path: str | Path, which: str = "probe") -> nn.Module:
     """Load a net, in eval mode on the CPU, from a ``model.pt`` or a checkpoint of arcface_torch or the built-in trainer.
 
     ``which`` is "probe" or "gallery"; only checkpoints hold the gallery net. Raises ExportError if the file does not
-    hold that net, or its architecture is not in ``NETWORKS``.
+    hold that net, or its architecture is none of ``networks()``.
     """
     path = Path(path)
     try:
@@ -45,28 +45,38 @@ def load_net(path: str | Path, which: str = "probe") -> Net:
         if not state:
             raise ExportError(f"{path}: holds no gallery net: give a checkpoint of a training with head='f2c_dcp' and "
                               "save_all_states=True")
-    for name in NETWORKS:
+    for name in networks():
         with torch.device("meta"):
             names = get_model(name).state_dict().keys()
         if names == state.keys():
             if wrong := _of_other_shapes(state, name):
                 raise ExportError(f"{path}: its weights do not fit {name}: {some(wrong)} of other shapes")
             try:
-                net = get_model(name, len(state["features.weight"]))
+                net = get_model(name, _embedding_size(state))
                 net.load_state_dict(state)
             except (RuntimeError, TypeError, AttributeError) as error:
                 raise ExportError(f"{path}: its weights do not fit {name}: {error}") from error
             return net.eval()
-    raise ExportError(f"{path}: its weights fit none of the nets {', '.join(NETWORKS)}: export other nets of arcface_torch "
+    raise ExportError(f"{path}: its weights fit none of the nets {', '.join(networks())}: export other nets of arcface_torch "
                       "with its own torch2onnx.py")
+
+
+@torch.no_grad()
+def embedding_size(net: nn.Module) -> int:
+    """D of a net in eval mode on the CPU."""
+    return net(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)).size(1)
+
+
+def _embedding_size(state: dict[str, Any]) -> int:
+    """D, from the batch norm in which all nets of arcface_torch end; 1 if what should say it is no vector."""
+    last = [value for name, value in state.items() if name.endswith("running_mean")][-1:]
+    return len(last[0]) if last and torch.is_tensor(last[0]) and last[0].dim() else 1
 
 
 def _of_other_shapes(state: dict[str, Any], network: str) -> list[str]:
     """Names. Found without building the net, for a small file can ask for a net of many gigabytes."""
-    weight = state["features.weight"]
-    size = len(weight) if torch.is_tensor(weight) and weight.dim() else 1
     with torch.device("meta"):
-        expected = get_model(network, size).state_dict()
+        expected = get_model(network, _embedding_size(state)).state_dict()
     return [name for name, value in expected.items() if getattr(state[name], "shape", None) != value.shape]
 
 

@@ -1,7 +1,8 @@
 """Backbones by name.
 
-The IResNets have the names, shapes and parameter names of arcface_torch, so a ``model.pt`` of one loads in
-the other with ``strict=True``. ``small`` and ``tiny`` are for CPUs: demo, tests and benchmarks.
+IResNets and MobileFaceNets have the names, shapes and parameter names of arcface_torch, so a ``model.pt`` of one loads in
+the other with ``strict=True``. ``small`` and ``tiny`` are for CPUs: demo, tests and benchmarks. Other packages offer
+backbones in the entry point group ``arcface_torch.backbones``.
 """
 
 from collections.abc import Callable
@@ -11,10 +12,11 @@ from torch import nn
 
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.models.iresnet import IResNet
+from f2c_plugin.models.mobilefacenet import MobileFaceNet
 from f2c_plugin.models.plain import PlainNet
+from f2c_plugin.utils.registry import BACKBONES, installed, load_plugin
 
-Net = IResNet | PlainNet
-Factory = Callable[[int, bool], Net]  # takes num_features and fp16
+Factory = Callable[[int, bool], nn.Module]  # takes num_features and fp16
 
 
 def _iresnet(*blocks: int) -> Factory:
@@ -28,16 +30,25 @@ def _plain(*layers: tuple[int, int], before: Callable[[], nn.Module] = nn.Identi
 NETWORKS: dict[str, Factory] = {
     "r18": _iresnet(2, 2, 2, 2), "r34": _iresnet(3, 4, 6, 3), "r50": _iresnet(3, 4, 14, 3),
     "r100": _iresnet(3, 13, 30, 3), "r200": _iresnet(6, 26, 60, 6),
+    "mbf": partial(MobileFaceNet, (1, 4, 6, 2), 2), "mbf_large": partial(MobileFaceNet, (2, 8, 12, 4), 4),
     "small": _plain((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)),
     "tiny": _plain((16, 2), (32, 2), (64, 2), (128, 1), before=partial(nn.AvgPool2d, 2)),
 }
 
 
-def get_model(name: str, num_features: int = 512, fp16: bool = False) -> Net:
+def networks() -> list[str]:
+    """The names of all backbones, with those of other packages."""
+    return [*NETWORKS, *(name for name in installed(BACKBONES) if name not in NETWORKS)]
+
+
+def get_model(name: str, num_features: int = 512, fp16: bool = False) -> nn.Module:
     """A new net, from images (B, 3, 112, 112) in [-1, 1] to embeddings, float32 (B, num_features).
 
-    With fp16, all but the last two layers run under autocast. Raises ConfigError if the name is not in NETWORKS.
+    With fp16, all but the last two layers run under autocast. The factory of another package is called as arcface_torch calls
+    its own: ``factory(dropout=0.0, fp16=…, num_features=…)``. Raises ConfigError if there is no such name.
     """
-    if name not in NETWORKS:
-        raise ConfigError(f"network={name!r}: must be one of {', '.join(NETWORKS)}")
-    return NETWORKS[name](num_features, fp16)
+    if name in NETWORKS:
+        return NETWORKS[name](num_features, fp16)
+    if name not in networks():
+        raise ConfigError(f"network={name!r}: must be one of {', '.join(networks())}")
+    return load_plugin(BACKBONES, name)(dropout=0.0, fp16=fp16, num_features=num_features)

@@ -1,4 +1,4 @@
-"""Heads and loaders by name, from the entry points of installed packages."""
+"""Heads, loaders and backbones by name, from the entry points of installed packages."""
 
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -8,6 +8,13 @@ from f2c_plugin.errors import UnknownPlugin
 
 HEADS = "arcface_torch.heads"
 SAMPLERS = "arcface_torch.samplers"
+BACKBONES = "arcface_torch.backbones"
+_KEYS = {HEADS: "head", SAMPLERS: "sampler", BACKBONES: "network"}  # of a config
+
+
+def installed(group: str) -> list[str]:
+    """The names that installed packages offer in ``group``."""
+    return sorted({entry.name for entry in entry_points(group=group)})
 
 
 def load_plugin(group: str, name: str) -> Callable[..., Any]:
@@ -18,7 +25,7 @@ def load_plugin(group: str, name: str) -> Callable[..., Any]:
     """
     found = {entry.name: entry for entry in entry_points(group=group)}
     if name not in found:
-        key = "head" if group == HEADS else "sampler"
+        key = _KEYS[group]
         known = ", ".join(sorted(found)) or "none: is the plugin installed in this environment?"
         raise UnknownPlugin(f"config.{key}={name!r} is unknown; installed: {known}")
     return found[name].load()

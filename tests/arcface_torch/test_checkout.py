@@ -185,14 +185,14 @@ def test_model_pt_loads_into_the_backbones_of_arcface_torch_and_of_this_package(
     if not (patched / "work_dirs" / "f2c" / "model.pt").is_file():
         write_config(patched, "f2c", packs, FEW, head="f2c_dcp", f2c_pool_rate=1.0, num_epoch=1)
         run(patched, "f2c")
-    for name in "r18", "r50", "r100":
+    for name in "r18", "r50", "r100", "mbf", "mbf_large":
         torch.save(get_model(name).state_dict(), tmp_path / f"{name}.pt")
     script = f"""
 import torch
 from backbones import get_model
 net = get_model("mbf", num_features=64)
 net.load_state_dict(torch.load("work_dirs/f2c/model.pt"), strict=True)
-for name in "r18", "r50", "r100":
+for name in "r18", "r50", "r100", "mbf", "mbf_large":
     net = get_model(name, num_features=512, fp16=False)
     net.load_state_dict(torch.load(r"{tmp_path}/" + name + ".pt"), strict=True)
     torch.manual_seed(0)
@@ -201,13 +201,25 @@ for name in "r18", "r50", "r100":
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=patched, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in "r18", "r50", "r100":
+    for name in "r18", "r50", "r100", "mbf", "mbf_large":
         net = get_model(name)  # in training mode: untrained, the running statistics of r100 overflow
         net.load_state_dict(torch.load(tmp_path / f"{name}.pt"))
         torch.manual_seed(0)
         with torch.no_grad():
             torch.testing.assert_close(net(torch.randn(4, 3, 112, 112)),
                                        torch.load(tmp_path / f"{name}_embeddings.pt"), rtol=1e-3, atol=1e-3)
+
+
+def test_a_backbone_of_another_package_is_one_of_arcface_torch(patched, other_package):
+    script = """
+from backbones import get_model
+net = get_model("pixels", dropout=0.0, fp16=False, num_features=64)
+print(type(net).__name__, net.dense[2].out_features)
+get_model("r51")"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=patched, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(other_package)})
+    assert done.stdout == "Pixels 64\n"
+    assert done.stderr.strip().endswith("ValueError: 'r51' is none of the installed arcface_torch.backbones: pixels")
 
 
 def test_a_vision_transformer_without_timm_names_the_command_that_installs_it(patched):

@@ -27,7 +27,7 @@ def trained(faces, tmp_path_factory):
     config = folder / "config.py"
     config.write_text(f"""config = dict(head="f2c_dcp", f2c_recipe="paper", f2c_pool_rate=1.0, network="tiny",
         embedding_size=32, batch_size=12, lr=0.05, margin_list=(1.0, 0.0, 0.2), scale=16.0, rec={str(faces)!r},
-        num_classes=12, num_image=120, num_epoch=2, num_workers=0, val_targets=["synth"], frequent=2, verbose=5, f2c_save_every=10,
+        num_classes=12, num_image=120, num_epoch=2, num_workers=0, val_targets=["synth"], verbose=5, f2c_save_every=10,
         output={str(folder / "out")!r})""")
     run(str(config))
     return folder / "out"

@@ -1,0 +1,60 @@
+"""Backbones by name: those here, and those of other packages."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from f2c_plugin.errors import ConfigError, ExportError
+from f2c_plugin.evaluation.onnx_export import export_checked, load_net
+from f2c_plugin.models import NETWORKS, get_model, networks
+from f2c_plugin.trainer.output import write_states
+from tests.runs import history, run
+
+
+@pytest.mark.parametrize("name, millions", [("r18", 24.0), ("r50", 43.6), ("r100", 65.2), ("mbf", 2.06), ("mbf_large", 6.31)])
+def test_nets_have_as_many_parameters_as_those_of_arcface_torch(name, millions):
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in get_model(name).parameters())
+    assert count / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["mbf", "mbf_large", "tiny"])
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_net_embeds_a_batch_in_float32(name, fp16):
+    net = get_model(name, 24, fp16)
+    embeddings = net(torch.randn(3, 3, 112, 112))
+    assert embeddings.shape == (3, 24) and embeddings.dtype == torch.float32
+    embeddings.sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["mbf", "mbf_large"])
+def test_a_mobile_net_is_loaded_and_exported_for_one_face_and_for_many(name, tmp_path):
+    torch.manual_seed(0)
+    net = get_model(name, 40)
+    net(torch.randn(8, 3, 112, 112))  # running statistics
+    write_states(net.state_dict(), tmp_path / "model.pt")
+    loaded = load_net(tmp_path / "model.pt")
+    assert export_checked(loaded, tmp_path / "model.onnx") > 0.9999
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    images = torch.randn(3, 3, 112, 112)
+    for some in images[:1], images:
+        with torch.no_grad():
+            np.testing.assert_allclose(session.run(None, {"data": some.numpy()})[0], loaded(some), rtol=1e-3, atol=1e-3)
+
+
+def test_a_backbone_of_another_package_trains_and_is_loaded_and_exported(other_package, config):
+    assert networks() == [*NETWORKS, "pixels"]
+    report = run(config(network="pixels", num_epoch=1))
+    assert report["network"] == "pixels" and "loss" in history()[0]
+    assert type(load_net("out/model.pt")).__name__ == "Pixels"
+    assert onnxruntime.InferenceSession("out/model.onnx").get_outputs()[0].shape[1] == 32
+
+
+def test_an_unknown_network_names_those_there_are(other_package, tmp_path):
+    with pytest.raises(ConfigError, match="network='r51': must be one of r18, r34, .* mbf, mbf_large, small, tiny, pixels"):
+        get_model("r51")
+    write_states({"weight": torch.zeros(3)}, tmp_path / "model.pt")
+    with pytest.raises(ExportError, match="its weights fit none of the nets r18, .*pixels"):
+        load_net(tmp_path / "model.pt")
