@@ -43,15 +43,17 @@ class Row(NamedTuple):
 
 
 def rows() -> list[Row]:
-    """In the order of their worlds and passes."""
-    found: list[Row] = []
-    for file in RESULTS.glob("learning_*.json"):
+    """In the order of their worlds and passes. Where several files have a head in one row, that with the most seeds counts."""
+    found: dict[tuple[str, float], dict[str, list[Result]]] = {}
+    for file in sorted(RESULTS.glob("learning_*.json")):
         report = json.loads(file.read_text())
         for each in report["tables"]:
             if each["equal"] == "images":
-                runs = {name: row["runs"] for name, row in each["rows"].items() if name in HEADS}
-                found.append(Row(world(report["setting"]), each["passes"], runs))
-    return sorted(found, key=lambda row: (row.world, row.passes))
+                row = found.setdefault((world(report["setting"]), each["passes"]), {})
+                for name, head in each["rows"].items():
+                    if name in HEADS and len(head["runs"]) > len(row.get(name, [])):
+                        row[name] = head["runs"]
+    return [Row(*of, runs) for of, runs in sorted(found.items())]
 
 
 def tars(runs: list[Result], far: str = "1e-3") -> np.ndarray:

@@ -14,7 +14,7 @@ import f2c_plugin
 from f2c_plugin.arcface_torch import patching
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.index import open_index
-from f2c_plugin.errors import ExportError, F2CError
+from f2c_plugin.errors import ExportError, F2CError, InputError
 from f2c_plugin.synthetic.dataset import draw_contact_sheet, power_law, write_dataset
 from f2c_plugin.tools import checkpoints, packs, repack, verification_sets
 from f2c_plugin.tools.convert import convert as convert_pack
@@ -252,7 +252,8 @@ def checkpoint(args: Namespace) -> None:
             _print_table(checkpoints.describe(path))
 
 
-@command(argument("--identities", type=int, required=True, metavar="N", help="number of identities"),
+@command(argument("pack", nargs="?", help="folder of train.rec and train.idx, of whose identities it is"),
+         argument("--identities", type=int, metavar="N", help="number of identities, without a pack"),
          argument("--gpus", type=int, default=8, metavar="W", help="number of GPUs; default: %(default)s"),
          argument("--network", default="r100", help="a network of the built-in trainer; default: %(default)s"),
          argument("--batch-size", type=int, default=128, help="images per GPU; default: %(default)s"),
@@ -263,7 +264,10 @@ def checkpoint(args: Namespace) -> None:
          argument("--plot", metavar="PNG", help="draw memory against the number of identities"))
 def plan(args: Namespace) -> None:
     """Estimate the GPU memory of F²C, Partial FC and the full FC layer."""
-    planned = Plan(args.identities, args.gpus, args.network, args.batch_size, args.pool_rate, args.pool_dtype, args.recipe,
+    if (args.pack is None) == (args.identities is None):
+        raise InputError("name a pack or --identities N, one of them")
+    identities = RecordDataset(args.pack, skip_damaged=True).num_classes if args.pack else args.identities
+    planned = Plan(identities, args.gpus, args.network, args.batch_size, args.pool_rate, args.pool_dtype, args.recipe,
                    args.shard_pool)
     print(f"{planned.identities:,} identities on {planned.gpus} GPUs, batch {planned.batch_size}: the head on each GPU")
     for name, size in planned.table():

@@ -17,7 +17,7 @@ from f2c_plugin.config import F2CConfig
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.loss import default_hard_negatives
 from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES, are_kept, num_parts
-from f2c_plugin.models import NETWORKS, get_model
+from f2c_plugin.models import get_model, networks
 from f2c_plugin.tools.plotting import pyplot, save_figure
 
 EMBEDDING_SIZE = 512
@@ -31,7 +31,7 @@ class Plan:
 
     identities: int
     gpus: int = 8
-    network: str = "r100"  # one of NETWORKS
+    network: str = "r100"  # one of networks()
     batch_size: int = 128  # images per GPU
     pool_rate: float = 0.1
     pool_dtype: str = "float32"
@@ -41,8 +41,8 @@ class Plan:
     def __post_init__(self) -> None:
         problems = [f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0"
                     for name in ("identities", "gpus") if getattr(self, name) < 1]
-        if self.network not in NETWORKS:
-            problems.append(f"--network {self.network}: must be one of {', '.join(NETWORKS)}")
+        if self.network not in networks():
+            problems.append(f"--network {self.network}: must be one of {', '.join(networks())}")
         if problems:
             raise ConfigError("\n".join(problems))
         F2CConfig.read({"f2c_pool_rate": self.pool_rate, "f2c_pool_dtype": self.pool_dtype, "batch_size": self.batch_size,

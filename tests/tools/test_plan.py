@@ -56,6 +56,14 @@ def test_the_command_prints_the_table_and_draws_it(tmp_path, capsys):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_number_of_identities_may_come_from_a_pack(faces, capsys):
+    cli(["plan", str(faces), "--pool-rate", "1", "--gpus", "1", "--batch-size", "12"])
+    assert "12 identities on 1 GPUs" in capsys.readouterr().out
+    for arguments in ["plan"], ["plan", str(faces), "--identities", "12"]:
+        with pytest.raises(SystemExit, match="f2c-plugin plan: name a pack or --identities N, one of them"):
+            cli(arguments)
+
+
 def test_the_verdict_names_the_head_that_takes_less_memory():
     published = dict(network="r50", recipe="paper")
     assert Plan(93_431, gpus=8, **published).verdict().startswith(
