@@ -54,13 +54,14 @@ def evaluate(model: str | Path, sets: Sequence[str | Path], which: str = "probe"
         F2CError: the model or a set cannot be read, or the model's embeddings are not finite.
     """
     opened = [VerificationSet(path) for path in sets]
+    stems = [each.path.stem for each in opened]
     net = load_model(model, which)
     found: list[Evaluated] = []
     for each in opened:
         result = each.evaluate(net)
         if not np.isfinite(result.scores).all():
             raise F2CError(f"{model}: its embeddings of {each.path} are not finite")
-        found.append(Evaluated(each.path.stem, result))
+        found.append(Evaluated(each.path.stem if stems.count(each.path.stem) == 1 else str(each.path), result))
     return found
 
 
