@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from f2c_plugin.arcface_torch.entry_points import f2c_dcp
-from f2c_plugin.config import TrainConfig, load_config
+from f2c_plugin.config import TrainConfig
+from f2c_plugin.config_files import load_config
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.initial import initialize
 from f2c_plugin.method.margin import Margin

@@ -30,7 +30,7 @@ EXCEPTIONS = {
     ("trainer/logger.py", "emit", "os.open"): "/dev/null",
     ("trainer/loop.py", "_run", "save"): "the method of Checkpoints, not a file",
     ("tools/image_files.py", "_encoded", "save"): "into memory",
-    ("tools/pack_folder.py", "_appearing_together", "os.replace"): "of whole files, each from a new folder",
+    ("data/writer.py", "new_pack", "os.replace"): "of whole files, each from a new folder",
     ("arcface_torch/patching.py", "_git_apply", "write_bytes"): "in a new temporary folder",
     ("arcface_torch/patching.py", "fetch_checkout", "os.replace"): "moves a folder into the cache, over no file",
 }
