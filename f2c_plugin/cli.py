@@ -198,7 +198,7 @@ def export(args: Namespace) -> None:
         raise ExportError(f"{args.out} is the trained model itself and is not overwritten: name another file")
     net = load_net(args.model, args.net)
     cosine = export_checked(net, args.out)
-    print(f"{args.out}: the {args.net} net, {embedding_size(net)}-dimensional embeddings"
+    print(f"{args.out}: the {args.net} net, {embedding_size(net.state_dict())}-dimensional embeddings"
           + ("" if cosine is None else f"; smallest cosine to PyTorch: {cosine:.6f}"))
 
 

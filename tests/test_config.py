@@ -230,29 +230,27 @@ def test_whatever_a_config_says_each_wrong_key_is_named_with_its_value_and_nothi
         assert not said or "batch_size" in said or "f2c_shard_pool" in said
 
 
+def said_of(cfg, if_right):
+    """What is said to be wrong with a config; ``if_right`` if nothing is."""
+    try:
+        check(cfg)
+    except ConfigError as error:
+        return str(error)
+    return if_right
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from(sorted({*RIGHT, *WRONG})), value=st.sampled_from(NONSENSE) | st.integers() | st.text() | st.floats())
 def test_nonsense_in_any_key_ends_in_a_config_error_or_in_a_config_that_is_right(config, key, value):
     cfg = load_config(config(num_epoch=2))
     cfg[key] = value
-    try:
-        check(cfg)
-        said = key
-    except ConfigError as error:
-        said = str(error)
-    assert key in said
+    assert key in said_of(cfg, key)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from(sorted({*RIGHT, *WRONG} - {"f2c_pool_rat", "f2c_momentun", "f2c_"})), value=st.text())
 def test_whatever_an_override_says_its_key_is_named_or_right(config, key, value):
-    cfg = load_config(config(), [f"{key}={value}"])
-    try:
-        check(cfg)
-        said = key
-    except ConfigError as error:
-        said = str(error)
-    assert key in said
+    assert key in said_of(load_config(config(), [f"{key}={value}"]), key)
 
 
 @pytest.mark.parametrize("text, message", [

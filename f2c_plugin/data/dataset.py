@@ -157,10 +157,17 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
             return identities
         return np.asarray(np.searchsorted(self.index.numbers, identities), np.int64)
 
+    def encoded(self, i: int) -> bytes:
+        """Image ``i`` as it is stored. Raises RecordError if its record is damaged."""
+        return bytes(self._stored(i))
+
+    def _stored(self, i: int) -> Buffer:
+        return image_of_record(self.records.read(int(self.index.offsets[i])))
+
     def face(self, i: int, out: Pixels | None = None) -> Pixels:
         """Image ``i``, as from ``decode_face``. Raises RecordError if its record or JPEG is damaged."""
         try:
-            return decode_face(image_of_record(self.records.read(int(self.index.offsets[i]))), out)
+            return decode_face(self._stored(i), out)
         except ValueError as error:
             raise RecordError(f"{self.records.path}: record {self.index.keys[i]} (identity {self.index.identity[i]}) "
                               f"cannot be decoded: {error}") from error

@@ -52,7 +52,7 @@ def load_net(path: str | Path, which: str = "probe") -> nn.Module:
             if wrong := _of_other_shapes(state, name):
                 raise ExportError(f"{path}: its weights do not fit {name}: {some(wrong)} of other shapes")
             try:
-                net = get_model(name, _embedding_size(state))
+                net = get_model(name, embedding_size(state))
                 net.load_state_dict(state)
             except (RuntimeError, TypeError, AttributeError) as error:
                 raise ExportError(f"{path}: its weights do not fit {name}: {error}") from error
@@ -61,14 +61,8 @@ def load_net(path: str | Path, which: str = "probe") -> nn.Module:
                       "with its own torch2onnx.py")
 
 
-@torch.no_grad()
-def embedding_size(net: nn.Module) -> int:
-    """D of a net in eval mode on the CPU."""
-    return net(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)).size(1)
-
-
-def _embedding_size(state: dict[str, Any]) -> int:
-    """D, from the batch norm in which all nets of arcface_torch end; 1 if what should say it is no vector."""
+def embedding_size(state: dict[str, Any]) -> int:
+    """D, from the state of the batch norm in which all nets of arcface_torch end; 1 if what should say it is no vector."""
     last = [value for name, value in state.items() if name.endswith("running_mean")][-1:]
     return len(last[0]) if last and torch.is_tensor(last[0]) and last[0].dim() else 1
 
@@ -76,7 +70,7 @@ def _embedding_size(state: dict[str, Any]) -> int:
 def _of_other_shapes(state: dict[str, Any], network: str) -> list[str]:
     """Names. Found without building the net, for a small file can ask for a net of many gigabytes."""
     with torch.device("meta"):
-        expected = get_model(network, _embedding_size(state)).state_dict()
+        expected = get_model(network, embedding_size(state)).state_dict()
     return [name for name, value in expected.items() if getattr(state[name], "shape", None) != value.shape]
 
 

@@ -85,8 +85,9 @@ class F2CHead(PoolHead):
         if not self.symmetric and len(probes) == num_images:
             probes = probes.chunk(2)[1]
         check_batch(num_images, probes, labels, self.symmetric, self.pool.embedding_size, self.pool.num_identities)
-        check_room(num_images // 2 * this_rank()[1], self.pool.num_identities, self.pool.num_slots)
-        return self._loss_of_step((probes, labels, gather_features()), num_writes=num_images // 2 * this_rank()[1])
+        num_writes = num_images // 2 * this_rank()[1]
+        check_room(num_writes, self.pool.num_identities, self.pool.num_slots)
+        return self._loss_of_step((probes, labels, gather_features()), num_writes)
 
     def _step(self, tensors: Sequence[Tensor], margin: Margin, rate: Number, seed: Number) -> list[Tensor]:
         probes, labels, features = tensors

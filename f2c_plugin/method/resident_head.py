@@ -50,9 +50,9 @@ class ResidentHead(PoolHead):
             raise InputError(f"{len(embeddings)} embeddings and {len(labels)} labels: the head takes what the backbone made of "
                              "a batch, and a label for each image")
         check_numbers(embeddings, labels, self.pool.embedding_size, self.pool.num_identities)
-        world_size = this_rank()[1]
-        check_room(len(labels) * world_size, self.pool.num_identities, self.pool.num_slots)
-        return self._loss_of_step((embeddings, labels), num_writes=len(labels) * world_size)
+        num_writes = len(labels) * this_rank()[1]
+        check_room(num_writes, self.pool.num_identities, self.pool.num_slots)
+        return self._loss_of_step((embeddings, labels), num_writes)
 
     def _step(self, tensors: Sequence[Tensor], margin: Margin, rate: Number, seed: Number) -> list[Tensor]:
         embeddings, labels = tensors

@@ -94,14 +94,14 @@ def pack_folder(source: str | Path, out: str | Path, resize: bool = False, quali
         raise InputError(f"{out} is inside {source}: choose a folder outside, or the pack would be part of what is packed")
     refuse_to_overwrite(out, _NAMES)
     packed = Packed(out)
-    count = sum(1 for _ in _walk(source))  # also finds links that lead out, before the work begins
+    count = sum(1 for _ in walk(source))  # also finds links that lead out, before the work begins
     with (new_pack(out, _NAMES) as folder, tempfile.TemporaryFile(dir=folder) as images,
           worker_pool(processes) as pool):
         # A pack begins with its number of images, which is known only when all are decoded. Until then they wait here.
         lengths = array("Q")
         with (written_whole(folder / LEFT_OUT) as left_out, naming(out / "train.rec"),
               tqdm(total=count, desc="decoding", unit=" files", disable=None) as bar):
-            for path, image in pool.imap(partial(_image_or_reason, source, resize, quality), _walk(source), _CHUNK):
+            for path, image in pool.imap(partial(_image_or_reason, source, resize, quality), walk(source), _CHUNK):
                 if isinstance(image, bytes):
                     images.write(image)
                     lengths.append(len(image))
@@ -131,7 +131,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _OF_THE_SYSTEM
 
 
-def _walk(source: Path) -> Iterator[File]:
+def walk(source: Path) -> Iterator[File]:
     """What is below ``source``, identity by identity, sorted by name. Raises RecordError if a link leads out."""
     root = os.path.realpath(source)
     folders: list[Folder] = [("", (root,))]

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,8 +11,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from f2c_plugin.data.dataset import RecordDataset
-from f2c_plugin.data.recordio import Int64s, image_of_record
-from f2c_plugin.data.writer import new_pack, refuse_to_overwrite, write_insightface_pack, write_property
+from f2c_plugin.data.recordio import Int64s
+from f2c_plugin.data.writer import new_pack, write_insightface_pack, write_property
 from f2c_plugin.errors import InputError, RecordError
 from f2c_plugin.utils.atomic import written_whole
 
@@ -80,8 +79,7 @@ class _Packs:
 
     def image(self, source: int, position: int) -> bytes:
         """An image as it is stored."""
-        dataset = self.datasets[source]
-        return bytes(image_of_record(dataset.records.read(int(dataset.index.offsets[position]))))
+        return self.datasets[source].encoded(position)
 
     def encoded(self, images: _Images, doing: str) -> Iterator[bytes]:
         """The images, one by one."""
@@ -138,11 +136,10 @@ def merge(folders: Sequence[str | Path], out: str | Path, same: str | Path | Non
         OverwriteError: ``out`` already holds a pack.
     """
     out = Path(out)
-    refuse_to_overwrite(out, _NAMES)
-    packs = _Packs(folders)
-    number_of = _merged_numbers(packs, _read_same(Path(same), packs) if same else {})
-    merged = Repacked(out, left_out={"damaged, or not 112×112": packs.unusable})
     with new_pack(out, _NAMES) as folder:
+        packs = _Packs(folders)
+        number_of = _merged_numbers(packs, _read_same(Path(same), packs) if same else {})
+        merged = Repacked(out, left_out={"damaged, or not 112×112": packs.unusable})
         images = packs.named(number_of)
         hashes = np.fromiter((int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little")
                               for image in packs.encoded(images, "comparing")), np.uint64, len(images.source))
@@ -166,24 +163,21 @@ def split(source: str | Path, train: str | Path, unseen: str | Path, identities:
         InputError: there are not so many identities with so many images, or none would be left to train on.
         RecordError, OverwriteError: as of ``merge``.
     """
-    for folder in map(Path, (train, unseen)):
-        refuse_to_overwrite(folder, _NAMES)
-    if Path(train).resolve() == Path(unseen).resolve():
+    outs = Path(train), Path(unseen)
+    if outs[0].resolve() == outs[1].resolve():
         raise InputError(f"{train} and {unseen} are one folder: name two")
-    packs = _Packs([source])
-    index = packs.datasets[0].index
-    enough = np.flatnonzero(np.diff(index.starts) >= min_images)
-    if not 0 < identities <= len(enough):
-        raise InputError(f"--identities {identities}: {source} has {len(enough)} identities with {min_images} images or more")
-    if identities == len(index.numbers):
-        raise InputError(f"--identities {identities}: are all that {source} has; none would be left to train on")
-    is_unseen = np.zeros(len(index.numbers), bool)
-    is_unseen[np.random.default_rng(seed).permutation(enough)[:identities]] = True
-    with ExitStack() as both:  # both appear, or neither
-        parts = [(Path(folder), both.enter_context(new_pack(Path(folder), _NAMES)), chosen)
-                 for folder, chosen in ((train, ~is_unseen), (unseen, is_unseen))]
-        first, second = (_write_chosen(packs, out, folder, chosen) for out, folder, chosen in parts)
-    return first, second
+    with new_pack(outs[0], _NAMES) as first, new_pack(outs[1], _NAMES) as second:
+        packs = _Packs([source])
+        index = packs.datasets[0].index
+        enough = np.flatnonzero(np.diff(index.starts) >= min_images)
+        if not 0 < identities <= len(enough):
+            raise InputError(f"--identities {identities}: {source} has {len(enough)} identities with {min_images} images or "
+                             "more")
+        if identities == len(index.numbers):
+            raise InputError(f"--identities {identities}: are all that {source} has; none would be left to train on")
+        is_unseen = np.zeros(len(index.numbers), bool)
+        is_unseen[np.random.default_rng(seed).permutation(enough)[:identities]] = True
+        return _write_chosen(packs, outs[0], first, ~is_unseen), _write_chosen(packs, outs[1], second, is_unseen)
 
 
 def filtered(source: str | Path, out: str | Path, min_images: int = 1, max_images: int | None = None,
@@ -197,19 +191,18 @@ def filtered(source: str | Path, out: str | Path, min_images: int = 1, max_image
         RecordError, OverwriteError: as of ``merge``.
     """
     out = Path(out)
-    refuse_to_overwrite(out, _NAMES)
-    packs = _Packs([source])
-    index = packs.datasets[0].index
-    sizes = np.diff(index.starts)
-    chosen = (sizes >= min_images) & (sizes <= (max_images or np.inf))
-    if only:
-        chosen &= np.isin(index.numbers, _read_identities(Path(only), index.numbers))
-    if without:
-        chosen &= ~np.isin(index.numbers, _read_identities(Path(without), index.numbers))
-    if not chosen.any():
-        raise InputError(f"{source}: no identity is left of {len(index.numbers)}, which have {sizes.min()} to {sizes.max()} "
-                         "images: ask for less")
     with new_pack(out, _NAMES) as folder:
+        packs = _Packs([source])
+        index = packs.datasets[0].index
+        sizes = np.diff(index.starts)
+        chosen = (sizes >= min_images) & (sizes <= (max_images or np.inf))
+        if only:
+            chosen &= np.isin(index.numbers, _read_identities(Path(only), index.numbers))
+        if without:
+            chosen &= ~np.isin(index.numbers, _read_identities(Path(without), index.numbers))
+        if not chosen.any():
+            raise InputError(f"{source}: no identity is left of {len(index.numbers)}, which have {sizes.min()} to "
+                             f"{sizes.max()} images: ask for less")
         found = _write_chosen(packs, out, folder, chosen)
     found.left_out["of identities that were not asked for"] = int(sizes[~chosen].sum())
     return found

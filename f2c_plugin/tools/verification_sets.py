@@ -1,6 +1,5 @@
 """Makes verification sets, ``.bin`` files of pairs, from packs or from folders of images."""
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -10,10 +9,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from f2c_plugin.data.dataset import RecordDataset
-from f2c_plugin.data.recordio import image_of_record
-from f2c_plugin.errors import InputError, OverwriteError, RecordError, VerificationSetError
+from f2c_plugin.data.writer import refuse_to_overwrite
+from f2c_plugin.errors import InputError, RecordError, VerificationSetError
 from f2c_plugin.evaluation.verification import FOLDS, save_bin
 from f2c_plugin.tools.image_files import storable
+from f2c_plugin.tools.pack_folder import walk
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -57,7 +57,7 @@ class _Pack:
             raise VerificationSetError(f"{self._dataset.records.path}: has no image with record number {name!r}")
         position = int(self._order[position])
         self._dataset.face(position)  # decoded, to see that it can be
-        return bytes(image_of_record(self._dataset.records.read(int(self._dataset.index.offsets[position]))))
+        return self._dataset.encoded(position)
 
 
 class _Folder:
@@ -67,9 +67,11 @@ class _Folder:
         self._folder, self._resize = folder, resize
 
     def identities(self) -> list[list[str]]:
-        found = [sorted(str(path.relative_to(self._folder)) for path in person.rglob("*") if path.suffix.lower() in _IMAGES)
-                 for person in sorted(self._folder.iterdir()) if person.is_dir() and not person.name.startswith(".")]
-        return [images for images in found if images]
+        found: dict[str, list[str]] = {}
+        for path, reason in walk(self._folder):
+            if not reason and Path(path).suffix.lower() in _IMAGES:
+                found.setdefault(Path(path).parts[0], []).append(path)
+        return list(found.values())
 
     def image(self, name: str) -> bytes:
         path = self._folder / name
@@ -98,8 +100,7 @@ def write_verification_set(source: Source, pairs: Sequence[Pair], out: str | Pat
         VerificationSetError: an image cannot be used; there are fewer pairs than two for each fold.
         OverwriteError: there is such a file.
     """
-    if os.path.lexists(out):
-        raise OverwriteError(f"{out} exists and is not overwritten: name another file or remove it")
+    refuse_to_overwrite(Path(out).parent, [Path(out).name])
     if len(pairs) < 2 * FOLDS:
         raise VerificationSetError(f"{len(pairs)} pairs: {2 * FOLDS} or more are needed, two for each of {FOLDS} folds")
     images: dict[str, bytes] = {}

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,9 +88,8 @@ class Trackers:
                 file.write(json.dumps({key: tracker.run_id for key, tracker in self._open.items()}).encode())
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Log the scalars of a step that are finite."""
-        finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
-        self._each(lambda tracker: tracker.write(step, finite))
+        """Log the scalars of a step, all of them finite."""
+        self._each(lambda tracker: tracker.write(step, scalars))
 
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
