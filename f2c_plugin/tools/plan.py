@@ -23,6 +23,9 @@ from f2c_plugin.tools.plotting import pyplot, save_figure
 EMBEDDING_SIZE = 512
 SIMILAR = 1.25  # ratio of memory within which two heads are about equal
 _FLOAT, _INT32, _INT64 = 4, 4, 8  # bytes
+# What the published step holds beside once it is recorded: not counted, but measured on an H200, with 100,000 and 200,000
+# slots. Libraries take memory for the stream of a recording.
+_RECORDED_PAPER = 50 * 2**20
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,13 @@ class Plan:
             return _FLOAT * EMBEDDING_SIZE * (vectors + 5 * gathered)
         return _FLOAT * (max(vectors * EMBEDDING_SIZE, 4 * hardest_rows) + 8 * touched * EMBEDDING_SIZE)
 
+    def recording(self, device: str = "cuda") -> int:
+        """What a recorded step holds beside its working memory."""
+        return 0 if self.is_resident or device == "cpu" else _RECORDED_PAPER
+
     def f2c(self, device: str = "cuda") -> int:
         """The F²C head at the peak, without the gallery net."""
-        return self.pool() + self.slot_table() + self.working_memory(device)
+        return self.pool() + self.slot_table() + self.working_memory(device) + self.recording(device)
 
     def partial_fc(self, sample_rate: float) -> int:
         """arcface_torch's Partial FC at the peak; at sample rate 1 it is the full FC layer, split.
@@ -149,7 +156,7 @@ class Plan:
                 (f"  {pool}" + (", shared by the GPUs" if self.is_resident or self.shard_pool else ""), self.pool()),
                 ("  slot table", self.slot_table()), ("  working memory", self.working_memory())]
         if not self.is_resident:
-            rows.append((f"  gallery net ({self.network})", self.gallery_net()))
+            rows += [("  recorded step", self.recording()), (f"  gallery net ({self.network})", self.gallery_net())]
         rows += [(f"Partial FC, sample rate {self.pool_rate:g}", self.partial_fc(self.pool_rate)),
                  ("full FC, split over the GPUs", self.partial_fc(1.0))]
         if self.is_resident:
