@@ -23,6 +23,7 @@ from f2c_plugin.tools.pack_folder import pack_folder
 from f2c_plugin.tools.plan import Plan, draw as draw_plan
 from f2c_plugin.tools.plotting import draw_roc
 from f2c_plugin.tools.report import report as write_report
+from f2c_plugin.tools.unpack import unpack as unpack_pack
 from f2c_plugin.utils.terminal import printed, tolerate_any_terminal
 
 Run = Callable[[Namespace], None]
@@ -185,6 +186,14 @@ def convert(args: Namespace) -> None:
     """Write a pack again with the identities of a list, exact also beyond 2**24."""
     images, identities = convert_pack(args.source, args.labels, args.out)
     print(f"{args.out}: {images} images of {identities} identities")
+
+
+@command(argument("source", help="folder of train.rec and train.idx"),
+         argument("out", help="folder to write into: a folder for each identity, by its number; images by their records' numbers"),
+         argument("--skip-damaged", action="store_true", help="leave out records that cannot be used"), JSON)
+def unpack(args: Namespace) -> None:
+    """Write the images of a pack into folders, as they are stored."""
+    _show(args, unpack_pack(args.source, args.out, args.skip_damaged))
 
 
 @command(argument("model", help="a model.pt, or a checkpoint of arcface_torch or f2c_plugin.train"),

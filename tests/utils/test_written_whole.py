@@ -31,6 +31,7 @@ EXCEPTIONS = {
     ("trainer/loop.py", "_run", "save"): "the method of Checkpoints, not a file",
     ("tools/image_files.py", "_encoded", "save"): "into memory",
     ("data/writer.py", "new_pack", "os.replace"): "of whole files, each from a new folder",
+    ("tools/unpack.py", "unpack", "write_bytes"): "in a new temporary folder, which is renamed when it is whole",
     ("arcface_torch/patching.py", "_git_apply", "write_bytes"): "in a new temporary folder",
     ("arcface_torch/patching.py", "fetch_checkout", "os.replace"): "moves a folder into the cache, over no file",
 }
