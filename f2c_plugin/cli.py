@@ -189,7 +189,7 @@ def convert(args: Namespace) -> None:
 
 
 @command(argument("source", help="folder of train.rec and train.idx"),
-         argument("out", help="folder to write into: a folder for each identity, by its number; images by their records' numbers"),
+         argument("out", help="folder to write into: a folder for each identity, by its number; images by their records'"),
          argument("--skip-damaged", action="store_true", help="leave out records that cannot be used"), JSON)
 def unpack(args: Namespace) -> None:
     """Write the images of a pack into folders, as they are stored."""

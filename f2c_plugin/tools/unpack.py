@@ -26,8 +26,8 @@ class Unpacked:
 def unpack(source: str | Path, out: str | Path, skip_damaged: bool = False) -> Unpacked:
     """Write the images of a pack as they are stored, OUT/identity/record.jpg (or .png).
 
-    Both numbers have leading zeros, so that sorted names are in the order of the numbers, and `pack` numbers the identities in the same
-    order. Everything appears in ``out``, or nothing.
+    Both numbers have leading zeros, so that sorted names are in the order of the numbers, and `pack` numbers the identities in
+    the same order. Everything appears in ``out``, or nothing.
 
     Raises:
         OverwriteError: ``out`` exists.

@@ -7,6 +7,7 @@ import pytest
 
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.synthetic.dataset import write_dataset
 from f2c_plugin.tools.pack_folder import pack_folder
 from tests.tools.test_packs import damaged_pack, encoded
 
@@ -32,7 +33,7 @@ def test_files_are_named_by_identity_and_record_with_leading_zeros(tmp_path):
     cli(["unpack", str(tmp_path), str(tmp_path / "out")])
     assert sorted(contents(tmp_path / "out")) == [*(f"0/{i}.jpg" for i in range(3)), "1/3.jpg", "1/4.png", "1/5.jpg",
                                                   *(f"2/{i}.jpg" for i in range(6, 9))]
-    cli(["synth", str(tmp_path / "more"), "--identities", "11", "--images-per-identity", "1", "--pairs", "2", "--processes", "1"])
+    write_dataset(tmp_path / "more", 11, 1, num_pairs=2, processes=1)
     cli(["unpack", str(tmp_path / "more"), str(tmp_path / "out2")])
     assert {"00/01.jpg", "10/11.jpg"} < set(contents(tmp_path / "out2"))
 
