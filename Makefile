@@ -1,6 +1,7 @@
 # make demo: from nothing to a verified face recognition model on a CPU
 # make test: lint and tests
 # make lint: ruff and pyright
+# make docs: the site, docs/_build/index.html
 # make gpu: on a machine with a GPU, the tests that need one and what is to be measured there
 # make mxnet: mxnet in an environment of its own, for the tests that compare with it
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 DEMO := data/f2c_demo
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: demo test lint gpu mxnet clean
+.PHONY: demo test lint docs gpu mxnet clean
 
 demo: .venv/ready-demo $(DEMO)/train.rec
 	$(BIN)/python -m f2c_plugin.train f2c_demo
@@ -26,6 +27,10 @@ test: .venv/ready-test lint
 lint: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: .venv/ready-docs
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build
+	@echo docs/_build/index.html
 
 gpu: .venv/ready-test
 	$(BIN)/python -m pytest -m gpu tests/method/test_gpu.py
@@ -47,4 +52,4 @@ mxnet: .venv-mxnet/bin/python
 	.venv-mxnet/bin/pip install -q 'mxnet==1.9.1' 'numpy<1.24' 'opencv-python-headless<4.9'
 
 clean:
-	rm -rf .venv .venv-mxnet work_dirs $(DEMO)
+	rm -rf .venv .venv-mxnet work_dirs docs/_build $(DEMO)

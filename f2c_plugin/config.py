@@ -204,6 +204,11 @@ def bad_keys(cfg: Config) -> dict[str, str]:
     return {key: problem for key in _KEYS if key in cfg and (problem := _KEYS[key].problem(key, cfg[key]))}
 
 
+def valid_values() -> dict[str, str]:
+    """What the value of each key must be, in words."""
+    return {key: values.description for key, values in _KEYS.items()}
+
+
 _TOGETHER = ("f2c_pool_rate", "f2c_recipe", "f2c_identity_rate")  # keys without which the others make no sense together
 
 

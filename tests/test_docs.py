@@ -1,11 +1,14 @@
 """README and pages: they stay short, their links lead somewhere, and their figures are those of the code."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from f2c_plugin.config import PREFIX, F2CConfig
+from f2c_plugin.cli import COMMANDS
+from f2c_plugin.config import PREFIX, F2CConfig, known_keys
 from f2c_plugin.tools.plan import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -51,3 +54,16 @@ def test_the_memory_in_the_readme_is_what_plan_says():
             for written, size in zip([*f2c.split(", "), partial_fc], expected, strict=True):
                 rounding = 0.5 / 10 ** len(written.partition(".")[2])  # of the last digit
                 assert abs(float(written) - size / 2**30) <= rounding, (identities, gpus, written, size / 2**30)
+
+
+def test_the_site_is_built_without_a_warning_and_has_every_key_and_command(tmp_path):
+    """A warning is a link that leads nowhere, a page that no menu has, or a table that is none."""
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", ROOT / "docs", tmp_path / "site"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    keys, commands = ((tmp_path / "site" / f"{page}.html").read_text() for page in ("keys", "commands"))
+    assert not [key for key in known_keys() if f">{key}<" not in keys]
+    assert not [name for name in COMMANDS if f'id="{name}"' not in commands]
+    loaded = [source for page in (tmp_path / "site").glob("*.html")
+              for source in re.findall(r'<(?:script|img|link)[^>]* (?:src|href)="(http[^"]*)"', page.read_text())]
+    assert not loaded
