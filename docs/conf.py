@@ -59,7 +59,7 @@ def usage(parser: ArgumentParser) -> Iterator[str]:
             for each in action.choices.values():
                 yield from usage(each)
             return
-    yield "    " + " ".join(parser.format_usage().removeprefix("usage: ").split())
+    yield "    " + " ".join(parser.format_usage().removeprefix("usage: ").replace("[-h] ", "").split())
     rows = [f"| `{', '.join(action.option_strings) or action.metavar or action.dest}` | {meaning(parser, action)} |"
             for action in parser._actions if not isinstance(action, _HelpAction)]
     yield "\n".join(["| argument | meaning |", "|---|---|", *rows])
