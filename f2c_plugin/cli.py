@@ -19,7 +19,8 @@ from f2c_plugin.synthetic.dataset import draw_contact_sheet, power_law, write_da
 from f2c_plugin.tools import checkpoints, packs, repack, verification_sets
 from f2c_plugin.tools.convert import convert as convert_pack
 from f2c_plugin.tools.doctor import examine
-from f2c_plugin.tools.pack_folder import pack_folder
+from f2c_plugin.tools.pack import pack as pack_images
+from f2c_plugin.tools.pack_sources import source_of
 from f2c_plugin.tools.plan import Plan, draw as draw_plan
 from f2c_plugin.tools.plotting import draw_roc
 from f2c_plugin.tools.report import report as write_report
@@ -131,9 +132,15 @@ def reindex(args: Namespace) -> None:
     print(f"{Path(args.folder, 'train.idx')}: {packs.reindex(args.folder)} records")
 
 
-@command(argument("source", help="folder with a folder for each identity; images may also lie in folders inside these"),
-         argument("out", help="folder to write train.rec, train.idx, property, identities.json (number to folder name) and "
+@command(argument("sources", nargs="+", metavar="source",
+                  help="folder with a folder for each identity, whose images may also lie in folders inside; or a list of "
+                       "paths and identities, or im2rec's .lst; or .tar files in WebDataset's layout, or a folder of them; "
+                       "or a Hugging Face dataset, a folder of save_to_disk or of .parquet files"),
+         argument("out", help="folder to write train.rec, train.idx, property, identities.json (number to name) and "
                               "left_out.tsv (what was left out and why) into"),
+         argument("--root", metavar="DIR", help="of the paths in a list; default: the list's folder"),
+         argument("--label-key", metavar="NAME", help="of the identity: field of .json in tar files, or column of a dataset"),
+         argument("--image-key", metavar="NAME", help="of the images: column of a dataset"),
          argument("--resize", action="store_true",
                   help="also take images of other sizes: scale the shorter side to 112 pixels and crop the longer one at the "
                        "centre. Align the faces before; this does not"),
@@ -141,8 +148,9 @@ def reindex(args: Namespace) -> None:
                   help="store what is not a JPEG as JPEG of this quality, 1 to 100; default: as PNG, which loses nothing, but "
                        "needs Pillow in training"), JSON)
 def pack(args: Namespace) -> None:
-    """Write a pack from all images of 112×112 pixels in a folder that has a folder for each identity."""
-    _show(args, pack_folder(args.source, args.out, args.resize, args.quality))
+    """Write a pack from images of 112×112 pixels in folders, a list, tar files or a dataset."""
+    source = source_of(args.sources, args.root, args.image_key, args.label_key)
+    _show(args, pack_images(source, args.out, args.resize, args.quality))
 
 
 @command(argument("folders", nargs="+", metavar="folder", help="folder of train.rec and train.idx, of two packs or more"),
