@@ -164,6 +164,17 @@ def merge(args: Namespace) -> None:
     _show(args, repack.merge(args.folders, args.out, args.same, args.drop_duplicates))
 
 
+@command(argument("folders", nargs="+", metavar="folder", help="folder of train.rec and train.idx, of one pack or more"),
+         argument("out", metavar="list", help="file to write, which merge --same takes for the same packs in the same order"),
+         argument("--model", required=True, help="an .onnx file, a model.pt, or a checkpoint, to embed the images with"),
+         argument("--least", type=float, default=0.6, metavar="COSINE", help="of two identities; default: %(default)s"), JSON)
+def duplicates(args: Namespace) -> None:
+    """List the identities that may be one person's by the cosine of their centres. Merges nothing."""
+    from f2c_plugin.tools.duplicates import find_duplicates  # doctor must run without onnx
+
+    _show(args, find_duplicates(args.folders, args.model, args.out, args.least))
+
+
 @command(argument("source", help="folder of train.rec and train.idx"),
          argument("train", help="folder to write the pack to train on into"),
          argument("unseen", help="folder to write the pack to verify with into"),
