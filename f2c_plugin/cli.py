@@ -63,6 +63,11 @@ def _show(args: Namespace, *results: Result) -> None:
         print(*(result.report() for result in results), sep="\n")
 
 
+def _print(args: Namespace, line: str, **found: object) -> None:
+    """A line for people, or what was found as JSON."""
+    print(json.dumps(found, default=str, indent=2) if args.json else line)
+
+
 @command(argument("checkout", help="folder of arcface_torch, or of the insightface checkout that contains it"),
          argument("--check", action="store_true", help="show what would change, but change nothing"),
          argument("--reverse", action="store_true", help="restore the checkout"))
@@ -98,18 +103,21 @@ def doctor(args: Namespace) -> None:
 
 @command(argument("folder", help="folder of train.rec and train.idx"),
          argument("--plot", metavar="PNG", help="draw the histogram of images per identity"),
-         argument("--verify", action="store_true", help="decode every image and list the unusable records"))
+         argument("--verify", action="store_true", help="decode every image and list the unusable records"), JSON)
 def index(args: Namespace) -> None:
     """Index a pack, so that training starts at once, and summarize it."""
     damaged: dict[int, str] = {}
     if args.verify:
         number, damaged = packs.verify(args.folder)
-        for error in damaged.values():
-            print(error)
-        print(f"{len(damaged)} of {number} records cannot be used" + (":" if damaged else ""), ", ".join(map(str, damaged)))
+        if not args.json:
+            print(*damaged.values(), sep="\n", end="\n" * bool(damaged))
+            print(f"{len(damaged)} of {number} records cannot be used" + (":" if damaged else ""), ", ".join(map(str, damaged)))
     open_index(args.folder, progress=True)
     dataset = RecordDataset(args.folder, skip_damaged=True)
-    _print_table(packs.describe(dataset))
+    if args.json:
+        print(json.dumps(packs.summary(dataset) | ({"damaged": damaged} if args.verify else {}), indent=2))
+    else:
+        _print_table(packs.describe(dataset))
     if args.plot:
         packs.draw_histogram(dataset, args.plot)
     if damaged:
@@ -126,10 +134,11 @@ def inspect(args: Namespace) -> None:
     print(args.out)
 
 
-@command(argument("folder", help="folder of train.rec"))
+@command(argument("folder", help="folder of train.rec"), JSON)
 def reindex(args: Namespace) -> None:
     """Make the missing train.idx of a pack from its train.rec."""
-    print(f"{Path(args.folder, 'train.idx')}: {packs.reindex(args.folder)} records")
+    records, path = packs.reindex(args.folder), Path(args.folder, "train.idx")
+    _print(args, f"{path}: {records} records", out=path, records=records)
 
 
 @command(argument("sources", nargs="+", metavar="source",
@@ -199,11 +208,11 @@ def filter_(args: Namespace) -> None:
 
 @command(argument("source", help="folder of train.rec and train.idx"),
          argument("labels", help="a list like im2rec's .lst: record number, tab, identity in each line"),
-         argument("out", help="folder to write train.rec, train.idx and property into"))
+         argument("out", help="folder to write train.rec, train.idx and property into"), JSON)
 def convert(args: Namespace) -> None:
     """Write a pack again with the identities of a list, exact also beyond 2**24."""
     images, identities = convert_pack(args.source, args.labels, args.out)
-    print(f"{args.out}: {images} images of {identities} identities")
+    _print(args, f"{args.out}: {images} images of {identities} identities", out=args.out, images=images, identities=identities)
 
 
 @command(argument("model", help="a model.pt, or a checkpoint of arcface_torch or f2c_plugin.train"),
