@@ -36,7 +36,8 @@ from f2c_plugin.data.dataset import IMAGE_SIZE
 from f2c_plugin.errors import F2CError, InputError, OverwriteError, RecordError, VerificationSetError
 from f2c_plugin.evaluation.verification import FOLDS, save_bin
 from f2c_plugin.tools.image_files import storable
-from f2c_plugin.tools.pack_folder import pack_folder
+from f2c_plugin.tools.pack import pack
+from f2c_plugin.tools.pack_sources import Folders
 from f2c_plugin.tools.verification_sets import LfwPairs, lfw_file
 from f2c_plugin.utils.workers import WorkerPool, worker_pool
 
@@ -235,7 +236,7 @@ class Faces:
             if not packed:
                 raise RecordError("\n  ".join([f"{folder.name}: no image of its {len(people)} people: give more people",
                                                *self.report()]))
-            pack_folder(files, folder, processes=1)
+            pack(Folders(files), folder, processes=1)
         return packed
 
     def verification_set(self, pairs: Sequence[Pair], path: Path) -> None:

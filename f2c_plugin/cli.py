@@ -19,7 +19,8 @@ from f2c_plugin.synthetic.dataset import draw_contact_sheet, power_law, write_da
 from f2c_plugin.tools import checkpoints, packs, repack, verification_sets
 from f2c_plugin.tools.convert import convert as convert_pack
 from f2c_plugin.tools.doctor import examine
-from f2c_plugin.tools.pack_folder import pack_folder
+from f2c_plugin.tools.pack import pack as pack_images
+from f2c_plugin.tools.pack_sources import source_of
 from f2c_plugin.tools.plan import Plan, draw as draw_plan
 from f2c_plugin.tools.plotting import draw_roc
 from f2c_plugin.tools.report import report as write_report
@@ -63,6 +64,11 @@ def _show(args: Namespace, *results: Result) -> None:
         print(*(result.report() for result in results), sep="\n")
 
 
+def _print(args: Namespace, line: str, **found: object) -> None:
+    """A line for people, or what was found as JSON."""
+    print(json.dumps(found, default=str, indent=2) if args.json else line)
+
+
 @command(argument("checkout", help="folder of arcface_torch, or of the insightface checkout that contains it"),
          argument("--check", action="store_true", help="show what would change, but change nothing"),
          argument("--reverse", action="store_true", help="restore the checkout"))
@@ -98,18 +104,21 @@ def doctor(args: Namespace) -> None:
 
 @command(argument("folder", help="folder of train.rec and train.idx"),
          argument("--plot", metavar="PNG", help="draw the histogram of images per identity"),
-         argument("--verify", action="store_true", help="decode every image and list the unusable records"))
+         argument("--verify", action="store_true", help="decode every image and list the unusable records"), JSON)
 def index(args: Namespace) -> None:
     """Index a pack, so that training starts at once, and summarize it."""
     damaged: dict[int, str] = {}
     if args.verify:
         number, damaged = packs.verify(args.folder)
-        for error in damaged.values():
-            print(error)
-        print(f"{len(damaged)} of {number} records cannot be used" + (":" if damaged else ""), ", ".join(map(str, damaged)))
+        if not args.json:
+            print(*damaged.values(), sep="\n", end="\n" * bool(damaged))
+            print(f"{len(damaged)} of {number} records cannot be used" + (":" if damaged else ""), ", ".join(map(str, damaged)))
     open_index(args.folder, progress=True)
     dataset = RecordDataset(args.folder, skip_damaged=True)
-    _print_table(packs.describe(dataset))
+    if args.json:
+        print(json.dumps(packs.summary(dataset) | ({"damaged": damaged} if args.verify else {}), indent=2))
+    else:
+        _print_table(packs.describe(dataset))
     if args.plot:
         packs.draw_histogram(dataset, args.plot)
     if damaged:
@@ -126,15 +135,22 @@ def inspect(args: Namespace) -> None:
     print(args.out)
 
 
-@command(argument("folder", help="folder of train.rec"))
+@command(argument("folder", help="folder of train.rec"), JSON)
 def reindex(args: Namespace) -> None:
     """Make the missing train.idx of a pack from its train.rec."""
-    print(f"{Path(args.folder, 'train.idx')}: {packs.reindex(args.folder)} records")
+    records, path = packs.reindex(args.folder), Path(args.folder, "train.idx")
+    _print(args, f"{path}: {records} records", out=path, records=records)
 
 
-@command(argument("source", help="folder with a folder for each identity; images may also lie in folders inside these"),
-         argument("out", help="folder to write train.rec, train.idx, property, identities.json (number to folder name) and "
+@command(argument("sources", nargs="+", metavar="source",
+                  help="folder with a folder for each identity, whose images may also lie in folders inside; or a list of "
+                       "paths and identities, or im2rec's .lst; or .tar files in WebDataset's layout, or a folder of them; "
+                       "or a Hugging Face dataset, a folder of save_to_disk or of .parquet files"),
+         argument("out", help="folder to write train.rec, train.idx, property, identities.json (number to name) and "
                               "left_out.tsv (what was left out and why) into"),
+         argument("--root", metavar="DIR", help="of the paths in a list; default: the list's folder"),
+         argument("--label-key", metavar="NAME", help="of the identity: field of .json in tar files, or column of a dataset"),
+         argument("--image-key", metavar="NAME", help="of the images: column of a dataset"),
          argument("--resize", action="store_true",
                   help="also take images of other sizes: scale the shorter side to 112 pixels and crop the longer one at the "
                        "centre. Align the faces before; this does not"),
@@ -142,8 +158,9 @@ def reindex(args: Namespace) -> None:
                   help="store what is not a JPEG as JPEG of this quality, 1 to 100; default: as PNG, which loses nothing, but "
                        "needs Pillow in training"), JSON)
 def pack(args: Namespace) -> None:
-    """Write a pack from all images of 112×112 pixels in a folder that has a folder for each identity."""
-    _show(args, pack_folder(args.source, args.out, args.resize, args.quality))
+    """Write a pack from images of 112×112 pixels in folders, a list, tar files or a dataset."""
+    source = source_of(args.sources, args.root, args.image_key, args.label_key)
+    _show(args, pack_images(source, args.out, args.resize, args.quality))
 
 
 @command(argument("folders", nargs="+", metavar="folder", help="folder of train.rec and train.idx, of two packs or more"),
@@ -155,6 +172,17 @@ def pack(args: Namespace) -> None:
 def merge(args: Namespace) -> None:
     """Write the images of several packs into one."""
     _show(args, repack.merge(args.folders, args.out, args.same, args.drop_duplicates))
+
+
+@command(argument("folders", nargs="+", metavar="folder", help="folder of train.rec and train.idx, of one pack or more"),
+         argument("out", metavar="list", help="file to write, which merge --same takes for the same packs in the same order"),
+         argument("--model", required=True, help="an .onnx file, a model.pt, or a checkpoint, to embed the images with"),
+         argument("--least", type=float, default=0.6, metavar="COSINE", help="of two identities; default: %(default)s"), JSON)
+def duplicates(args: Namespace) -> None:
+    """List the identities that may be one person's by the cosine of their centres. Merges nothing."""
+    from f2c_plugin.tools.duplicates import find_duplicates  # doctor must run without onnx
+
+    _show(args, find_duplicates(args.folders, args.model, args.out, args.least))
 
 
 @command(argument("source", help="folder of train.rec and train.idx"),
@@ -181,11 +209,11 @@ def filter_(args: Namespace) -> None:
 
 @command(argument("source", help="folder of train.rec and train.idx"),
          argument("labels", help="a list like im2rec's .lst: record number, tab, identity in each line"),
-         argument("out", help="folder to write train.rec, train.idx and property into"))
+         argument("out", help="folder to write train.rec, train.idx and property into"), JSON)
 def convert(args: Namespace) -> None:
     """Write a pack again with the identities of a list, exact also beyond 2**24."""
     images, identities = convert_pack(args.source, args.labels, args.out)
-    print(f"{args.out}: {images} images of {identities} identities")
+    _print(args, f"{args.out}: {images} images of {identities} identities", out=args.out, images=images, identities=identities)
 
 
 @command(argument("source", help="folder of train.rec and train.idx"),

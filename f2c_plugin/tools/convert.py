@@ -8,13 +8,15 @@ import numpy as np
 from tqdm import tqdm
 
 from f2c_plugin.data.recordio import IDENTITY_BITS, Int64s, RecordFile, read_idx
-from f2c_plugin.data.writer import RecordWriter, pack_image_record, refuse_to_overwrite, write_property
+from f2c_plugin.data.writer import RecordWriter, new_pack, pack_image_record, write_property
 from f2c_plugin.errors import RecordError
 from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
 
+_NAMES = ("property", "train.idx", "train.rec")  # in the order in which they appear
+
 
 def convert(source: str | Path, labels: str | Path, out: str | Path) -> tuple[int, int]:
-    """Write the pack in ``source`` again into the folder ``out``, with the identities of a list.
+    """Write the pack in ``source`` again into the folder ``out``, with the identities of a list. All files appear, or none.
 
     The new pack has a record 0 that announces the images, and no identity records. Identities from 2**24 on stand in
     the header of their records (see ``data.recordio``).
@@ -33,12 +35,10 @@ def convert(source: str | Path, labels: str | Path, out: str | Path) -> tuple[in
     records = RecordFile(Path(source) / "train.rec")
     keys, offsets = read_idx(records.path.with_suffix(".idx"))
     listed, identities = _read_list(Path(labels))
-    out = Path(out)
-    refuse_to_overwrite(out)
-    out.mkdir(parents=True, exist_ok=True)
     position = np.minimum(np.searchsorted(listed, keys), len(listed) - 1)
     number_of_identities = len(np.unique(identities))
-    with RecordWriter(out / "train.rec") as pack:
+    with new_pack(Path(out), _NAMES) as folder, RecordWriter(folder / "train.rec") as pack:
+        write_property(folder, number_of_identities)
         pack.write(0, pack_image_record([len(listed) + 1, number_of_identities], b"", 0))
         written = 0
         for key, offset, at in tqdm(zip(keys.tolist(), offsets.tolist(), position.tolist(), strict=True), "converting",
@@ -56,7 +56,6 @@ def convert(source: str | Path, labels: str | Path, out: str | Path) -> tuple[in
             pack.write(written, pack_image_record(several if len(several) > 1 else several[0], bytes(record.image), record.id))
         if written != len(listed):
             raise RecordError(f"{labels}: lists {len(listed)} images, but {records.path} has only {written} of them")
-    write_property(out, number_of_identities)
     return written, number_of_identities
 
 

@@ -19,7 +19,8 @@ from f2c_plugin.utils.registry import HEADS, SAMPLERS, load_plugin
 PACKAGES = ("f2c-plugin", "torch", "numpy", "easydict", "simplejpeg", "tqdm", "onnx")
 # Optional packages, and the extra that installs each.
 EXTRAS = {"onnxruntime": "onnxruntime", "matplotlib": "plot", "pillow": "plot", "tensorboard": "tensorboard",
-          "wandb": "wandb", "mlflow-skinny": "mlflow", "scikit-learn": "host", "timm": "vit"}
+          "wandb": "wandb", "mlflow-skinny": "mlflow", "scikit-learn": "host", "timm": "vit",
+          "datasets": "huggingface"}
 SAMPLE = 100  # images per set to decode as a test
 
 Finding = tuple[bool, str, object]  # whether it is good, its name, what was found

@@ -1,5 +1,6 @@
 """What a pack stores of an image file: a JPEG or PNG of 112 × 112 pixels, or the reason why it cannot."""
 
+import stat
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -14,22 +15,26 @@ from f2c_plugin.errors import F2CError
 from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _LARGEST_FILE = 1 << 26  # bytes; no picture of a face is larger
 _FACE = IMAGE_SIZE, IMAGE_SIZE
 
 
-def storable(path: Path, resize: bool, quality: int | None) -> bytes | str:
-    """The encoded image to store for a file, or why there is none: "kind of reason" or "kind of reason: detail".
+def storable(source: Path | bytes, resize: bool, quality: int | None) -> bytes | str:
+    """The encoded image to store for a file or its content, or why there is none: "kind of reason" or "kind of reason: detail".
 
     A JPEG of 112 × 112 is stored as it is, and so is a PNG if ``quality`` is None, unless mxnet would read it otherwise.
     Other images become RGB PNGs, or JPEGs of that quality. With ``resize``, other sizes are scaled to 112 on the shorter
     side and cropped at the centre. Raises F2CError if Pillow is needed and missing.
     """
     try:
-        size = path.stat().st_size
-        if size > _LARGEST_FILE:
-            return f"larger than {_LARGEST_FILE >> 20} MB: {size >> 20} MB"
-        encoded = path.read_bytes()
+        if isinstance(source, Path):
+            found = source.stat()
+            if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+                return "neither a file nor a folder"
+            if reason := too_large(found.st_size):
+                return reason
+        encoded = source.read_bytes() if isinstance(source, Path) else source
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if not encoded:
@@ -41,9 +46,15 @@ def storable(path: Path, resize: bool, quality: int | None) -> bytes | str:
             return _of_jpeg(encoded, resize, quality)
         return _of_other(encoded, resize, quality)
     except F2CError as error:
-        raise F2CError(f"{path} is not a JPEG of {IMAGE_SIZE}×{IMAGE_SIZE} in RGB or gray: {error}") from error
+        name = source if isinstance(source, Path) else "an image"
+        raise F2CError(f"{name} is not a JPEG of {IMAGE_SIZE}×{IMAGE_SIZE} in RGB or gray: {error}") from error
     except Exception as error:  # decoders raise almost anything for damaged files
         return f"cannot be decoded: {error}"
+
+
+def too_large(size: int) -> str:
+    """Why a file of ``size`` bytes is left out; empty if it is not."""
+    return f"larger than {_LARGEST_FILE >> 20} MB: {size >> 20} MB" if size > _LARGEST_FILE else ""
 
 
 def _of_jpeg(encoded: bytes, resize: bool, quality: int | None) -> bytes | str:

@@ -47,6 +47,18 @@ def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
     ]
 
 
+def summary(dataset: RecordDataset) -> dict[str, object]:
+    """What ``describe`` finds in the index, as numbers."""
+    index = dataset.index
+    sizes = np.diff(index.starts)
+    return {"pack": str(dataset.records.path), "images": len(index), "identities": len(index.numbers),
+            "last_identity": int(index.numbers[-1]), "labels_disagree": index.describe_conflict(),
+            "unusable": len(index.unusable), "num_classes": dataset.num_classes,
+            "images_per_identity": {"least": int(sizes.min()), "median": float(np.median(sizes)), "most": int(sizes.max()),
+                                    "identities_with_one": int(np.count_nonzero(sizes == 1))},
+            "warnings": [warning for warning in (many_alone(index), large_identities(index)) if warning]}
+
+
 def spread(length: int, count: int) -> np.ndarray:
     """Up to ``count`` positions, spread evenly over ``length``."""
     return np.linspace(0, length - 1, min(count, length)).astype(int)

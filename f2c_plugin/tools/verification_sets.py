@@ -12,10 +12,8 @@ from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.writer import refuse_to_overwrite
 from f2c_plugin.errors import InputError, RecordError, VerificationSetError
 from f2c_plugin.evaluation.verification import FOLDS, save_bin
-from f2c_plugin.tools.image_files import storable
-from f2c_plugin.tools.pack_folder import walk
-
-_IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+from f2c_plugin.tools.image_files import IMAGE_SUFFIXES, storable
+from f2c_plugin.tools.pack_sources import walk
 
 
 class Pair(NamedTuple):
@@ -69,7 +67,7 @@ class _Folder:
     def identities(self) -> list[list[str]]:
         found: dict[str, list[str]] = {}
         for path, reason in walk(self._folder):
-            if not reason and Path(path).suffix.lower() in _IMAGES:
+            if not reason and Path(path).suffix.lower() in IMAGE_SUFFIXES:
                 found.setdefault(Path(path).parts[0], []).append(path)
         return list(found.values())
 

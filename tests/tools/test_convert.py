@@ -1,6 +1,8 @@
 """A pack converted to identities beyond 2**24, and trained on."""
 
+import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.recordio import RecordFile
 from f2c_plugin.errors import OverwriteError, RecordError
+from f2c_plugin.tools import convert as module
 from f2c_plugin.tools.convert import convert
 from tests.conftest import FIXTURES, PACKS
 from tests.runs import IDENTITIES, losses, run
@@ -76,6 +79,25 @@ def test_a_list_that_does_not_fit_is_refused_and_nothing_is_left(tmp_path, text,
     assert not (tmp_path / "new").exists() or not [*(tmp_path / "new").iterdir()]
     with pytest.raises(RecordError, match="no such file"):
         convert(FIXTURES / "rec_builder", tmp_path / "nothing", tmp_path / "new")
+
+
+def test_the_result_as_json(tmp_path, capsys):
+    write_list(tmp_path / "list", RecordDataset(FIXTURES / "rec_builder"), np.arange(99) + 2**24, "{}\t{}\n")
+    cli(["convert", str(FIXTURES / "rec_builder"), str(tmp_path / "list"), str(tmp_path / "new"), "--json"])
+    identities = len(RecordDataset(tmp_path / "new").index.numbers)
+    assert json.loads(capsys.readouterr().out) == {"out": str(tmp_path / "new"), "images": 6, "identities": identities}
+
+
+@pytest.mark.parametrize("when", ["write_property", "pack_image_record"])
+def test_a_conversion_that_is_interrupted_leaves_nothing_and_no_file_is_overwritten(tmp_path, monkeypatch, when):
+    write_list(tmp_path / "list", RecordDataset(FIXTURES / "rec_builder"), np.arange(99), "{}\t{}\n")
+    monkeypatch.setattr(module, when, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        convert(FIXTURES / "rec_builder", tmp_path / "list", tmp_path / "folder" / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["list"]
+    (tmp_path / "property").write_text("of another")
+    with pytest.raises(OverwriteError, match="property exists"):
+        convert(FIXTURES / "rec_builder", tmp_path / "list", tmp_path)
 
 
 def test_a_list_may_not_name_bookkeeping(tmp_path):

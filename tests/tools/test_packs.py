@@ -1,6 +1,8 @@
 """Packs: summaries, damage found and skipped, contact sheets, and indexes made anew."""
 
+import json
 import logging
+import resource
 import sys
 from io import BytesIO
 
@@ -178,6 +180,19 @@ def test_the_index_command_summarizes_and_draws_a_pack_and_lists_damage(tmp_path
     assert "1 of 9 records cannot be used: 4" in capsys.readouterr().out
 
 
+def test_the_summary_as_json_is_one_object_of_numbers(tmp_path, capsys):
+    cli(["index", str(FIXTURES / "insightface"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert "damaged" not in found and len(found.pop("warnings")) == 1
+    assert found == {"pack": str(FIXTURES / "insightface" / "train.rec"), "images": 10, "identities": 4, "last_identity": 3,
+                     "labels_disagree": None, "unusable": 0, "num_classes": 4,
+                     "images_per_identity": {"least": 1, "median": 2.5, "most": 4, "identities_with_one": 1}}
+    with pytest.raises(SystemExit) as ended:
+        cli(["index", str(damaged_pack(tmp_path, DAMAGE["cut short"])), "--verify", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 1 and list(found["damaged"]) == ["4"] and found["damaged"]["4"].startswith("record 4: ")
+
+
 @pytest.mark.parametrize("option, height", [((), 4), (("--identity", "2"), 1), (("--image", "3"), 1)])
 def test_inspect_draws_a_sheet(tmp_path, option, height):
     cli(["inspect", str(FIXTURES / "insightface"), *option, "--out", str(tmp_path / "sheet.png")])
@@ -209,6 +224,27 @@ def test_a_pack_without_idx_gets_the_one_that_it_was_written_with(pack, name, ca
     folder, written = reindexed(pack, name)
     assert (folder / "train.idx").read_bytes() == written
     assert capsys.readouterr().out == f"{folder / 'train.idx'}: {written.count(10)} records\n"
+
+
+def test_reindexing_gives_its_result_as_json(pack, capsys):
+    folder = pack("insightface")
+    (folder / "train.idx").unlink()
+    cli(["reindex", str(folder), "--json"])
+    assert json.loads(capsys.readouterr().out) == {"out": str(folder / "train.idx"), "records": 15}
+
+
+def test_reindexing_on_a_full_disk_names_the_file_and_leaves_nothing(pack):
+    folder = pack("insightface")
+    (folder / "train.idx").unlink()
+    before = sorted(folder.iterdir())
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limit[1]))  # of each file
+    try:
+        with pytest.raises(OSError, match="train.idx"):
+            reindex(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(folder.iterdir()) == before
 
 
 def test_records_with_keys_in_any_order_are_numbered_as_rec2idx_does_and_keep_their_labels(pack):

@@ -8,7 +8,8 @@ import pytest
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.synthetic.dataset import write_dataset
-from f2c_plugin.tools.pack_folder import pack_folder
+from f2c_plugin.tools.pack import pack
+from f2c_plugin.tools.pack_sources import Folders
 from tests.tools.test_packs import damaged_pack, encoded
 
 
@@ -21,7 +22,7 @@ def test_packing_what_was_unpacked_gives_the_same_images_and_labels(faces, tmp_p
     source = RecordDataset(faces)
     found = json.loads(capsys.readouterr().out)
     assert (found["images"], found["identities"]) == (len(source), 12)
-    pack_folder(tmp_path / "deep" / "images", tmp_path / "again", processes=1)
+    pack(Folders(tmp_path / "deep" / "images"), tmp_path / "again", processes=1)
     again = RecordDataset(tmp_path / "again")
     everything = np.arange(len(source))
     assert again.labels(everything).tolist() == source.labels(everything).tolist()

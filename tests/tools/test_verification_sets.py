@@ -10,7 +10,8 @@ from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import RecordDataset, decode_face
 from f2c_plugin.errors import InputError, OverwriteError, RecordError, VerificationSetError
 from f2c_plugin.evaluation.verification import VerificationSet, load_bin
-from f2c_plugin.tools.pack_folder import pack_folder
+from f2c_plugin.tools.pack import pack
+from f2c_plugin.tools.pack_sources import Folders
 from f2c_plugin.tools.verification_sets import drawn_pairs, listed_pairs, source_of, write_verification_set
 
 PEOPLE = {"Ann_Able": 4, "Bob_Best": 1, "Cid_Cole": 3, "Dan_Dean": 2}
@@ -43,7 +44,7 @@ def test_drawn_pairs_are_what_they_say_no_two_are_alike_and_each_fold_has_both(f
     source = folder
     if kind == "pack":
         source = tmp_path / "pack"
-        pack_folder(folder, source, processes=1)
+        pack(Folders(folder), source, processes=1)
     for number, seed in enumerate((0, 0, 1)):
         cli(["verification-set", str(source), str(tmp_path / f"{number}.bin"), "--pairs", "20", "--seed", str(seed)])
     assert capsys.readouterr().out.splitlines()[0] == f"{tmp_path / '0.bin'}: 20 pairs, 10 same"
@@ -81,7 +82,7 @@ def test_listed_pairs_are_taken_as_they_are(folder, tmp_path):
     (tmp_path / "list").write_text(LIST * 10)
     cli(["verification-set", str(folder), str(tmp_path / "made.bin"), "--list", str(tmp_path / "list")])
     assert shown(tmp_path / "made.bin") == ([((0, 1), (0, 2)), ((1, 1), (2, 3))] * 10, [True, False] * 10)
-    pack_folder(folder, tmp_path / "pack", processes=1)
+    pack(Folders(folder), tmp_path / "pack", processes=1)
     keys = RecordDataset(tmp_path / "pack").index.keys.tolist()
     (tmp_path / "list").write_text(f"{keys[0]}\t{keys[1]}\t1\n{keys[4]}\t{keys[7]}\t0\n" * 10)
     cli(["verification-set", str(tmp_path / "pack"), str(tmp_path / "packed.bin"), "--list", str(tmp_path / "list")])
@@ -121,7 +122,7 @@ def test_what_is_there_is_not_overwritten_and_what_is_not_there_is_said(folder, 
         write_verification_set(source_of(folder), pairs, tmp_path / "list")
     with pytest.raises(InputError, match="nowhere: no such folder"):
         source_of(tmp_path / "nowhere")
-    pack_folder(folder, tmp_path / "pack", processes=1)
+    pack(Folders(folder), tmp_path / "pack", processes=1)
     with pytest.raises(VerificationSetError, match="has no image with record number 'Ann"):
         write_verification_set(source_of(tmp_path / "pack"), pairs, tmp_path / "out.bin")
     (folder / "Ann_Able/Ann_Able_0002.jpg").write_bytes(picture(0, 2, 64))

@@ -21,9 +21,10 @@ from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.recordio import RecordFile
 from f2c_plugin.data.writer import write_insightface_pack
 from f2c_plugin.errors import F2CError, OverwriteError, RecordError
-from f2c_plugin.tools import pack_folder as module
+from f2c_plugin.tools import pack as module
 from f2c_plugin.tools.image_files import storable
-from f2c_plugin.tools.pack_folder import pack_folder
+from f2c_plugin.tools.pack import pack
+from f2c_plugin.tools.pack_sources import Folders
 
 
 def picture(seed, size=(112, 112), mode="RGB"):
@@ -62,7 +63,7 @@ def test_a_folder_becomes_a_pack_with_unchanged_files_labels_and_names(source, t
     folder = tmp_path / "new" / "pack"
     assert capsys.readouterr().out.splitlines() == [
         f"{folder}: 5 images of 2 identities", f"left out, see {folder}/left_out.tsv:", "  1 × not an image: bert/notes.txt",
-        "  1 × folder without a usable image, which gets no number: bert"]
+        "  1 × identity without a usable image, which gets no number: bert"]
     assert sorted(path.name for path in folder.iterdir()) == ["identities.json", "left_out.tsv", "property", "train.idx",
                                                               "train.rec"]
     assert json.loads((folder / "identities.json").read_text()) == ["anna", "carl"]
@@ -79,7 +80,7 @@ def test_many_files_keep_their_order_over_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 2)
     for i in range(60):
         save(tmp_path / "faces" / f"{i % 20:02}" / f"{i:02}.jpg", i)
-    packed = pack_folder(tmp_path / "faces", tmp_path / "pack", processes=3)
+    packed = pack(Folders(tmp_path / "faces"), tmp_path / "pack", processes=3)
     assert packed.sizes == dict.fromkeys((f"{i:02}" for i in range(20)), 3) and not packed.left_out and not packed.unused
     assert not (tmp_path / "pack" / "left_out.tsv").exists()
     assert stored(tmp_path / "pack") == [path.read_bytes() for path in sorted((tmp_path / "faces").rglob("*.jpg"))]
@@ -94,7 +95,7 @@ def test_other_formats_are_stored_as_png_without_loss_or_as_jpeg(tmp_path):
     files = [save(tmp_path / "faces" / "a" / name, 1, mode=mode) for name, mode in LOSSLESS.items()]
     files.append(save(tmp_path / "faces" / "a" / "wrong suffix.jpg", 1, "WEBP"))
     for quality in None, 97:
-        pack_folder(tmp_path / "faces", tmp_path / f"pack {quality}", quality=quality, processes=1)
+        pack(Folders(tmp_path / "faces"), tmp_path / f"pack {quality}", quality=quality, processes=1)
     dataset, jpegs = RecordDataset(tmp_path / "pack None"), RecordDataset(tmp_path / "pack 97")
     assert len(dataset) == len(jpegs) == len(files)
     for i, (path, png, jpeg) in enumerate(zip(files, stored(dataset.root_dir), stored(jpegs.root_dir), strict=True)):
@@ -109,9 +110,9 @@ def test_jpegs_and_pngs_are_stored_as_they_are_whatever_their_suffix(tmp_path):
     files = [save(tmp_path / "faces" / "a" / f"{i}.bmp", 1, form, mode=mode) for i, (form, mode) in enumerate(forms)]
     files.append(tmp_path / "faces" / "a" / "a.bmp")
     files[-1].write_bytes(encoded("JPEG") + b"behind its end")
-    pack_folder(tmp_path / "faces", tmp_path / "pack", processes=1)
+    pack(Folders(tmp_path / "faces"), tmp_path / "pack", processes=1)
     assert stored(tmp_path / "pack") == [path.read_bytes() for path in files]
-    pack_folder(tmp_path / "faces", tmp_path / "jpegs", quality=90, processes=1)
+    pack(Folders(tmp_path / "faces"), tmp_path / "jpegs", quality=90, processes=1)
     assert stored(tmp_path / "jpegs")[:3] == [path.read_bytes() for path in files[:3]]
     assert all(image.startswith(b"\xff\xd8") for image in stored(tmp_path / "jpegs"))
 
@@ -121,7 +122,7 @@ def test_a_png_is_stored_anew_where_mxnet_or_pillow_may_refuse_it(tmp_path):
     folder.mkdir(parents=True)
     (folder / "0.png").write_bytes(encoded("PNG")[:-12])  # without its end, which Pillow reads and mxnet does not
     picture(1).resize((160, 160)).save(folder / "1.jpg", icc_profile=bytes(3_000_000))  # too much text for a PNG
-    assert pack_folder(tmp_path / "faces", tmp_path / "pack", resize=True, processes=1).sizes == {"a": 2}
+    assert pack(Folders(tmp_path / "faces"), tmp_path / "pack", resize=True, processes=1).sizes == {"a": 2}
     dataset = RecordDataset(tmp_path / "pack")
     assert [dataset.face(i).shape for i in range(2)] == [(112, 112, 3)] * 2
     assert all(image.endswith(encoded("PNG")[-12:]) for image in stored(tmp_path / "pack"))
@@ -132,7 +133,7 @@ def test_16_bit_grays_keep_their_upper_8_bits(tmp_path, suffix):
     deep = np.random.default_rng(0).integers(0, 1 << 16, (112, 112)).astype(np.uint16)
     (tmp_path / "faces" / "a").mkdir(parents=True)
     Image.fromarray(deep).save(tmp_path / "faces" / "a" / f"0.{suffix}")
-    pack_folder(tmp_path / "faces", tmp_path / "pack", processes=1)
+    pack(Folders(tmp_path / "faces"), tmp_path / "pack", processes=1)
     assert np.array_equal(RecordDataset(tmp_path / "pack").face(0), np.repeat((deep >> 8)[..., None], 3, 2))
 
 
@@ -144,7 +145,7 @@ def test_a_rotated_image_is_stored_as_it_is_where_mxnet_turns_it_and_else_turned
     jpeg = (folder / "0.jpg").read_bytes()
     assert jpeg[6:10] == b"JFIF"
     (folder / "0.jpg").write_bytes(jpeg[:2] + jpeg[20:])  # mxnet looks at Exif data only where there is no JFIF segment
-    pack_folder(tmp_path / "faces", tmp_path / "pack", processes=1)
+    pack(Folders(tmp_path / "faces"), tmp_path / "pack", processes=1)
     upright = np.asarray(picture(1).transpose(Image.Transpose.ROTATE_270))
     dataset = RecordDataset(tmp_path / "pack")
     assert stored(tmp_path / "pack")[0] == jpeg[:2] + jpeg[20:]
@@ -155,7 +156,7 @@ def test_a_rotated_image_is_stored_as_it_is_where_mxnet_turns_it_and_else_turned
 def test_the_first_frame_of_an_animation_is_taken(tmp_path):
     (tmp_path / "faces" / "a").mkdir(parents=True)
     picture(1).save(tmp_path / "faces" / "a" / "0.gif", save_all=True, append_images=[picture(2)])
-    pack_folder(tmp_path / "faces", tmp_path / "pack", processes=1)
+    pack(Folders(tmp_path / "faces"), tmp_path / "pack", processes=1)
     assert np.abs(RecordDataset(tmp_path / "pack").face(0).astype(int) - np.asarray(picture(1))).mean() < 8
 
 
@@ -166,18 +167,18 @@ def test_other_sizes_are_left_out_or_scaled_and_cropped_at_the_centre(tmp_path):
     for name, pixels in ("0.jpg", wide), ("1.png", wide.transpose(1, 0, 2)), ("2.jpg", wide[:, 224:448]):
         Image.fromarray(pixels).save(tmp_path / "faces" / "a" / name, quality=97)
     save(tmp_path / "faces" / "b" / "0.jpg", 2)
-    assert pack_folder(tmp_path / "faces", tmp_path / "pack", processes=1).report().splitlines()[2:] == [
+    assert pack(Folders(tmp_path / "faces"), tmp_path / "pack", processes=1).report().splitlines()[2:] == [
         "  3 × not 112×112 pixels: a/0.jpg (672×224), a/1.png (224×672), a/2.jpg (224×224)",
-        "  1 × folder without a usable image, which gets no number: a"]
+        "  1 × identity without a usable image, which gets no number: a"]
     assert json.loads((tmp_path / "pack" / "identities.json").read_text()) == ["b"]
 
-    pack_folder(tmp_path / "faces", tmp_path / "resized", resize=True, processes=1)
+    pack(Folders(tmp_path / "faces"), tmp_path / "resized", resize=True, processes=1)
     assert stored(tmp_path / "resized")[3] == (tmp_path / "faces" / "b" / "0.jpg").read_bytes()
     face = np.asarray(picture(1, (224, 224)).resize((112, 112), Image.Resampling.LANCZOS)).astype(int)
     dataset = RecordDataset(tmp_path / "resized")
     for i, expected in enumerate((face, face.transpose(1, 0, 2), face)):
         assert np.abs(dataset.face(i) - expected).mean() < 6
-    pack_folder(tmp_path / "faces", tmp_path / "jpegs", resize=True, quality=95, processes=1)
+    pack(Folders(tmp_path / "faces"), tmp_path / "jpegs", resize=True, quality=95, processes=1)
     assert all(map(simplejpeg.is_jpeg, stored(tmp_path / "jpegs")))
 
 
@@ -236,7 +237,7 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path):
     save(tmp_path / "faces" / "a" / "good.jpg")
     for name, (content, _) in LEFT_OUT.items():
         (tmp_path / "faces" / "a" / name).write_bytes(content)
-    packed = pack_folder(tmp_path / "faces", tmp_path / "pack", processes=1)
+    packed = pack(Folders(tmp_path / "faces"), tmp_path / "pack", processes=1)
     found = left_out(tmp_path / "pack")
     assert packed.sizes == {"a": 1} and found.keys() == {f"a/{name}" for name in LEFT_OUT}
     for name, (_, reason) in LEFT_OUT.items():
@@ -251,7 +252,7 @@ def test_damaged_and_huge_images_are_left_out_when_resizing_too(tmp_path):
     cut, zeroed = damaged(noisy_jpeg(224))
     for name, content in {"cut.jpg": cut, "zeroed.jpg": zeroed, "large.png": announced_png(10000, 10000)}.items():
         (tmp_path / "faces" / "a" / name).write_bytes(content)
-    pack_folder(tmp_path / "faces", tmp_path / "pack", resize=True, processes=1)
+    pack(Folders(tmp_path / "faces"), tmp_path / "pack", resize=True, processes=1)
     found = left_out(tmp_path / "pack")
     assert all(found[f"a/{name}"].startswith("cannot be decoded: ") for name in ("cut.jpg", "zeroed.jpg")) and len(found) == 3
     assert found["a/large.png"].startswith("cannot be decoded: Image size (100000000 pixels) exceeds limit")
@@ -269,7 +270,7 @@ def test_everything_that_is_not_a_file_of_an_identity_is_left_out(tmp_path):
     (root / "a" / "deep" / "around").symlink_to("../../a")
     with open(root / "a" / "huge.jpg", "wb") as file:
         file.truncate(1 << 40)
-    assert pack_folder(root, tmp_path / "pack", processes=1).sizes == {"a": 1}
+    assert pack(Folders(root), tmp_path / "pack", processes=1).sizes == {"a": 1}
     hidden, no_file, around = "hidden, or a file of the system", "neither a file nor a folder", "link to a folder around it"
     assert left_out(tmp_path / "pack") == {
         "__MACOSX": hidden, ".hidden": hidden, "a/.thumbnails": hidden, "stray.jpg": "not in the folder of an identity",
@@ -286,7 +287,7 @@ def test_files_and_folders_that_vanish_or_may_not_be_read_are_reported(source, t
             raise PermissionError(13, "Permission denied", str(path))
     monkeypatch.setattr(os, "scandir", lambda path: refuse(path) or scandir(path))
     monkeypatch.setattr(Path, "read_bytes", lambda path: refuse(path) or read(path))
-    pack_folder(source, tmp_path / "pack", processes=1)
+    pack(Folders(source), tmp_path / "pack", processes=1)
     found = left_out(tmp_path / "pack")
     assert found["carl/b"] == found["anna/0.jpg"] == "cannot be read: Permission denied"
     assert RecordDataset(tmp_path / "pack").index.identity.tolist() == [0, 1]
@@ -308,13 +309,13 @@ def test_odd_names_are_kept_and_shown_on_one_line(tmp_path, capsys):
 def test_a_folder_without_usable_images_is_refused_with_the_reasons(tmp_path):
     for folder in "missing", "empty":
         with pytest.raises(RecordError, match=folder):
-            pack_folder(tmp_path / folder, tmp_path / "pack")
+            pack(Folders(tmp_path / folder), tmp_path / "pack")
         (tmp_path / "empty").mkdir(exist_ok=True)
     save(tmp_path / "flat" / "0.jpg")
     save(tmp_path / "large" / "a" / "0.jpg", size=(500, 500))
     for folder, reason in ("flat", "1 × not in the folder of an identity: 0.jpg"), ("large", r"pixels: a/0.jpg \(500×500\)"):
         with pytest.raises(RecordError, match=rf"{folder}: no image to pack; it must hold a folder of images [^$]*{reason}"):
-            pack_folder(tmp_path / folder, tmp_path / "pack", processes=1)
+            pack(Folders(tmp_path / folder), tmp_path / "pack", processes=1)
     assert not (tmp_path / "pack").exists()
 
 
@@ -333,7 +334,7 @@ def test_a_pack_that_appears_meanwhile_is_not_overwritten(source, tmp_path, monk
         (tmp_path / "pack" / "train.rec").write_bytes(b"years of work")
     monkeypatch.setattr(module, "write_insightface_pack", written_by_another)
     with pytest.raises(OverwriteError, match="train.rec exists and is not overwritten"):
-        pack_folder(source, tmp_path / "pack", processes=1)
+        pack(Folders(source), tmp_path / "pack", processes=1)
     assert [path.read_bytes() for path in (tmp_path / "pack").iterdir()] == [b"years of work"]
 
 
@@ -362,7 +363,7 @@ def test_links_are_followed_only_inside_the_folder(tmp_path, monkeypatch, what):
     save(folder / "1.jpg", 2)
     (folder / "2.jpg").symlink_to("1.jpg")
     (tmp_path / "faces" / "b").symlink_to("a")
-    assert pack_folder(tmp_path / "faces", tmp_path / "good", processes=1).sizes == {"a": 2, "b": 2}
+    assert pack(Folders(tmp_path / "faces"), tmp_path / "good", processes=1).sizes == {"a": 2, "b": 2}
     link, target = {"file": (folder / "3.jpg", tmp_path / "secret" / "key.jpg"), "folder": (folder / "c", tmp_path / "secret"),
                     "folder inside": (folder / "c" / "d", tmp_path / "secret"),
                     "top folder": (tmp_path / "faces" / "c", "../secret")}[what]
@@ -370,18 +371,18 @@ def test_links_are_followed_only_inside_the_folder(tmp_path, monkeypatch, what):
     link.symlink_to(target)
     monkeypatch.setattr(module, "worker_pool", None)  # before the work begins
     with pytest.raises(RecordError, match=rf"{link} is a link to .*secret.*, outside .*faces: replace the link with a copy"):
-        pack_folder(tmp_path / "faces", tmp_path / "bad")
+        pack(Folders(tmp_path / "faces"), tmp_path / "bad")
     assert not (tmp_path / "bad").exists()
 
 
 def test_pillow_is_named_where_it_is_needed_and_missing(source, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(F2CError, match=r"1.png is not a JPEG of 112×112 in RGB or gray: PIL.*pip install .*\[images\]"):
-        pack_folder(source, tmp_path / "pack", processes=1)
+        pack(Folders(source), tmp_path / "pack", processes=1)
     assert not (tmp_path / "pack").exists()
     (source / "anna" / "1.png").unlink()
     (source / "bert" / "notes.txt").unlink()
-    assert pack_folder(source, tmp_path / "pack", processes=1).sizes == {"anna": 1, "carl": 3}
+    assert pack(Folders(source), tmp_path / "pack", processes=1).sizes == {"anna": 1, "carl": 3}
 
 
 def noise(folder, count):
@@ -399,7 +400,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, beyond_images):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + beyond_images, before[1]))  # of each file
     try:
         with pytest.raises(OSError, match="train.rec"):
-            pack_folder(tmp_path / "faces", tmp_path / "pack", processes=1)
+            pack(Folders(tmp_path / "faces"), tmp_path / "pack", processes=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "pack").exists()
@@ -410,7 +411,7 @@ HELD = """
 import os, sys
 from pathlib import Path
 from f2c_plugin.cli import main
-from f2c_plugin.tools import image_files, pack_folder
+from f2c_plugin.tools import image_files, pack
 
 def held(path, resize, quality):
     os.write(int(sys.argv[1]), b"begun\\n")
@@ -420,7 +421,7 @@ def held(path, resize, quality):
         os.kill(os.getpid(), 9)
     return image_files.storable(path, resize, quality)
 
-pack_folder.storable = held
+pack.storable = held
 main(["pack", "faces", "pack"])
 """
 
@@ -471,7 +472,7 @@ def test_mxnet_reads_the_same_pixels(mxnet_python, tmp_path):
     for name in "e.jpg", "e.png":
         picture(1).save(folder / name, exif=exif(6))
     Image.fromarray(np.arange(112 * 112).reshape(112, 112).astype(np.uint16) * 5).save(folder / "deep.png")
-    pack_folder(tmp_path / "faces", tmp_path / "pack", processes=1)
+    pack(Folders(tmp_path / "faces"), tmp_path / "pack", processes=1)
     script = ("import mxnet as mx, sys; r = mx.recordio.MXIndexedRecordIO(*sys.argv[1:], 'r');"
               "end = int(mx.recordio.unpack(r.read_idx(0))[0].label[0]);"
               "images = [mx.recordio.unpack(r.read_idx(key))[1] for key in range(1, end)];"
