@@ -188,7 +188,7 @@ def warped(image: Pixels, points: np.ndarray) -> Pixels:
     """Turn, scale and shift an image (H, W, 3) so that its five points, complex (5,), come nearest to ``TEMPLATE``.
 
     Bilinear without smoothing, and black outside the image, as ``cv2.warpAffine`` does it for ``onnx_ijbc.py``; OpenCV
-    rounds places in the image to 1/32 of a pixel. Returns uint8 (112, 112, 3).
+    before 5 rounds places in the image to 1/32 of a pixel. Returns uint8 (112, 112, 3).
     """
     around = points - points.mean()
     turn = np.vdot(around, TEMPLATE) / np.vdot(around, around)  # the least squares over similarities

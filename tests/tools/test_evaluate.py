@@ -1,7 +1,10 @@
 """Models on verification sets: a trained one and its export, in the insightface package's way of calling it, too."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import insightface
@@ -17,7 +20,9 @@ from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.errors import ExportError, F2CError, InputError
 from f2c_plugin.evaluation.onnx_net import OnnxNet
 from f2c_plugin.evaluation.verification import VerificationSet, embed
+from f2c_plugin.tools import plotting
 from f2c_plugin.tools.evaluate import evaluate, table
+from tests.protocol_sets import write_ijb, write_net, write_tinyface
 from tests.runs import history, run
 
 
@@ -66,6 +71,46 @@ def test_an_onnx_net_embeds_as_the_insightface_package_does(trained, faces):
     model = insightface.model_zoo.get_model(str(trained / "model.onnx"))
     theirs = model.get_feat([image[:, :, ::-1] for image in images.numpy()])  # it takes BGR
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_protocols_on_two_ranks_give_the_figures_of_one_and_rank_0_prints_them(tmp_path, capsys):
+    write_net(tmp_path / "model.pt")
+    sets = [str(write_ijb(tmp_path / "IJBC")), str(write_tinyface(tmp_path / "tinyface"))]
+    command = ["evaluate", str(tmp_path / "model.pt"), *sets]
+    cli([*command, "--json"])
+    alone = json.loads(capsys.readouterr().out)
+    assert [each["set"] for each in alone] == ["IJBC", "tinyface"]
+    for number, each in enumerate(sets):
+        assert alone[number] == evaluate(tmp_path / "model.pt", [each])[0].summary()
+    launched = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+                               "f2c_plugin", *command, "--json"], capture_output=True, text=True, timeout=300,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert json.loads(launched.stdout) == alone, launched.stderr
+
+    cli([*command, "--plot", str(tmp_path / "roc.png")])
+    head, ijb, _, other_head, tinyface = capsys.readouterr().out.splitlines()
+    assert head.split()[:5] == ["protocol", "set", "images", "templates", "pairs"] and other_head.endswith("rank-20")
+    assert ijb.split()[:3] == ["IJB-C", "1:1", "IJBC"] and ijb.count("not resolved") == 4
+    assert tinyface.split()[:5] == ["TinyFace", "1:N", "tinyface", "16", "64"] and (tmp_path / "roc.png").is_file()
+    with pytest.raises(SystemExit, match="--plot: draws the ROC of pairs, and TinyFace has none"):
+        cli(["evaluate", str(tmp_path / "model.pt"), sets[1], "--plot", str(tmp_path / "none.png")])
+    with pytest.raises(SystemExit, match="meta/Probe is missing: TinyFace has .*; IJB-B has meta/ijbb_face_tid_mid.txt"):
+        cli(["evaluate", str(tmp_path / "model.pt"), str(tmp_path / "IJBC/meta")])
+
+
+def test_the_drawn_roc_has_the_corners_of_the_whole_one_and_few_points(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: drawn.append(figure.axes[0].lines[0].get_xydata()))
+    rng = np.random.default_rng(0)
+    same = rng.random(5000) < 0.01
+    scores = rng.normal(size=5000) + 2 * same
+    plotting.draw_roc({"": (scores, same)}, tmp_path / "roc.png")
+    far, tar = drawn[0].T
+    assert len(far) < 4 * same.sum()
+    for at in (0.001, 0.01, 0.1, 0.5, 1.0):
+        threshold = np.sort(scores[~same])[::-1][round(at * (~same).sum()) - 1]
+        shown = tar[np.flatnonzero(far <= (scores[~same] >= threshold).mean())[-1]]
+        assert shown == pytest.approx((scores[same] >= threshold).mean())
 
 
 def graph(path, *nodes, batch="N", shape=(3, 112, 112), out=("M", "D")):
