@@ -7,6 +7,7 @@ import simplejpeg
 import torch
 from PIL import Image
 from scipy.io import savemat
+from torch import nn
 
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.evaluation.ijb import TEMPLATE
@@ -30,7 +31,7 @@ def write_net(path):
     torch.manual_seed(0)
     net = get_model("tiny", num_features=32)
     for module in net.modules():
-        if hasattr(module, "momentum"):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.momentum = None
     with torch.no_grad():
         net(normalize_faces(torch.from_numpy(np.stack([face for _, face in islice(faces(9), 64)]))))

@@ -73,7 +73,8 @@ class TemplateSet:
             raise VerificationSetError(f"{folder}: must hold one of meta/ijbb_face_tid_mid.txt and meta/ijbc_face_tid_mid.txt")
         target = listed[0].name[:4]
         self.protocol = f"IJB-{target[-1].upper()} 1:1"
-        self._faces, pairs = (self.path / "meta" / f"{target}_{name}.txt" for name in ("name_5pts_score", "template_pair_label"))
+        self._faces, pairs = (self.path / "meta" / f"{target}_{name}.txt"
+                              for name in ("name_5pts_score", "template_pair_label"))
         for path in self._crops, self._faces, pairs:
             if not path.exists():
                 raise VerificationSetError(f"{path} is missing: {self.protocol} needs it")

@@ -19,9 +19,10 @@ from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.errors import ExportError, F2CError, InputError
 from f2c_plugin.evaluation.onnx_net import OnnxNet
-from f2c_plugin.evaluation.verification import VerificationSet, embed
+from f2c_plugin.evaluation.tinyface import IdentificationResult
+from f2c_plugin.evaluation.verification import VerificationSet, embed, tar_at_far
 from f2c_plugin.tools import plotting
-from f2c_plugin.tools.evaluate import evaluate, table
+from f2c_plugin.tools.evaluate import Evaluated, evaluate, scored_pairs, table
 from tests.protocol_sets import write_ijb, write_net, write_tinyface
 from tests.runs import history, run
 
@@ -79,9 +80,7 @@ def test_protocols_on_two_ranks_give_the_figures_of_one_and_rank_0_prints_them(t
     command = ["evaluate", str(tmp_path / "model.pt"), *sets]
     cli([*command, "--json"])
     alone = json.loads(capsys.readouterr().out)
-    assert [each["set"] for each in alone] == ["IJBC", "tinyface"]
-    for number, each in enumerate(sets):
-        assert alone[number] == evaluate(tmp_path / "model.pt", [each])[0].summary()
+    assert [(each["set"], each["protocol"]) for each in alone] == [("IJBC", "IJB-C 1:1"), ("tinyface", "TinyFace 1:N")]
     launched = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
                                "f2c_plugin", *command, "--json"], capture_output=True, text=True, timeout=300,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -92,10 +91,10 @@ def test_protocols_on_two_ranks_give_the_figures_of_one_and_rank_0_prints_them(t
     assert head.split()[:5] == ["protocol", "set", "images", "templates", "pairs"] and other_head.endswith("rank-20")
     assert ijb.split()[:3] == ["IJB-C", "1:1", "IJBC"] and ijb.count("not resolved") == 4
     assert tinyface.split()[:5] == ["TinyFace", "1:N", "tinyface", "16", "64"] and (tmp_path / "roc.png").is_file()
-    with pytest.raises(SystemExit, match="--plot: draws the ROC of pairs, and TinyFace has none"):
-        cli(["evaluate", str(tmp_path / "model.pt"), sets[1], "--plot", str(tmp_path / "none.png")])
     with pytest.raises(SystemExit, match="meta/Probe is missing: TinyFace has .*; IJB-B has meta/ijbb_face_tid_mid.txt"):
         cli(["evaluate", str(tmp_path / "model.pt"), str(tmp_path / "IJBC/meta")])
+    with pytest.raises(InputError, match="--plot: draws the ROC of pairs, and TinyFace has none"):
+        scored_pairs([Evaluated("tinyface", IdentificationResult("TinyFace 1:N", np.ones(2), 3, 0))])
 
 
 def test_the_drawn_roc_has_the_corners_of_the_whole_one_and_few_points(tmp_path, monkeypatch):
@@ -104,13 +103,11 @@ def test_the_drawn_roc_has_the_corners_of_the_whole_one_and_few_points(tmp_path,
     rng = np.random.default_rng(0)
     same = rng.random(5000) < 0.01
     scores = rng.normal(size=5000) + 2 * same
-    plotting.draw_roc({"": (scores, same)}, tmp_path / "roc.png")
+    plotting.draw_roc({"net": (scores, same)}, tmp_path / "roc.png")
     far, tar = drawn[0].T
     assert len(far) < 4 * same.sum()
     for at in (0.001, 0.01, 0.1, 0.5, 1.0):
-        threshold = np.sort(scores[~same])[::-1][round(at * (~same).sum()) - 1]
-        shown = tar[np.flatnonzero(far <= (scores[~same] >= threshold).mean())[-1]]
-        assert shown == pytest.approx((scores[same] >= threshold).mean())
+        assert tar[np.flatnonzero(far <= at)[-1]] == pytest.approx(tar_at_far(scores, same, at))
 
 
 def graph(path, *nodes, batch="N", shape=(3, 112, 112), out=("M", "D")):
