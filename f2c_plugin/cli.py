@@ -6,7 +6,7 @@ import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from f2c_plugin.tools.plan import Plan, draw as draw_plan
 from f2c_plugin.tools.plotting import draw_roc
 from f2c_plugin.tools.report import report as write_report
 from f2c_plugin.tools.unpack import unpack as unpack_pack
+from f2c_plugin.trainer.rendezvous import process_group
 from f2c_plugin.utils.terminal import printed, tolerate_any_terminal
 
 Run = Callable[[Namespace], None]
@@ -256,17 +257,21 @@ def verification_set(args: Namespace) -> None:
 
 
 @command(argument("model", help="a model.pt, a checkpoint of arcface_torch or f2c_plugin.train, or an .onnx file"),
-         argument("sets", nargs="+", metavar="set", help="a verification set, .bin"),
+         argument("sets", nargs="+", metavar="set",
+                  help="a verification set, .bin, or the folder of IJB-B, IJB-C or TinyFace"),
          argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net"),
          argument("--plot", metavar="PNG", help="draw the ROC"), JSON)
 def evaluate(args: Namespace) -> None:
-    """Verify a model: accuracy over ten folds, and TAR at the FARs that the pairs resolve."""
+    """Evaluate a model: accuracy and TAR at FAR on pairs, TAR at FAR on IJB-B and IJB-C, identification on TinyFace."""
     from f2c_plugin.tools import evaluate as tool  # doctor must run without onnx
 
-    found = tool.evaluate(args.model, args.sets, args.net)
+    with process_group() if "RANK" in os.environ else nullcontext():
+        found = tool.evaluate(args.model, args.sets, args.net)
+    if not found:  # rank 0 shows it
+        return
     print(json.dumps([each.summary() for each in found], indent=2) if args.json else tool.table(found))
     if args.plot:
-        draw_roc({each.name: (each.result.scores, each.result.same) for each in found}, args.plot)
+        draw_roc(tool.scored_pairs(found), args.plot)
 
 
 def checkpoint_actions(parser: ArgumentParser) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tests.meta  # noqa: F401
+from f2c_plugin.arcface_torch import patching
 from f2c_plugin.synthetic.dataset import write_dataset
 from f2c_plugin.utils.replay import Replay
 from tests.runs import IDENTITIES, IMAGES
@@ -57,6 +58,15 @@ def mxnet_python():
     if not Path(python).is_file():
         pytest.skip("NOT COMPARED WITH MXNET ITSELF: set MXNET_PYTHON or run `make mxnet`")
     return python
+
+
+@pytest.fixture(scope="session")
+def checkout():
+    """An unpatched checkout of arcface_torch."""
+    if not os.environ.get("ARCFACE_TORCH") and not patching.clone_folder().is_dir():
+        pytest.skip("NOT RUN IN THE REAL ARCFACE_TORCH: set ARCFACE_TORCH to an arcface_torch checkout or run "
+                    "`f2c-plugin fetch-host`")
+    return patching.known_checkout()
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
 
 Pixels = NDArray[np.uint8]
+MAX_SIDE = 8192  # pixels; a small file can announce a huge picture
 
 
 class OtherSize(ValueError):
@@ -44,6 +45,18 @@ def decode_face(encoded: Buffer, out: Pixels | None = None) -> Pixels:
     if (orientation := exif_orientation(encoded)) != 1:
         out[:] = turned_upright(out.copy(), orientation)
     return out
+
+
+def decode_image(encoded: Buffer) -> Pixels:
+    """As ``decode_face``, of any size up to 8192 × 8192, uint8 (H, W, 3). Raises ValueError if it is larger or not whole."""
+    try:
+        return decode_face(encoded)
+    except OtherSize as other:
+        if max(other.height, other.width) > MAX_SIDE:
+            raise ValueError(f"it has {other.width}×{other.height} pixels, more than {MAX_SIDE}×{MAX_SIDE}") from None
+        out = np.empty((other.height, other.width, 3), np.uint8)
+    _decode(bytes(encoded), out)
+    return turned_upright(out, exif_orientation(bytes(encoded)))
 
 
 def _decode(encoded: bytes, out: Pixels) -> None:

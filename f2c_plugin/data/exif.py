@@ -37,7 +37,7 @@ def exif_orientation(jpeg: bytes) -> int:
 
 
 def turned_upright(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """A view of a square image (S, S, 3) with the Exif orientation undone."""
+    """A view of an image (H, W, 3) with the Exif orientation undone."""
     if orientation >= 5:
         image = image.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):

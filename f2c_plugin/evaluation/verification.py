@@ -118,12 +118,20 @@ def embed(net: nn.Module, faces: Tensor, batch_size: int = 256) -> Tensor:
 
 def tar_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float | None:
     """As ``VerificationResult.tar_at_far``, from cosines (n,) and labels, bool (n,)."""
-    different = np.sort(scores[~same])[::-1]
-    if far * len(different) < 1 or not same.any():
-        return None
-    allowed = int(far * len(different))
-    threshold = different[allowed] if allowed < len(different) else -np.inf
-    return float((scores[same] > threshold).mean())
+    return tars_at_fars(scores, same, [far])[0]
+
+
+def tars_at_fars(scores: np.ndarray, same: np.ndarray, fars: Sequence[float]) -> list[float | None]:
+    """``tar_at_far`` of each FAR."""
+    different, alike = np.sort(scores[~same])[::-1], scores[same]
+
+    def tar(far: float) -> float | None:
+        if far * len(different) < 1 or not len(alike):
+            return None
+        allowed = int(far * len(different))
+        threshold = different[allowed] if allowed < len(different) else -np.inf
+        return float((alike > threshold).mean())
+    return [tar(far) for far in fars]
 
 
 def tar_text(tar: float | None) -> str:

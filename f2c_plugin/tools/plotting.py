@@ -33,8 +33,11 @@ def draw_roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Pa
     """Plot TAR against FAR, from {label: (cosines of pairs (n,), whether they are the same person's, bool (n,))}."""
     figure, axis = pyplot().subplots(figsize=(6, 4.2), layout="constrained")
     for label, (scores, same) in curves.items():
-        order = np.argsort(-scores)
-        far, tar = (np.cumsum(same[order] == answer) / max((same == answer).sum(), 1) for answer in (False, True))
+        ordered = same[np.argsort(-scores)]
+        far, tar = (np.cumsum(ordered == answer) / max((same == answer).sum(), 1) for answer in (False, True))
+        corners = np.flatnonzero(np.diff(ordered, prepend=~ordered[:1], append=~ordered[-1:]))  # IJB-C has 16 million pairs
+        corners = np.union1d(corners[1:] - 1, corners[:-1])
+        far, tar = far[corners], tar[corners]
         far = np.maximum(far, 0.5 / max((~same).sum(), 1))  # a log axis cannot show 0
         axis.semilogx(far, tar, label=label, drawstyle="steps-post")
     axis.set(xlabel="FAR, different people accepted", ylabel="TAR, same person accepted", ylim=(0, 1.02))

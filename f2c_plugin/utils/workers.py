@@ -48,8 +48,13 @@ class WorkerPool:
 @contextmanager
 def worker_pool(processes: int | None = None, initializer: Callable[..., object] | None = None,
                 initargs: tuple[Any, ...] = ()) -> Iterator[WorkerPool]:
-    """Worker processes, one per CPU if ``processes`` is None, that end with this block. They leave Ctrl-C to this process."""
-    processes = processes or (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+    """Worker processes that end with this block. They leave Ctrl-C to this process.
+
+    If ``processes`` is None, one per CPU; under torchrun, the ranks of a machine share its CPUs.
+    """
+    if not processes:
+        cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        processes = max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     executor = ProcessPoolExecutor(processes, initializer=_start, initargs=(initializer, initargs))
     try:
         yield WorkerPool(executor, 4 * processes)

@@ -30,15 +30,6 @@ FEW, MORE = (8, 40), (40, 8)
 
 
 @pytest.fixture(scope="session")
-def checkout():
-    """The unpatched checkout."""
-    if not os.environ.get("ARCFACE_TORCH") and not patching.clone_folder().is_dir():
-        pytest.skip("NOT RUN IN THE REAL ARCFACE_TORCH: set ARCFACE_TORCH to an arcface_torch checkout or run "
-                    "`f2c-plugin fetch-host`")
-    return patching.known_checkout()
-
-
-@pytest.fixture(scope="session")
 def packs(tmp_path_factory):
     """Folders of packs by size."""
     folders = {size: tmp_path_factory.mktemp("pack") for size in (FEW, MORE)}

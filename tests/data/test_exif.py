@@ -11,7 +11,7 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from f2c_plugin.data.dataset import decode_face
+from f2c_plugin.data.dataset import decode_face, decode_image
 from f2c_plugin.data.exif import exif_orientation
 from f2c_plugin.data.writer import RecordWriter, pack_image_record
 
@@ -63,6 +63,14 @@ def test_all_orientations_are_those_of_pillow(jpeg, orientation):
     # Pillow decodes the same pixels up to rounding, and the turns are exact.
     assert np.abs(decode_face(jpeg).astype(int) - marked[1].astype(int)).max() <= 2
     assert np.array_equal(np.sort(decode_face(jpeg), None), np.sort(marked[0], None))
+
+
+def test_images_of_any_shape_are_turned_and_huge_ones_refused():
+    plain = simplejpeg.encode_jpeg(PICTURE[:64], 90)
+    turned = decode_image(plain[:2] + exif(6) + plain[20:])
+    assert turned.shape == (112, 64, 3) and np.array_equal(turned, np.rot90(decode_image(plain), -1))
+    with pytest.raises(ValueError, match="it has 9000×8 pixels, more than 8192×8192"):
+        decode_image(simplejpeg.encode_jpeg(np.zeros((8, 9000, 3), np.uint8)))
 
 
 @pytest.mark.parametrize("jpeg, orientation", [pytest.param(*case, id=name) for name, case in ODD.items()])

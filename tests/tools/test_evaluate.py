@@ -1,7 +1,10 @@
 """Models on verification sets: a trained one and its export, in the insightface package's way of calling it, too."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import insightface
@@ -16,8 +19,11 @@ from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.errors import ExportError, F2CError, InputError
 from f2c_plugin.evaluation.onnx_net import OnnxNet
-from f2c_plugin.evaluation.verification import VerificationSet, embed
-from f2c_plugin.tools.evaluate import evaluate, table
+from f2c_plugin.evaluation.tinyface import IdentificationResult
+from f2c_plugin.evaluation.verification import VerificationSet, embed, tar_at_far
+from f2c_plugin.tools import plotting
+from f2c_plugin.tools.evaluate import Evaluated, evaluate, scored_pairs, table
+from tests.protocol_sets import write_ijb, write_tinyface
 from tests.runs import history, run
 
 
@@ -68,6 +74,19 @@ def test_an_onnx_net_embeds_as_the_insightface_package_does(trained, faces):
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_the_drawn_roc_has_the_corners_of_the_whole_one_and_few_points(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: drawn.append(figure.axes[0].lines[0].get_xydata()))
+    rng = np.random.default_rng(0)
+    same = rng.random(5000) < 0.01
+    scores = rng.normal(size=5000) + 2 * same
+    plotting.draw_roc({"net": (scores, same)}, tmp_path / "roc.png")
+    far, tar = drawn[0].T
+    assert len(far) < 4 * same.sum()
+    for at in (0.001, 0.01, 0.1, 0.5, 1.0):
+        assert tar[np.flatnonzero(far <= at)[-1]] == pytest.approx(tar_at_far(scores, same, at))
+
+
 def graph(path, *nodes, batch="N", shape=(3, 112, 112), out=("M", "D")):
     """A small model of these nodes, from "x" to "y"."""
     initializers = [helper.make_tensor("half", onnx.TensorProto.FLOAT, [1], [127.5]),
@@ -76,6 +95,30 @@ def graph(path, *nodes, batch="N", shape=(3, 112, 112), out=("M", "D")):
                              [helper.make_tensor_value_info("y", 1, list(out))], initializers)
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), str(path))
     return path
+
+
+def test_protocols_on_two_ranks_give_the_figures_of_one_and_rank_0_prints_them(tmp_path, capsys):
+    pool = helper.make_node("AveragePool", ["x"], ["a"], kernel_shape=[8, 8], strides=[8, 8])
+    model = str(graph(tmp_path / "model.onnx", pool, helper.make_node("Flatten", ["a"], ["y"])))
+    sets = [str(write_ijb(tmp_path / "IJBC")), str(write_tinyface(tmp_path / "tinyface"))]
+    command = ["evaluate", model, *sets]
+    cli([*command, "--json"])
+    alone = json.loads(capsys.readouterr().out)
+    assert [(each["set"], each["protocol"]) for each in alone] == [("IJBC", "IJB-C 1:1"), ("tinyface", "TinyFace 1:N")]
+    launched = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+                               "f2c_plugin", *command, "--json"], capture_output=True, text=True, timeout=300,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert json.loads(launched.stdout) == alone, launched.stderr
+
+    cli([*command, "--plot", str(tmp_path / "roc.png")])
+    head, ijb, _, other_head, tinyface = capsys.readouterr().out.splitlines()
+    assert head.split()[:5] == ["protocol", "set", "images", "templates", "pairs"] and other_head.endswith("rank-20")
+    assert ijb.split()[:3] == ["IJB-C", "1:1", "IJBC"] and ijb.count("not resolved") == 4
+    assert tinyface.split()[:5] == ["TinyFace", "1:N", "tinyface", "16", "64"] and (tmp_path / "roc.png").is_file()
+    with pytest.raises(SystemExit, match="meta/Probe is missing: TinyFace has .*; IJB-B has meta/ijbb_face_tid_mid.txt"):
+        cli(["evaluate", model, str(tmp_path / "IJBC/meta")])
+    with pytest.raises(InputError, match="--plot: draws the ROC of pairs, and TinyFace has none"):
+        scored_pairs([Evaluated("tinyface", IdentificationResult("TinyFace 1:N", np.ones(2), 3, 0))])
 
 
 def test_a_model_that_normalises_pixels_itself_gets_pixels(tmp_path):

@@ -23,6 +23,14 @@ def test_results_come_in_order_and_few_items_are_taken_ahead():
         assert list(pool.imap(squared, range(5))) == [0, 1, 4, 9, 16]
 
 
+def test_the_ranks_of_a_machine_share_its_cpus(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    taken = []
+    with worker_pool() as pool:
+        next(pool.imap(squared, (taken.append(i) or i for i in range(1000))))
+        assert len(taken) == 4  # of one process
+
+
 def test_a_killed_worker_is_an_error_and_not_the_end_of_all_waiting():
     with pytest.raises(F2CError, match="a worker process was killed"), worker_pool(2) as pool:
         list(pool.imap(squared, [1, -1, 2, 3], 1))
