@@ -52,7 +52,7 @@ def memory(plan: Plan, costs: NetCosts, name: str) -> int:
 
 def largest_batch(plan: Plan, name: str, gpu_memory: int) -> int:
     """The largest even batch of each GPU that fits; 0 if none does. Costs grow evenly: twice the batch says how fast."""
-    here, twice = (vars(count(plan.network, EMBEDDING_SIZE, size, plan.fp16)) for size in (plan.batch_size, 2 * plan.batch_size))
+    here, twice = (vars(count(plan.network, EMBEDDING_SIZE, times * plan.batch_size, plan.fp16)) for times in (1, 2))
 
     def fits(batch_size: int) -> bool:
         share = batch_size / plan.batch_size - 1
@@ -153,7 +153,7 @@ class StepPlan:
                   "largest_batch": _figure(step.largest_batch, "estimated"), "milliseconds": step.time._asdict()}
                  for step in self.steps]
         return asdict(plan) | {
-            "gpu_memory": self.gpu_memory, "head": {what.strip(): _figure(*size) for what, *size in plan.table()},
+            "gpu_memory": self.gpu_memory, "head": {what.strip(): _figure(size, source) for what, size, source in plan.table()},
             "without_head": {what: _figure(*size) for what, size in parts(plan, self.costs).items()},
             "flops": _figure(self.costs.flops, "counted"), "steps": steps, "measured_by_estimated": plan_time.RANGE_OF_STEPS,
             "verdict": [self.verdict(), plan.verdict()]}
