@@ -53,8 +53,8 @@ def test_the_largest_batch_just_fits():
 
 def test_the_verdict_says_which_heads_fit_and_which_is_fastest():
     assert StepPlan(Plan(10**5, 8, "r100"), 24).verdict() == (
-        "All heads fit 24 GB; F²C and Partial FC are about equally fast, full FC takes 1.1 times as long, F²C as published takes "
-        "1.3 times as long.")
+        "All heads fit 24 GB; F²C and Partial FC are about equally fast, full FC takes 1.1 times as long, F²C as published "
+        "takes 1.3 times as long.")
     assert StepPlan(Plan(10**6, 1, "r18"), 10).verdict() == (
         "F²C and F²C as published fit 10 GB; F²C is fastest, F²C as published takes 1.3 times as long.")
     assert StepPlan(Plan(10**6, 1, "r18"), 4.9).verdict() == "F²C fits 4.9 GB; F²C is fastest."
