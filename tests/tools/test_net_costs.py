@@ -13,7 +13,7 @@ def test_state_and_products_are_those_of_the_net():
     net, products = get_model("r18", 512), []
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(lambda layer, _, out: products.append(next(layer.parameters())[0].numel() * out.numel()))
+            module.register_forward_hook(lambda m, _, out: products.append(next(m.parameters())[0].numel() * out.numel()))
     with torch.no_grad():
         net(torch.randn(2, 3, 112, 112))
     costs = count("r18", 512, 2, fp16=False)
