@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -21,7 +21,7 @@ from f2c_plugin.tools.convert import convert as convert_pack
 from f2c_plugin.tools.doctor import examine
 from f2c_plugin.tools.pack import pack as pack_images
 from f2c_plugin.tools.pack_sources import source_of
-from f2c_plugin.tools.plan import Plan, draw as draw_plan
+from f2c_plugin.tools.plan import Plan
 from f2c_plugin.tools.plotting import draw_roc
 from f2c_plugin.tools.report import report as write_report
 from f2c_plugin.tools.unpack import unpack as unpack_pack
@@ -303,20 +303,29 @@ def checkpoint(args: Namespace) -> None:
          argument("--pool-dtype", default="float32", help="float32, bfloat16 or float16; default: %(default)s"),
          argument("--recipe", default="resident", help="resident or paper; default: %(default)s"),
          argument("--shard-pool", action="store_true", help="split the pool over the GPUs, with the recipe paper"),
-         argument("--plot", metavar="PNG", help="draw memory against the number of identities"))
+         argument("--fp16", action=BooleanOptionalAction, default=True, help="mixed precision; default: yes"),
+         argument("--gpu-memory", type=float, default=24, metavar="GB", help="of each GPU; default: %(default)s"),
+         argument("--plot", metavar="PNG", help="draw memory and time against the number of identities"), JSON)
 def plan(args: Namespace) -> None:
-    """Estimate the GPU memory of F²C, Partial FC and the full FC layer."""
+    """Estimate memory and time of a training step with F²C, Partial FC and the full FC layer."""
+    from f2c_plugin.tools import plan_step  # PyTorch's tensors without values take seconds to load
+
     if (args.pack is None) == (args.identities is None):
         raise InputError("name a pack or --identities N, one of them")
     identities = RecordDataset(args.pack, skip_damaged=True).num_classes if args.pack else args.identities
     planned = Plan(identities, args.gpus, args.network, args.batch_size, args.pool_rate, args.pool_dtype, args.recipe,
-                   args.shard_pool)
-    print(f"{planned.identities:,} identities on {planned.gpus} GPUs, batch {planned.batch_size}: the head on each GPU")
-    for name, size in planned.table():
-        print(f"  {name:<34} {size / 2**20:>11,.0f} MB")
-    print(planned.verdict())
+                   args.shard_pool, args.fp16)
+    step = plan_step.StepPlan(planned, args.gpu_memory)
+    if args.json:
+        print(json.dumps(step.summary(), indent=2))
+    else:
+        print(f"{planned.identities:,} identities on {planned.gpus} GPUs, batch {planned.batch_size}: the head on each GPU")
+        for name, size, source in planned.table():
+            print(f"  {name:<34} {size / 2**20:>11,.0f} MB  {source}")
+        print(step.report())
+        print(step.verdict(), planned.verdict(), sep="\n")
     if args.plot:
-        draw_plan(planned, args.plot)
+        plan_step.draw(step, args.plot)
 
 
 @command(argument("folders", nargs="+", metavar="folder", help="output folder of arcface_torch or f2c_plugin.train"),

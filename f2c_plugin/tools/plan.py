@@ -1,4 +1,4 @@
-"""The memory that the heads need on each GPU, worked out from sizes.
+"""The memory that the heads need on each GPU, worked out from sizes. For whole steps see ``plan_step``.
 
 State follows from shapes. How many temporary matrices are alive at the peak was counted: tests compare the
 F²C head with what a stand-in for a GPU counts, and ``benchmarks/head_step.py`` prints the plan beside what it
@@ -6,11 +6,8 @@ measures on a CPU. The optimizer is SGD with momentum and weight decay, as arcfa
 are float32.
 """
 
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from f2c_plugin.config import F2CConfig
@@ -18,7 +15,6 @@ from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.loss import default_hard_negatives
 from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES, are_kept, num_parts
 from f2c_plugin.models import get_model, networks
-from f2c_plugin.tools.plotting import pyplot, save_figure
 
 EMBEDDING_SIZE = 512
 SIMILAR = 1.25  # ratio of memory within which two heads are about equal
@@ -40,6 +36,7 @@ class Plan:
     pool_dtype: str = "float32"
     recipe: str = "resident"
     shard_pool: bool = False
+    fp16: bool = True  # mixed precision
 
     def __post_init__(self) -> None:
         problems = [f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0"
@@ -88,7 +85,8 @@ class Plan:
 
         On a GPU, with the fused kernels: for each part of the slots, of which there is about one for each multiprocessor
         and block of probes, a vector for each probe; and a few vectors for each image of all GPUs. As published, the
-        touched slots' rows in both views, and, not at the same time as the parts, the hardest negatives' rows. On the CPU: 3
+        touched slots' rows in both views, and, not at the same time as the parts, the hardest negatives' rows. In float32,
+        where PyTorch's operators make the passes: 2.5 chunks of logits, and vectors for each image. On the CPU: 3
         chunks of logits, and the hardest negatives' rows or the cosines to the touched slots; where slots learn, 4 chunks, and
         the logits, if they are few enough to be kept.
         """
@@ -104,6 +102,9 @@ class Plan:
         if device == "cpu":
             # Two views; cosines, their filtered and scaled copies, logits and their gradients: about 12 matrices.
             return _FLOAT * (3 * CHUNK_ENTRIES[device] + max(8 * hardest_rows, 12 * 2 * probes * touched))
+        if not self.fp16:
+            logits = scored * (-(-self.slots // self.gpus) if scored == gathered else self.slots)
+            return int(_FLOAT * (2.5 * min(CHUNK_ENTRIES[device], logits) + 16 * gathered * EMBEDDING_SIZE))
         parts = num_parts(-(-self.slots // self.gpus) if scored == gathered else self.slots, scored)
         vectors = parts * scored
         if self.is_resident:
@@ -119,71 +120,57 @@ class Plan:
         return self.pool() + self.slot_table() + self.working_memory(device) + self.recording(device)
 
     def partial_fc(self, sample_rate: float) -> int:
-        """arcface_torch's Partial FC at the peak; at sample rate 1 it is the full FC layer, split.
+        """arcface_torch's Partial FC at the peak; at sample rate 1 it is the full FC layer, split."""
+        return max(self.partial_fc_moments(sample_rate))
+
+    def partial_fc_moments(self, sample_rate: float) -> tuple[int, int]:
+        """Partial FC at its peak before the backbone's backward pass, and in the optimizer's step.
 
         In matrices of (classes of this GPU) × D, of which the weights and their momentum are always there.
-        The peak is the highest of three moments: the optimizer's step (weights, momentum, gradient, gradient
-        with weight decay, sampled weights), the backward pass through the normalised sampled weights, and the
-        one through the logits of all GPUs' batches (four matrices of batch × sampled classes).
+        The first is the highest of three moments: the backward pass through the normalised sampled weights, the
+        one through the logits of all GPUs' batches (four matrices of batch × sampled classes), and the gradient of
+        all classes beside that of the sampled ones. The optimizer has weights, momentum, gradient, gradient
+        with weight decay, and the sampled weights.
         """
         classes = -(-self.identities // self.gpus)
         if sample_rate < 1:
-            optimizer, weights, at_logits = 4 + sample_rate, 2 + 6 * sample_rate, 2 + 2 * sample_rate
+            optimizer, weights, at_logits = 4 + sample_rate, max(2 + 6 * sample_rate, 3 + sample_rate), 2 + 2 * sample_rate
         else:  # nothing is copied out of the weights
             optimizer, weights, at_logits = 4, 7, 3
         matrix = classes * EMBEDDING_SIZE
         logits = 4 * self.batch_size * self.gpus * sample_rate * classes
-        return int(_FLOAT * max(optimizer * matrix, weights * matrix, at_logits * matrix + logits))
+        return int(_FLOAT * max(weights * matrix, at_logits * matrix + logits)), int(_FLOAT * optimizer * matrix)
 
     def verdict(self) -> str:
         """Which head to use, by memory, in a sentence."""
         f2c, partial_fc = self.f2c() + self.gallery_net(), self.partial_fc(self.pool_rate)
-        sizes = f"{_mb(f2c)} of each GPU for F²C, {_mb(partial_fc)} for Partial FC"
-        more = (f"F²C keeps {_mb(self.kept_weights())} of class weights in main memory" if self.is_resident else
+        sizes = f"{mb(f2c)} of each GPU for F²C, {mb(partial_fc)} for Partial FC"
+        more = (f"F²C keeps {mb(self.kept_weights())} of class weights in main memory" if self.is_resident else
                 "F²C adds a forward pass of the backbone to every step")
         if f2c > SIMILAR * partial_fc:
             parts = {"the gallery net": self.gallery_net(), "the pool": self.pool(), "working memory": self.working_memory()}
             largest = max(parts, key=lambda part: parts[part])
-            return f"Use Partial FC: {sizes}. The largest part of F²C's is {largest}, {_mb(parts[largest])}, and {more}."
+            return f"Use Partial FC: {sizes}. The largest part of F²C's is {largest}, {mb(parts[largest])}, and {more}."
         if f2c * SIMILAR > partial_fc:
             return f"By memory, either: {sizes}. {more}."
         return f"Use F²C if memory is what you lack: {sizes}. {more}, and saves Partial FC's passes over all classes."
 
-    def table(self) -> list[tuple[str, int]]:
-        """(what, its size)."""
+    def table(self) -> list[tuple[str, int, str]]:
+        """(what, its size, source): states are counted, from their shapes; peaks are estimated."""
         pool = "pool" if self.is_resident else "pool, two rows a slot"
-        rows = [(f"F²C, {self.slots:,} slots", self.f2c() + self.gallery_net()),
-                (f"  {pool}" + (", shared by the GPUs" if self.is_resident or self.shard_pool else ""), self.pool()),
-                ("  slot table", self.slot_table()), ("  working memory", self.working_memory())]
+        rows = [(f"F²C, {self.slots:,} slots", self.f2c() + self.gallery_net(), "estimated"),
+                (f"  {pool}" + (", shared by the GPUs" if self.is_resident or self.shard_pool else ""), self.pool(), "counted"),
+                ("  slot table", self.slot_table(), "counted"), ("  working memory", self.working_memory(), "estimated")]
         if not self.is_resident:
-            rows += [("  recorded step", self.recording()), (f"  gallery net ({self.network})", self.gallery_net())]
-        rows += [(f"Partial FC, sample rate {self.pool_rate:g}", self.partial_fc(self.pool_rate)),
-                 ("full FC, split over the GPUs", self.partial_fc(1.0))]
+            rows += [("  recorded step", self.recording(), "measured"),
+                     (f"  gallery net ({self.network})", self.gallery_net(), "counted")]
+        rows += [(f"Partial FC, sample rate {self.pool_rate:g}", self.partial_fc(self.pool_rate), "estimated"),
+                 ("full FC, split over the GPUs", self.partial_fc(1.0), "estimated")]
         if self.is_resident:
-            rows.append(("main memory: F²C's class weights", self.kept_weights()))
+            rows.append(("main memory: F²C's class weights", self.kept_weights(), "counted"))
         return rows
 
 
-def draw(plan: Plan, path: str | Path) -> None:
-    """Draw memory per GPU against the number of identities, around the plan's. Needs matplotlib."""
-    figure, axis = pyplot().subplots(figsize=(7, 4.2), layout="constrained")
-    plans: list[Plan] = []
-    gallery_net = plan.gallery_net()
-    for identities in plan.identities * np.logspace(-1, 1, 21):
-        with suppress(ConfigError):  # too few: the pool would be smaller than a batch
-            plans.append(replace(plan, identities=int(identities)))
-    f2c_label = f"F²C, pool rate {plan.pool_rate:g}" + (f", gallery net {plan.network}" if gallery_net else "")
-    for label, size in ((f2c_label, lambda p: p.f2c() + gallery_net),
-                        (f"Partial FC, sample rate {plan.pool_rate:g}", lambda p: p.partial_fc(p.pool_rate)),
-                        ("full FC", lambda p: p.partial_fc(1.0))):
-        axis.loglog([each.identities for each in plans], [size(each) / 2**30 for each in plans], label=label)
-    axis.axvline(plan.identities, color="grey", linestyle=":")
-    axis.set(title=f"the head on each of {plan.gpus} GPUs, batch {plan.batch_size}", xlabel="identities", ylabel="GiB")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-    save_figure(figure, path)
-
-
-def _mb(size: float) -> str:
+def mb(size: float) -> str:
+    """A number of bytes for people."""
     return f"{size / 2**20:,.0f} MB"

@@ -6,10 +6,11 @@ from f2c_plugin.tools.plan import Plan
 from tests.cuda_stand_in import counts
 
 PAPER = dict(f2c_recipe="paper")
+FLOAT32 = dict(fp16=False, f2c_pool_dtype="float32")
 
 
 @pytest.mark.parametrize("case", [
-    {}, dict(f2c_fused=False), dict(fp16=False, f2c_pool_dtype="float32"), dict(ranks=2),
+    {}, dict(f2c_fused=False), FLOAT32, dict(ranks=2),
     dict(autocast="bfloat16", f2c_pool_dtype="bfloat16"),
     PAPER, PAPER | dict(f2c_symmetric=False), PAPER | dict(ranks=2, f2c_shard_pool=True)], ids=str)
 def test_the_cpu_never_waits(case):
@@ -22,7 +23,7 @@ def test_the_cpu_never_waits(case):
     ({}, 150, 4, 100),
     (dict(autocast="bfloat16", f2c_pool_dtype="bfloat16"), 150, 4, 100),
     # By operators: in float32 they are faster on a GPU than the fused kernels, though many more.
-    (dict(fp16=False, f2c_pool_dtype="float32"), 480, 60, 200),
+    (FLOAT32, 480, 60, 200),
     (PAPER, 400, 2, 150),
     (PAPER | dict(f2c_fused=False), 450, 4, 150)], ids=str)
 def test_a_step_launches_few_kernels_and_moves_few_bytes(case, kernels, kilobytes_per_slot, megabytes):
@@ -36,10 +37,11 @@ def test_a_step_launches_few_kernels_and_moves_few_bytes(case, kernels, kilobyte
 
 
 @pytest.mark.parametrize("case", [{}, dict(ranks=8), dict(batch_size=1024), PAPER, PAPER | dict(batch_size=1024),
-                                  PAPER | dict(ranks=8, f2c_shard_pool=True)], ids=str)
+                                  PAPER | dict(ranks=8, f2c_shard_pool=True), FLOAT32, FLOAT32 | PAPER], ids=str)
 def test_the_plan_says_what_is_counted(case):
     counted = counts(**case)
-    plan = Plan(2_000_000, gpus=case.get("ranks", 1), batch_size=case.get("batch_size", 128), pool_dtype="float16",
+    plan = Plan(2_000_000, gpus=case.get("ranks", 1), batch_size=case.get("batch_size", 128),
+                pool_dtype=case.get("f2c_pool_dtype", "float16"), fp16=case.get("fp16", True),
                 recipe=case.get("f2c_recipe", "resident"), shard_pool=case.get("f2c_shard_pool", False))
     assert plan.working_memory() == pytest.approx(counted["peak"], rel=0.2)
     assert plan.f2c() - plan.recording() == pytest.approx(counted["pool"] + counted["peak"], rel=0.1)

@@ -1,0 +1,92 @@
+"""What a step of a backbone takes of a GPU, counted on tensors that have shapes but no values."""
+
+import weakref
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.models import get_model
+
+
+@dataclass(frozen=True)
+class NetCosts:
+    """Of a batch on one GPU.
+
+    Attributes:
+        parameters: bytes of parameters and buffers, float32.
+        gradients: bytes of all gradients; momentum takes as many.
+        images: bytes of a batch of them, float32.
+        peak: most bytes that forward and backward pass hold at a time beside parameters and images: what autograd
+            saves, weights in half precision, the operation at work, gradients.
+        flops: floating point operations of forward and backward pass in convolutions and matrix products, two for each
+            multiplication and addition.
+        forward_flops: of these, the forward pass's.
+    """
+
+    parameters: int
+    gradients: int
+    images: int
+    peak: int
+    flops: int
+    forward_flops: int
+
+
+class _Memory(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations have made and that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        known = self._known.get(id(storage))  # which another had, if that one is gone
+        if known and known() is storage:
+            return
+        size = storage.nbytes()
+
+        def free(_: Any) -> None:
+            self.live -= size
+        self._known[id(storage)] = weakref.ref(storage, free)
+        self.live += size
+
+
+@cache
+def count(network: str, embedding_size: int, batch_size: int, fp16: bool) -> NetCosts:
+    """Count a training step of a net, without the optimizer.
+
+    The tensors say that they are on the CPU, which in mixed precision computes in bfloat16: as large as float16.
+
+    Raises:
+        ConfigError: there is no such net, or it needs values, as a net whose shapes depend on them.
+    """
+    try:
+        with FakeTensorMode(), _Memory() as memory:
+            net = get_model(network, embedding_size, fp16).train()
+            images = torch.empty(batch_size, 3, 112, 112)
+            before = memory.peak = memory.live
+            with FlopCounterMode(display=False) as flops:
+                embeddings = net(images)
+                forward_flops = flops.get_total_flops()
+                embeddings.sum().backward()
+            return NetCosts(sum(tensor.nbytes for tensor in net.state_dict().values()),
+                            sum(parameter.nbytes for parameter in net.parameters() if parameter.requires_grad), images.nbytes,
+                            memory.peak - before, flops.get_total_flops(), forward_flops)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"--network {network}: cannot be counted with a batch of {batch_size}: {error}") from error

@@ -1,0 +1,191 @@
+"""Whole training steps, with each head: the memory of each GPU, which heads fit, and how long they take.
+
+The trainings planned are arcface_torch's and the built-in trainer's: SGD with momentum, and with several GPUs DDP, which
+keeps a second copy of the gradients in its buckets.
+"""
+
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.tools import plan_time
+from f2c_plugin.tools.net_costs import NetCosts, count
+from f2c_plugin.tools.plan import EMBEDDING_SIZE, Plan, mb
+from f2c_plugin.tools.plan_time import HEADS, Milliseconds
+from f2c_plugin.tools.plotting import pyplot, save_figure
+
+# What a GPU holds beside PyTorch's tensors, an estimate: CUDA's context and kernels, NCCL, cuDNN's workspaces, gaps between
+# tensors. Of these only the workspaces were measured, about 100 MB.
+BESIDE = 3 * 2**29
+_EQUAL = 1.05  # ratio of times within which two heads are about equal
+
+
+def parts(plan: Plan, costs: NetCosts) -> dict[str, tuple[int, str]]:
+    """{what: (bytes of each GPU, source)} of a step without a head."""
+    return {"parameters": (costs.parameters, "counted"), "momentum": (costs.gradients, "counted"),
+            "DDP's buckets": (costs.gradients if plan.gpus > 1 else 0, "counted"),
+            "images, this batch and the next": (2 * costs.images, "counted"),
+            "activations and gradients": (costs.peak, "counted"),
+            "CUDA, workspaces, gaps": (BESIDE, "estimated")}
+
+
+def memory(plan: Plan, costs: NetCosts, name: str) -> int:
+    """Bytes of each GPU at the peak, with the head ``name`` of HEADS, or of the "backbone" alone.
+
+    The peak is at the beginning of the backward pass, when all activations are alive, or in the optimizer's step, which in
+    arcface_torch holds a copy of the gradients with weight decay. The gallery net's forward pass comes before the probe net's,
+    and holds less than that one does later.
+    """
+    if name in ("partial_fc", "full_fc"):
+        at_backward, at_optimizer = plan.partial_fc_moments(plan.pool_rate if name == "partial_fc" else 1.0)
+    elif name == "f2c":
+        at_backward = at_optimizer = replace(plan, recipe="resident").f2c()
+    else:
+        at_backward = at_optimizer = 0 if name == "backbone" else replace(plan, recipe="paper").f2c() + costs.parameters
+    always = sum(size for size, _ in parts(plan, costs).values()) - costs.peak
+    return always + max(costs.peak + at_backward, 2 * costs.gradients + at_optimizer)
+
+
+def largest_batch(plan: Plan, name: str, gpu_memory: int) -> int:
+    """The largest even batch of each GPU that fits; 0 if none does. Costs grow evenly: twice the batch says how fast."""
+    here, twice = (vars(count(plan.network, EMBEDDING_SIZE, times * plan.batch_size, plan.fp16)) for times in (1, 2))
+
+    def fits(batch_size: int) -> bool:
+        share = batch_size / plan.batch_size - 1
+        costs = NetCosts(**{key: value + int(share * (twice[key] - value)) for key, value in here.items()})
+        with suppress(ConfigError):  # the pool would be smaller than a batch
+            return memory(replace(plan, batch_size=batch_size), costs, name) <= gpu_memory
+        return False
+
+    low, high = 0, int(gpu_memory * plan.batch_size / (twice["peak"] - here["peak"]) / 2)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(2 * middle) else (low, middle - 1)
+    return 2 * low
+
+
+@dataclass(frozen=True)
+class HeadStep:
+    """A whole step with a head.
+
+    Attributes:
+        head: of HEADS, or "backbone".
+        memory: bytes of each GPU.
+        fits: whether the GPU has them.
+        largest_batch: of each GPU, that would fit.
+        time: of a step on an H200.
+    """
+
+    head: str
+    memory: int
+    fits: bool
+    largest_batch: int
+    time: Milliseconds
+
+
+class StepPlan:
+    """Whole steps of a training with each head that it can have.
+
+    Args:
+        plan: the training. Both recipes are planned, whatever its own.
+        gpu_memory: of each GPU, GB of 2**30 bytes.
+    Attributes:
+        steps: of the backbone alone first.
+    Raises:
+        ConfigError: the GPU has no memory, or the net cannot be counted.
+    """
+
+    def __init__(self, plan: Plan, gpu_memory: float):
+        if not 0 < gpu_memory < 1e6:
+            raise ConfigError(f"--gpu-memory {gpu_memory:g}: must be above 0, in GB")
+        self.plan, self.gpu_memory = plan, int(gpu_memory * 2**30)
+        self.costs = count(plan.network, EMBEDDING_SIZE, plan.batch_size, plan.fp16)
+        self.steps: list[HeadStep] = []
+        for name in ("backbone", *HEADS):
+            with suppress(ConfigError):  # as published, a batch is even
+                size = memory(plan, self.costs, name)
+                self.steps.append(HeadStep(name, size, size <= self.gpu_memory, largest_batch(plan, name, self.gpu_memory),
+                                           plan_time.step(plan, name, self.costs)))
+
+    def verdict(self) -> str:
+        """Which heads fit, and which of these is fastest."""
+        card = f"{self.gpu_memory / 2**30:g} GB"
+        heads = self.steps[1:]
+        fitting = sorted((step for step in heads if step.fits), key=lambda step: step.time)
+        if not fitting:
+            best = max(heads, key=lambda step: step.largest_batch)
+            remedy = (f"lower the batch to {best.largest_batch}, for {HEADS[best.head]}" if best.largest_batch else
+                      "take a smaller network or larger GPUs")
+            return f"No head fits {card}: {remedy}."
+        fit = f"All heads fit {card}" if len(fitting) == len(heads) else (
+            f"{_listed([step for step in heads if step.fits])} {'fit' if len(fitting) > 1 else 'fits'} {card}")
+        shortest = fitting[0].time.value
+        fastest = [step for step in fitting if step.time.value <= _EQUAL * shortest]
+        speed = _listed(fastest) + (" are about equally fast" if len(fastest) > 1 else " is fastest")
+        slower = [f"{HEADS[step.head]} takes {step.time.value / shortest:.1f} times as long" for step in fitting[len(fastest):]]
+        return f"{fit}; {', '.join([speed, *slower])}."
+
+    def report(self) -> str:
+        """In lines for people."""
+        plan, card = self.plan, f"{self.gpu_memory / 2**30:g} GB"
+        low, high = plan_time.RANGE_OF_STEPS
+        title = f"a whole step of {plan.network}, {'mixed precision' if plan.fp16 else 'float32'}"
+        lines = [f"{title}, without a head"]
+        lines += [f"  {what:<34} {mb(size):>14}  {source}" for what, (size, source) in parts(plan, self.costs).items() if size]
+        lines += [f"{title}: all of these and the head, and the time on an H200"
+                  + (", without what GPUs exchange" if plan.gpus > 1 else ""),
+                  f"  {'':<18}{'memory':>12}{card:>9}{'largest batch':>15}{'ms':>9}{'':<12}{'of no head':>10}"]
+        alone = self.steps[0].time.value
+        lines += [f"  {HEADS.get(step.head, 'no head'):<18}{mb(step.memory):>12}{'fits' if step.fits else 'no':>9}"
+                  f"{step.largest_batch:>15,}{step.time.value:>9.1f}  {step.time.source:<10}{step.time.value / alone:>10.2f}"
+                  for step in self.steps]
+        return "\n".join([*lines, f"What was measured on an H200, r50 and r100 in mixed precision, took {low} to {high} times "
+                                  "what is estimated."])
+
+    def summary(self) -> dict[str, Any]:
+        """All figures, for JSON; memory in bytes."""
+        plan = self.plan
+        steps = [{"head": step.head, "memory": _figure(step.memory, "estimated"), "fits": step.fits,
+                  "largest_batch": _figure(step.largest_batch, "estimated"), "milliseconds": step.time._asdict()}
+                 for step in self.steps]
+        return asdict(plan) | {
+            "gpu_memory": self.gpu_memory, "head": {what.strip(): _figure(size, source) for what, size, source in plan.table()},
+            "without_head": {what: _figure(*size) for what, size in parts(plan, self.costs).items()},
+            "flops": _figure(self.costs.flops, "counted"), "steps": steps, "measured_by_estimated": plan_time.RANGE_OF_STEPS,
+            "verdict": [self.verdict(), plan.verdict()]}
+
+
+def _figure(value: int, source: str) -> dict[str, int | str]:
+    return {"value": value, "source": source}
+
+
+def _listed(steps: list[HeadStep]) -> str:
+    *names, last = (HEADS[step.head] for step in steps)
+    return f"{', '.join(names)} and {last}" if names else last
+
+
+def draw(planned: StepPlan, path: str | Path) -> None:
+    """Draw memory and time of a step against the number of identities, around the plan's. Needs matplotlib."""
+    plan, costs = planned.plan, planned.costs
+    plans: list[Plan] = []
+    for identities in plan.identities * np.logspace(-1, 1, 21):
+        with suppress(ConfigError):  # too few: the pool would be smaller than a batch
+            plans.append(replace(plan, identities=int(identities)))
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    names = [step.head for step in planned.steps[1:]]
+    for axis, label, value in ((axes[0], "GB of each GPU", lambda p, name: memory(p, costs, name) / 2**30),
+                               (axes[1], "ms a step on an H200", lambda p, name: plan_time.estimate(p, name, costs))):
+        for name in names:
+            axis.semilogx([each.identities for each in plans], [value(each, name) for each in plans], label=HEADS[name])
+        axis.axhline(value(plan, "backbone"), color="black", linestyle=":", label="no head")
+        axis.axvline(plan.identities, color="grey", linestyle=":")
+        axis.set(xlabel="identities", ylabel=label, ylim=(0, None))
+        axis.grid(alpha=0.3, which="both")
+    axes[0].axhline(planned.gpu_memory / 2**30, color="grey", linestyle="--", label="memory of a GPU")
+    figure.suptitle(f"a step of {plan.network} on each of {plan.gpus} GPUs, batch {plan.batch_size}, rate {plan.pool_rate:g}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    save_figure(figure, path)

@@ -1,0 +1,92 @@
+"""Memory of whole steps against what a benchmark measured, and what the plan says of it."""
+
+import json
+
+import pytest
+
+from f2c_plugin.cli import main as cli
+from f2c_plugin.errors import ConfigError
+from f2c_plugin.tools.plan import Plan
+from f2c_plugin.tools.plan_step import BESIDE, StepPlan, memory, parts
+from tests.tools.test_plan_time import costs, measured
+
+
+def test_memory_is_what_was_measured():
+    """The benchmark's peak is above the net's parameters, and holds 20 batches of images."""
+    ratios = {}
+    for _, plan, head, _, peak_mb in measured("steps"):
+        net = costs(plan)
+        planned = memory(plan, net, head) - BESIDE - net.parameters + (20 - 2) * net.images
+        ratios[plan.network, head] = planned / (peak_mb * 2**20)
+    assert len(ratios) == 8 and min(ratios.values()) > 0.98 and max(ratios.values()) < 1.005
+
+
+def test_several_gpus_keep_gradients_twice():
+    alone, together = Plan(10**6, 1, "small"), Plan(10**6, 2, "small")
+    net = costs(alone)
+    assert memory(together, net, "backbone") - memory(alone, net, "backbone") == net.gradients
+    assert parts(together, net)["DDP's buckets"] == (net.gradients, "counted")
+
+
+def test_what_a_head_holds_while_activations_live_counts_and_not_its_optimizer_step():
+    plan = Plan(10**6, 1, "r18")
+    net, matrix = costs(plan), 4 * 512 * 10**6
+    at_backward, at_optimizer = plan.partial_fc_moments(0.1)
+    assert at_backward == pytest.approx(3.1 * matrix) and at_optimizer == pytest.approx(4.1 * matrix)
+    assert memory(plan, net, "partial_fc") - memory(plan, net, "backbone") == at_backward
+    small = Plan(10**6, 1, "small")  # activations are less than a matrix
+    net = costs(small)
+    assert (memory(small, net, "partial_fc") - memory(small, net, "backbone")
+            == at_optimizer + 2 * net.gradients - net.peak)
+
+
+def test_the_largest_batch_just_fits():
+    network = "small"
+    planned = StepPlan(Plan(10**6, 1, network), 10)
+    for step in planned.steps:
+        if not step.largest_batch:
+            assert step.head == "full_fc" and not step.fits
+            continue
+        just, more = (Plan(10**6, 1, network, step.largest_batch + add) for add in (0, 2))
+        assert memory(just, costs(just), step.head) <= planned.gpu_memory < memory(more, costs(more), step.head), step.head
+
+
+def test_the_verdict_says_which_heads_fit_and_which_is_fastest():
+    assert StepPlan(Plan(10**5, 8, "r100"), 24).verdict() == (
+        "All heads fit 24 GB; F²C and Partial FC are about equally fast, full FC takes 1.1 times as long, F²C as published "
+        "takes 1.3 times as long.")
+    assert StepPlan(Plan(10**6, 1, "r18"), 10).verdict() == (
+        "F²C and F²C as published fit 10 GB; F²C is fastest, F²C as published takes 1.3 times as long.")
+    assert StepPlan(Plan(10**6, 1, "r18"), 4.9).verdict() == "F²C fits 4.9 GB; F²C is fastest."
+    few = StepPlan(Plan(10**6, 1, "r18"), 3)
+    assert few.verdict() == f"No head fits 3 GB: lower the batch to {few.steps[1].largest_batch}, for F²C."
+    assert StepPlan(Plan(10**6, 1, "r18"), 0.1).verdict() == "No head fits 0.1 GB: take a smaller network or larger GPUs."
+
+
+def test_an_odd_batch_has_no_published_step():
+    assert [step.head for step in StepPlan(Plan(10**5, 1, "small", 33), 24).steps] == [
+        "backbone", "f2c", "partial_fc", "full_fc"]
+
+
+def test_memory_that_no_gpu_has_is_refused():
+    for size in 0, -1, float("nan"), float("inf"):
+        with pytest.raises(ConfigError, match=f"--gpu-memory {size:g}: must be above 0, in GB"):
+            StepPlan(Plan(10**5, 1, "small"), size)
+
+
+def test_the_command_prints_the_steps_in_words_and_in_json(tmp_path, capsys):
+    arguments = ["plan", "--identities", "100000", "--gpus", "1", "--network", "small", "--no-fp16", "--gpu-memory", "16"]
+    cli(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    planned = StepPlan(Plan(100_000, 1, "small", fp16=False), 16)
+    assert "a whole step of small, float32, without a head" in lines
+    assert not any("DDP" in line for line in lines)
+    assert lines[-2] == planned.verdict() and lines[-1] == planned.plan.verdict()
+    cli([*arguments, "--json", "--plot", str(tmp_path / "plan.png")])
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads(json.dumps(planned.summary()))
+    assert found["without_head"]["activations and gradients"] == {"value": planned.costs.peak, "source": "counted"}
+    assert found["head"]["slot table"]["source"] == "counted" and not found["fp16"]
+    assert [step["head"] for step in found["steps"]] == ["backbone", "f2c", "f2c_paper", "partial_fc", "full_fc"]
+    assert {step["milliseconds"]["source"] for step in found["steps"]} == {"estimated"}
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
