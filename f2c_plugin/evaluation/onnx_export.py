@@ -45,20 +45,18 @@ def load_net(path: str | Path, which: str = "probe") -> nn.Module:
         if not state:
             raise ExportError(f"{path}: holds no gallery net: give a checkpoint of a training with head='f2c_dcp' and "
                               "save_all_states=True")
-    for name in networks():
-        with torch.device("meta"):
-            names = get_model(name).state_dict().keys()
-        if names == state.keys():
-            if wrong := _of_other_shapes(state, name):
-                raise ExportError(f"{path}: its weights do not fit {name}: {some(wrong)} of other shapes")
-            try:
-                net = get_model(name, embedding_size(state))
-                net.load_state_dict(state)
-            except (RuntimeError, TypeError, AttributeError) as error:
-                raise ExportError(f"{path}: its weights do not fit {name}: {error}") from error
-            return net.eval()
-    raise ExportError(f"{path}: its weights fit none of the nets {', '.join(networks())}: export other nets of arcface_torch "
-                      "with its own torch2onnx.py")
+    name, wrong = _network_of(state)
+    if not name:
+        raise ExportError(f"{path}: its weights fit none of the nets {', '.join(networks())}: export other nets of "
+                          "arcface_torch with its own torch2onnx.py")
+    if wrong:
+        raise ExportError(f"{path}: its weights do not fit {name}: {some(wrong)} of other shapes")
+    try:
+        net = get_model(name, embedding_size(state))
+        net.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path}: its weights do not fit {name}: {error}") from error
+    return net.eval()
 
 
 def embedding_size(state: dict[str, Any]) -> int:
@@ -67,11 +65,22 @@ def embedding_size(state: dict[str, Any]) -> int:
     return len(last[0]) if last and torch.is_tensor(last[0]) and last[0].dim() else 1
 
 
-def _of_other_shapes(state: dict[str, Any], network: str) -> list[str]:
-    """Names. Found without building the net, for a small file can ask for a net of many gigabytes."""
-    with torch.device("meta"):
-        expected = get_model(network, embedding_size(state)).state_dict()
-    return [name for name, value in expected.items() if getattr(state[name], "shape", None) != value.shape]
+def _network_of(state: dict[str, Any]) -> tuple[str, list[str]]:
+    """The net whose parameters have these names, "" if there is none, and which of them have other shapes there.
+
+    Of several nets, the first of those that fit best. Found without building one, for a small file can ask for a net of many
+    gigabytes.
+    """
+    wrong: dict[str, list[str]] = {}
+    for network in networks():
+        with torch.device("meta"):
+            expected = get_model(network, embedding_size(state)).state_dict()
+        if expected.keys() == state.keys():
+            wrong[network] = [name for name, value in expected.items() if getattr(state[name], "shape", None) != value.shape]
+            if not wrong[network]:
+                break
+    name = min(wrong, key=lambda network: len(wrong[network]), default="")
+    return name, wrong.get(name, [])
 
 
 def unusable(net: nn.Module) -> list[str]:
