@@ -22,6 +22,7 @@ from f2c_plugin.utils.safe_load import load_states
 
 log = logging.getLogger(__name__)
 SAME_EMBEDDING = 0.9999  # smallest cosine between embeddings of PyTorch and ONNX Runtime that counts as equal
+ONNX_BYTES = 2**31  # a file holds fewer: protobuf's limit
 
 
 def load_net(path: str | Path, which: str = "probe") -> nn.Module:
@@ -89,6 +90,14 @@ def unusable(net: nn.Module) -> list[str]:
     return not_finite(net.state_dict()) or ([] if embed(net, face).isfinite().all() else ["its embeddings"])
 
 
+def require_exportable(net: nn.Module, name: str) -> None:
+    """Raise ExportError, which begins with ``name``, if a net, on any device, is too large for an ONNX file."""
+    size = sum(tensor.nbytes for tensor in net.state_dict().values())
+    if size >= ONNX_BYTES:
+        raise ExportError(f"{name}: its weights take {size / 2**30:.1f} GiB, and an ONNX file holds less than 2 GiB: choose a "
+                          "smaller net")
+
+
 def export_checked(net: nn.Module, path: str | Path, images: torch.Tensor | None = None) -> float | None:
     """Write a net as ONNX, from ``data``, float32 (N, 3, 112, 112) RGB in [-1, 1], to ``embedding``, float32 (N, D).
 
@@ -97,9 +106,10 @@ def export_checked(net: nn.Module, path: str | Path, images: torch.Tensor | None
     Returns:
         The smallest cosine between the embeddings of both; None, with a warning, without onnxruntime.
     Raises:
-        ExportError: the net is not finite, or its export gives other embeddings. Nothing is written.
+        ExportError: the net is too large or not finite, or its export gives other embeddings. Nothing is written.
         OSError: the file cannot be written.
     """
+    require_exportable(net, f"{path}: not written")
     net = net.cpu().eval()  # and leave it there, in that mode
     if found := unusable(net):
         raise ExportError(f"{path}: not written, because the net is not finite: {some(found)}: export an earlier checkpoint")

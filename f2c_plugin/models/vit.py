@@ -22,7 +22,7 @@ class _Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).float()  # (B, heads, L, dim / heads)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).transpose(1, 3).float().unbind(2)  # (B, heads, L, dim / heads)
         with without_autocast(x.device.type):
             x = scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
