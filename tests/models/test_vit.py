@@ -10,13 +10,15 @@ import torch
 from torch import multiprocessing, nn
 
 from f2c_plugin.cli import main as cli
+from f2c_plugin.config_files import load_config
 from f2c_plugin.data.dataset import normalize_faces
-from f2c_plugin.errors import ExportError
+from f2c_plugin.errors import ConfigError, ExportError
 from f2c_plugin.evaluation.onnx_export import export_checked, load_net
 from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.models import NETWORKS, get_model
 from f2c_plugin.models.vit import VisionTransformer
 from f2c_plugin.trainer.build import wrap
+from f2c_plugin.trainer.check import check
 from f2c_plugin.trainer.output import write_states
 from tests.reference.vit import slow_embeddings
 from tests.runs import refusal, run
@@ -33,7 +35,7 @@ def short(dim=64, drop_path=0.0, mask_ratio=0.0, **keys):
     with torch.no_grad():
         for name, value in net.state_dict().items():
             if value.is_floating_point():
-                value += 0.1 * torch.randn_like(value) if not name.endswith("running_var") else torch.rand_like(value)
+                value += 0.3 * torch.randn_like(value) if not name.endswith("running_var") else torch.rand_like(value)
     return net
 
 
@@ -48,7 +50,7 @@ def shorts(monkeypatch):
 def test_embeddings_are_those_of_the_paper(heads):
     net = short(drop_path=0.5, mask_ratio=0.5, heads=heads).eval()
     with torch.no_grad():
-        torch.testing.assert_close(net(IMAGES).double(), slow_embeddings(net.state_dict(), IMAGES, heads), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(net(IMAGES).double(), slow_embeddings(net.state_dict(), IMAGES, heads), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -60,7 +62,7 @@ def test_blocks_in_training_do_not_see_masked_patches(checkpointing):
     torch.manual_seed(5)
     seen = torch.rand(4, 144).argsort(1)[:, :108].tolist()
     state = {name: value.detach() for name, value in net.state_dict().items()}
-    torch.testing.assert_close(embeddings.double(), slow_embeddings(state, IMAGES, 8, seen), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(embeddings.double(), slow_embeddings(state, IMAGES, 8, seen), rtol=1e-3, atol=1e-3)
 
 
 def test_a_block_leaves_out_either_branch_of_some_images_and_scales_those_of_others():
@@ -180,7 +182,8 @@ def test_nets_of_the_same_parameters_are_told_apart_by_their_shapes(shorts, tmp_
 
 def test_a_net_too_large_for_an_onnx_file_is_refused_before_it_is_trained_or_exported(config, tmp_path):
     problem = "its weights take 2.8 GiB, and an ONNX file holds less than 2 GiB: choose a smaller net"
-    assert f"network='vit_h': {problem}" in refusal(config(network="vit_h"))
+    with pytest.raises(ConfigError, match=f"network='vit_h': {problem}"):
+        check(load_config(config(network="vit_h")))
     with torch.device("meta"):
         net = get_model("vit_h")
     with pytest.raises(ExportError, match=f"model.onnx: not written: {problem}"):
