@@ -22,6 +22,7 @@ from f2c_plugin.utils.safe_load import load_states
 
 log = logging.getLogger(__name__)
 SAME_EMBEDDING = 0.9999  # smallest cosine between embeddings of PyTorch and ONNX Runtime that counts as equal
+ONNX_BYTES = 2**31  # a file holds fewer: protobuf's limit
 
 
 def load_net(path: str | Path, which: str = "probe") -> nn.Module:
@@ -45,20 +46,18 @@ def load_net(path: str | Path, which: str = "probe") -> nn.Module:
         if not state:
             raise ExportError(f"{path}: holds no gallery net: give a checkpoint of a training with head='f2c_dcp' and "
                               "save_all_states=True")
-    for name in networks():
-        with torch.device("meta"):
-            names = get_model(name).state_dict().keys()
-        if names == state.keys():
-            if wrong := _of_other_shapes(state, name):
-                raise ExportError(f"{path}: its weights do not fit {name}: {some(wrong)} of other shapes")
-            try:
-                net = get_model(name, embedding_size(state))
-                net.load_state_dict(state)
-            except (RuntimeError, TypeError, AttributeError) as error:
-                raise ExportError(f"{path}: its weights do not fit {name}: {error}") from error
-            return net.eval()
-    raise ExportError(f"{path}: its weights fit none of the nets {', '.join(networks())}: export other nets of arcface_torch "
-                      "with its own torch2onnx.py")
+    name, wrong = _network_of(state)
+    if not name:
+        raise ExportError(f"{path}: its weights fit none of the nets {', '.join(networks())}: export other nets of "
+                          "arcface_torch with its own torch2onnx.py")
+    if wrong:
+        raise ExportError(f"{path}: its weights do not fit {name}: {some(wrong)} of other shapes")
+    try:
+        net = get_model(name, embedding_size(state))
+        net.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ExportError(f"{path}: its weights do not fit {name}: {error}") from error
+    return net.eval()
 
 
 def embedding_size(state: dict[str, Any]) -> int:
@@ -67,17 +66,36 @@ def embedding_size(state: dict[str, Any]) -> int:
     return len(last[0]) if last and torch.is_tensor(last[0]) and last[0].dim() else 1
 
 
-def _of_other_shapes(state: dict[str, Any], network: str) -> list[str]:
-    """Names. Found without building the net, for a small file can ask for a net of many gigabytes."""
-    with torch.device("meta"):
-        expected = get_model(network, embedding_size(state)).state_dict()
-    return [name for name, value in expected.items() if getattr(state[name], "shape", None) != value.shape]
+def _network_of(state: dict[str, Any]) -> tuple[str, list[str]]:
+    """The net whose parameters have these names, "" if there is none, and which of them have other shapes there.
+
+    Of several nets, the first of those that fit best. Found without building one, for a small file can ask for a net of many
+    gigabytes.
+    """
+    wrong: dict[str, list[str]] = {}
+    for network in networks():
+        with torch.device("meta"):
+            expected = get_model(network, embedding_size(state)).state_dict()
+        if expected.keys() == state.keys():
+            wrong[network] = [name for name, value in expected.items() if getattr(state[name], "shape", None) != value.shape]
+            if not wrong[network]:
+                break
+    name = min(wrong, key=lambda network: len(wrong[network]), default="")
+    return name, wrong.get(name, [])
 
 
 def unusable(net: nn.Module) -> list[str]:
     """What of a net is not finite: names of parameters and buffers, or "its embeddings" of a random face; [] if nothing is."""
     face = torch.randint(0, 256, (1, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return not_finite(net.state_dict()) or ([] if embed(net, face).isfinite().all() else ["its embeddings"])
+
+
+def require_exportable(net: nn.Module, name: str) -> None:
+    """Raise ExportError, which begins with ``name``, if a net, on any device, is too large for an ONNX file."""
+    size = sum(tensor.nbytes for tensor in net.state_dict().values())
+    if size >= ONNX_BYTES:
+        raise ExportError(f"{name}: its weights take {size / 2**30:.1f} GiB, and an ONNX file holds less than 2 GiB: choose a "
+                          "smaller net")
 
 
 def export_checked(net: nn.Module, path: str | Path, images: torch.Tensor | None = None) -> float | None:
@@ -88,9 +106,10 @@ def export_checked(net: nn.Module, path: str | Path, images: torch.Tensor | None
     Returns:
         The smallest cosine between the embeddings of both; None, with a warning, without onnxruntime.
     Raises:
-        ExportError: the net is not finite, or its export gives other embeddings. Nothing is written.
+        ExportError: the net is too large or not finite, or its export gives other embeddings. Nothing is written.
         OSError: the file cannot be written.
     """
+    require_exportable(net, f"{path}: not written")
     net = net.cpu().eval()  # and leave it there, in that mode
     if found := unusable(net):
         raise ExportError(f"{path}: not written, because the net is not finite: {some(found)}: export an earlier checkpoint")

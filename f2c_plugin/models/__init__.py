@@ -1,8 +1,8 @@
 """Backbones by name.
 
-IResNets and MobileFaceNets have the names, shapes and parameter names of arcface_torch, so a ``model.pt`` of one loads in
-the other with ``strict=True``. ``small`` and ``tiny`` are for CPUs: demo, tests and benchmarks. Other packages offer
-backbones in the entry point group ``arcface_torch.backbones``.
+IResNets, MobileFaceNets and vision transformers have the names, shapes and parameter names of arcface_torch, so a
+``model.pt`` of one loads in the other with ``strict=True``. ``small`` and ``tiny`` are for CPUs: demo, tests and benchmarks.
+Other packages offer backbones in the entry point group ``arcface_torch.backbones``.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from f2c_plugin.errors import ConfigError
 from f2c_plugin.models.iresnet import IResNet
 from f2c_plugin.models.mobilefacenet import MobileFaceNet
 from f2c_plugin.models.plain import PlainNet
+from f2c_plugin.models.vit import VisionTransformer
 from f2c_plugin.utils.registry import BACKBONES, installed, load_plugin
 
 Factory = Callable[[int, bool], nn.Module]  # takes num_features and fp16
@@ -27,10 +28,19 @@ def _plain(*layers: tuple[int, int], before: Callable[[], nn.Module] = nn.Identi
     return lambda num_features, fp16: PlainNet(layers, before, num_features, fp16)
 
 
+def _vit(dim: int, depth: int, drop_path: float, mask_ratio: float) -> Factory:
+    return partial(VisionTransformer, dim, depth, drop_path, mask_ratio, checkpointing=depth > 12)
+
+
 NETWORKS: dict[str, Factory] = {
     "r18": _iresnet(2, 2, 2, 2), "r34": _iresnet(3, 4, 6, 3), "r50": _iresnet(3, 4, 14, 3),
     "r100": _iresnet(3, 13, 30, 3), "r200": _iresnet(6, 26, 60, 6),
     "mbf": partial(MobileFaceNet, (1, 4, 6, 2), 2), "mbf_large": partial(MobileFaceNet, (2, 8, 12, 4), 4),
+    "vit_t": _vit(256, 12, 0.1, 0.1), "vit_t_dp005_mask0": _vit(256, 12, 0.05, 0.0),
+    "vit_s": _vit(512, 12, 0.1, 0.1), "vit_s_dp005_mask_0": _vit(512, 12, 0.05, 0.0), "vit_b": _vit(512, 24, 0.1, 0.1),
+    # A tenth is masked here, too, as in arcface_torch, whose forward pass looks only at whether mask_ratio is above 0.
+    "vit_b_dp005_mask_005": _vit(512, 24, 0.05, 0.1), "vit_l_dp005_mask_005": _vit(768, 24, 0.05, 0.1),
+    "vit_h": _vit(1024, 48, 0.1, 0.0),
     "small": _plain((16, 2), (32, 2), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)),
     "tiny": _plain((16, 2), (32, 2), (64, 2), (128, 1), before=partial(nn.AvgPool2d, 2)),
 }

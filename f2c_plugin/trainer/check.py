@@ -11,6 +11,7 @@ from f2c_plugin.build import margin_from
 from f2c_plugin.config import DEFAULTS, TrainConfig, bad_keys, problems
 from f2c_plugin.data.from_config import open_pack, steps_per_epoch
 from f2c_plugin.errors import ConfigError, F2CError
+from f2c_plugin.evaluation.onnx_export import require_exportable
 from f2c_plugin.models import get_model
 from f2c_plugin.trainer.build import build_optimizer, head_factory, margin_loss, verification_sets
 from f2c_plugin.trainer.output import checkpoints_in
@@ -32,7 +33,7 @@ def check(cfg: TrainConfig, world_size: int = 1) -> None:
     attempts: list[tuple[list[str], Callable[[], Any]]] = [
         (["head"], lambda: head_factory(cfg.head)),
         (["sampler"], lambda: cfg.sampler and load_plugin(SAMPLERS, cfg.sampler)),
-        (["network"], lambda: _on_meta(rest.network, rest.embedding_size)),
+        (["network"], lambda: require_exportable(_on_meta(rest.network, rest.embedding_size), f"network={rest.network!r}")),
         (["margin_list"], lambda: margin_from(margin_loss(rest), None if "f2c_margin" in bad else cfg.get("f2c_margin"))),
         (["network", "embedding_size", "num_classes", "f2c_init"], lambda: _init_file(rest)),
         (["optimizer"], lambda: build_optimizer(rest, [torch.zeros(1)])),

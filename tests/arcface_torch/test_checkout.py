@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,55 @@ for name in "r18", "r50", "r100", "mbf", "mbf_large":
         with torch.no_grad():
             torch.testing.assert_close(net(torch.randn(4, 3, 112, 112)),
                                        torch.load(tmp_path / f"{name}_embeddings.pt"), rtol=1e-3, atol=1e-3)
+
+
+# timm's own functions without the rest of timm, which needs the torchvision that was built for this torch.
+LAYERS_OF_TIMM = """
+import importlib.util, sys, types
+for name in "timm", "timm.layers":
+    layers = types.ModuleType(name)
+    layers.__path__ = importlib.util.find_spec(name).submodule_search_locations
+    sys.modules[name] = layers
+for part in "drop", "helpers", "weight_init":
+    vars(layers).update(vars(importlib.import_module(f"timm.layers.{part}")))
+sys.modules["timm.models"] = sys.modules["timm"]
+sys.modules["timm.models.layers"] = layers
+"""
+
+
+@pytest.mark.skipif(find_spec("timm") is None, reason="NOT COMPARED WITH ARCFACE_TORCH'S: pip install --no-deps timm")
+def test_vision_transformers_compute_what_those_of_arcface_torch_do(checkout):
+    script = LAYERS_OF_TIMM + """
+import torch
+from backbones import get_model
+from backbones.vit import VisionTransformer
+from f2c_plugin import models
+from f2c_plugin.models import vit
+for name in "vit_t", "vit_s_dp005_mask_0", "vit_b_dp005_mask_005":
+    theirs, ours = get_model(name), models.get_model(name)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.checkpointing == theirs.using_checkpoint and (ours.mask_ratio > 0) == (theirs.mask_ratio > 0)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in theirs.blocks]
+    torch.testing.assert_close([block.drop_path for block in ours.blocks], rates)
+for mask_ratio in 0.0, 0.05:
+    theirs = VisionTransformer(112, 9, 3, 24, 64, 3, 8, drop_path_rate=0.3, mask_ratio=mask_ratio)
+    ours = vit.VisionTransformer(64, 3, 0.3, 0.1 if mask_ratio else 0.0, 24)  # theirs always masks a tenth
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(6, 3, 112, 112)
+    for training in True, False:
+        embeddings, gradients = [], []
+        for net in theirs.train(training), ours.train(training):
+            torch.manual_seed(0)
+            embeddings.append(net(images))
+            net.zero_grad()
+            embeddings[-1][:, 0].exp().sum().backward()
+            gradients.append([each.grad for name, each in net.named_parameters() if name != "mask_token" or mask_ratio])
+        torch.testing.assert_close(*embeddings, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(dict(theirs.named_buffers()), dict(ours.named_buffers()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_backbone_of_another_package_is_one_of_arcface_torch(patched, other_package):

@@ -12,14 +12,16 @@ from f2c_plugin.trainer.output import write_states
 from tests.runs import history, run
 
 
-@pytest.mark.parametrize("name, millions", [("r18", 24.0), ("r50", 43.6), ("r100", 65.2), ("mbf", 2.06), ("mbf_large", 6.31)])
+@pytest.mark.parametrize("name, millions", [("r18", 24.0), ("r50", 43.6), ("r100", 65.2), ("mbf", 2.06), ("mbf_large", 6.31),
+                                            ("vit_t", 19.14), ("vit_s", 76.02), ("vit_b", 113.8),
+                                            ("vit_l_dp005_mask_005", 255.7), ("vit_h", 756.4)])  # counted in its nets
 def test_nets_have_as_many_parameters_as_those_of_arcface_torch(name, millions):
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in get_model(name).parameters())
     assert count / 1e6 == pytest.approx(millions, rel=0.005)
 
 
-@pytest.mark.parametrize("name", ["mbf", "mbf_large", "tiny"])
+@pytest.mark.parametrize("name", ["mbf", "mbf_large", "vit_t", "vit_t_dp005_mask0", "tiny"])
 @pytest.mark.parametrize("fp16", [False, True])
 def test_a_net_embeds_a_batch_in_float32(name, fp16):
     net = get_model(name, 24, fp16)
@@ -53,7 +55,8 @@ def test_a_backbone_of_another_package_trains_and_is_loaded_and_exported(other_p
 
 
 def test_an_unknown_network_names_those_there_are(other_package, tmp_path):
-    with pytest.raises(ConfigError, match="network='r51': must be one of r18, r34, .* mbf, mbf_large, small, tiny, pixels"):
+    with pytest.raises(ConfigError, match="network='r51': must be one of r18, r34, .* mbf, mbf_large, vit_t, .* vit_h, small, "
+                                          "tiny, pixels"):
         get_model("r51")
     write_states({"weight": torch.zeros(3)}, tmp_path / "model.pt")
     with pytest.raises(ExportError, match="its weights fit none of the nets r18, .*pixels"):

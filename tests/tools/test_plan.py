@@ -34,11 +34,12 @@ def test_class_weights_and_slot_table_take_what_is_planned(dtype):
     assert others == plan.slot_table() + 8  # the clock
 
 
-def test_the_gallery_net_takes_what_is_planned():
-    gallery = GalleryNet(get_model("r18", 512))
-    planned = Plan(10_000, network="r18", recipe="paper").gallery_net()
+@pytest.mark.parametrize("network", ["r18", "vit_t"])
+def test_the_gallery_net_takes_what_is_planned(network):
+    gallery = GalleryNet(get_model(network, 512))
+    planned = Plan(10_000, network=network, recipe="paper").gallery_net()
     assert sum(tensor.nbytes for tensor in gallery.state_dict().values()) == planned
-    assert Plan(100_000, network="r18").gallery_net() == 0
+    assert Plan(100_000, network=network).gallery_net() == 0
 
 
 def test_partial_fc_keeps_its_classes_whatever_the_rate_and_f2c_does_not():
