@@ -229,7 +229,7 @@ def evaluate(args: Namespace) -> None:
     found = tool.evaluate(args.model, args.sets, args.net)
     print(json.dumps([each.summary() for each in found], indent=2) if args.json else tool.table(found))
     if args.plot:
-        draw_roc({each.name: (each.result.scores, each.result.same) for each in found}, args.plot)
+        draw_roc({"": {each.name: (each.result.scores, each.result.same) for each in found}}, args.plot)
 
 
 def checkpoint_actions(parser: ArgumentParser) -> None:

@@ -11,9 +11,7 @@ from torch import nn
 from f2c_plugin.errors import ExportError, F2CError, InputError
 from f2c_plugin.evaluation.onnx_export import load_net
 from f2c_plugin.evaluation.onnx_net import OnnxNet
-from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet
-
-FARS = [10.0 ** -power for power in range(1, 7)]
+from f2c_plugin.evaluation.verification import FARS, VerificationResult, VerificationSet
 
 
 class Evaluated(NamedTuple):
