@@ -74,8 +74,8 @@ def _not_finite(runs: Sequence[Run]) -> Iterator[str]:
                          + (f" and at {len(steps) - 1} later entries of the log" if len(steps) > 1 else ""))
         expected = SKIPPED_BY_FP16 * run.history[-1]["step"] if run.config.get("fp16") == "True" else 0
         if run.skipped_steps > expected:
-            found.append(f"{run.skipped_steps:,} of its {run.history[-1]['step']:,} steps were skipped because their gradient was "
-                         "not finite")
+            found.append(f"{run.skipped_steps:,} of its {run.history[-1]['step']:,} steps were skipped because their gradient "
+                         "was not finite")
         if features := sum(value for _, value in run.series("f2c/not_finite")):
             found.append(f"{features:,.0f} features were not finite and stayed out of its pool")
         if found:
@@ -98,8 +98,8 @@ def _best(runs: Sequence[Run]) -> Iterator[str]:
                  and _ahead(leader, run, accuracy) <= STANDARD_ERRORS * error]
         ahead = f"{100 * _ahead(leader, second, accuracy):.2f} points ahead of {second.name}"
         if close:
-            yield (f"{best}, but its lead over {_names(close)} is within {STANDARD_ERRORS} standard errors of the difference and "
-                   "may be chance.")
+            yield (f"{best}, but its lead over {_names(close)} is within {STANDARD_ERRORS} standard errors of the difference "
+                   "and may be chance.")
         elif (error := errors[second.name]) is None:
             yield f"{best}, {ahead}; whether that is chance is not recorded."
         else:

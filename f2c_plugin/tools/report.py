@@ -18,9 +18,10 @@ from f2c_plugin.utils.extras import require
 
 MAX_POINTS = 200  # of a curve; more are averaged
 SHORT = 0.1  # of the longest run: beside such a run, curves are drawn against a logarithm
-FAR_ABOVE = 20  # times the median: such losses are drawn on a logarithmic axis
-_CURVES = {"loss": "loss", "learning_rate": "learning rate", "f2c/scale": "scale s of the loss", "images_per_second": "images/s",
-           "f2c/positive_cosine": "cosine to the own slot", "f2c/hard_negative_cosine": "cosine to the hardest negatives",
+FAR_ABOVE = 20  # times the median: curves that rise so far are drawn on a logarithmic axis
+_CURVES = {"loss": "loss", "learning_rate": "learning rate", "f2c/scale": "scale s of the loss",
+           "images_per_second": "images/s", "f2c/positive_cosine": "cosine to the own slot",
+           "f2c/hard_negative_cosine": "cosine to the hardest negatives",
            "f2c/pool_fill": "pool: occupied slots", "f2c/pool_hit_rate": "pool: hit rate",
            "f2c/age": "pool: age of the features, steps", "f2c/evictions": "pool: evictions per step"}
 _FROM_0 = {"f2c/pool_fill": 1.05, "f2c/pool_hit_rate": 1.05, "f2c/age": None, "f2c/evictions": None, "images_per_second": None}
@@ -95,7 +96,7 @@ def draw_curves(runs: Sequence[Run], path: Path, against_hours: bool = False) ->
         axis.set(title=plain(title), xlabel="hours of training" if against_hours else "images seen")
         if name in _FROM_0:
             axis.set_ylim(bottom=0, top=_FROM_0[name])
-        elif drawn.size and 0 < drawn.min() and FAR_ABOVE * np.median(drawn) < drawn.max():
+        elif drawn.size and drawn.min() > 0 and FAR_ABOVE * np.median(drawn) < drawn.max():
             axis.set_yscale("log")
         if 0 < min(lengths) < SHORT * max(lengths):
             axis.set(xscale="log", xlim=(SHORT * min(lengths), 1.1 * max(lengths)))
@@ -143,8 +144,8 @@ def _page(runs: Sequence[Run], sentences: Sequence[str], pictures: dict[str, Pat
         parts.append(f"<h2>Summary</h2>\n{_table(runs, [*runs[0].facts], lambda run, name: run.facts[name])}")
     curves = _picture(pictures["curves"], "images")
     if "hours" in pictures:
-        curves = ('<input type="radio" name="against" id="images" checked="" /> <label for="images">against images seen</label>\n'
-                  '<input type="radio" name="against" id="hours" /> <label for="hours">against hours of training</label>\n'
+        curves = ('<input type="radio" name="against" id="images" checked="" />\n<label for="images">against images seen</label>\n'
+                  '<input type="radio" name="against" id="hours" />\n<label for="hours">against hours of training</label>\n'
                   f'{curves}\n{_picture(pictures["hours"], "hours")}')
     parts.append(f"<h2>Curves</h2>\n<div>\n{curves}\n</div>")
     if "roc" in pictures:
@@ -189,8 +190,8 @@ def _table_of_runs(runs: Sequence[Run]) -> str:
     for number, run in enumerate(runs):
         cells = "".join(_cell(runs, run, group, column) for group, column in columns)
         rows.append(f'<tr><th scope="row">{_line(number)}{html.escape(run.name)}</th>{cells}</tr>')
-    return (f'<div class="wide"><table class="runs">\n<thead><tr><th rowspan="2">run</th>{heads}</tr>\n<tr>{subheads}</tr></thead>\n'
-            f"<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>")
+    return (f'<div class="wide"><table class="runs">\n<thead><tr><th rowspan="2">run</th>{heads}</tr>\n'
+            f"<tr>{subheads}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>")
 
 
 def _cell(runs: Sequence[Run], run: Run, group: str, column: str) -> str:

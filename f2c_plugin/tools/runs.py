@@ -17,7 +17,8 @@ from f2c_plugin.evaluation.verification import FARS, tar_at_far, tar_text
 from f2c_plugin.tools.plotting import Scores
 
 # Settings that change no result.
-NO_RESULT = re.compile("output|resume|frequent|verbose|num_workers|f2c_save_every|save_all_states|suffix_run_name|.*wandb.*|.*mlflow.*")
+NO_RESULT = re.compile("output|resume|frequent|verbose|num_workers|f2c_save_every|save_all_states|suffix_run_name|"
+                       ".*wandb.*|.*mlflow.*")
 _LOSS = re.compile(r"Speed ([\d.]+) samples/sec\s+Loss (\S+)\s+LearningRate (\S+).*Global Step: (\d+)")
 _MONITOR = re.compile(r"F²C step (\d+): (.*)")
 _ACCURACY = re.compile(r"\[(gallery_)?(\w+)\]\[(\d+)\]Accuracy-Flip: ([\d.]+)(?:\+-([\d.]+))?")
@@ -63,8 +64,9 @@ class Run:
         if not history:
             raise ReportError(f"{folder}: the training has not logged a step yet")
         run = cls(name or Path(os.path.realpath(folder)).name, history, config)
-        run.skipped_steps = len({found[1] for line in lines if (found := _SKIPPED.search(line))})
-        run.not_finite_losses = sorted({int(found[1] or found[2]) for line in lines if (found := _NOT_FINITE_LOSS.search(line))})
+        run.skipped_steps = len({found[1] for found in filter(None, map(_SKIPPED.search, lines))})
+        losses = filter(None, map(_NOT_FINITE_LOSS.search, lines))
+        run.not_finite_losses = sorted({int(found[1] or found[2]) for found in losses})
         for path in sorted(folder.glob("*_scores.npz"), key=lambda path: (path.name.removeprefix("gallery_"), len(path.name))):
             with _reading(path), np.load(path) as saved:
                 run.scores[path.name.removesuffix("_scores.npz")] = saved["scores"], saved["same"]

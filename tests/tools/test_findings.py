@@ -7,7 +7,6 @@ from f2c_plugin.tools.findings import findings
 from f2c_plugin.tools.runs import Run
 
 CONFIG = {"num_image": "480", "num_epoch": "1", "frequent": "10", "seed": "1", "rec": "faces", "fp16": "False"}
-PLANNED = 60 * 8
 
 
 def run(name, step=60, config=None, entries=(), **fields):
@@ -16,12 +15,11 @@ def run(name, step=60, config=None, entries=(), **fields):
     return Run(name, history, CONFIG | (config or {}), **fields)
 
 
-def verified(name, right, seed=0, scores=True, pairs=1000):
+def verified(name, right, seed=0, pairs=1000):
     """A run that answers a share of the pairs of a set right, other pairs for each seed."""
     same = np.arange(pairs) % 2 == 0
     is_right = np.random.default_rng(seed).permutation(pairs) < right * pairs
-    entry = {"lfw/accuracy": right, "lfw/accuracy_std": 0.01} if scores is None else {"lfw/accuracy": right}
-    return run(name, entries=[entry], scores={"lfw": (np.where(is_right == same, 0.8, 0.1), same)} if scores else {})
+    return run(name, entries=[{"lfw/accuracy": right}], scores={"lfw": (np.where(is_right == same, 0.8, 0.1), same)})
 
 
 def test_two_runs_alike_have_nothing_that_stands_out():
@@ -58,7 +56,7 @@ def test_a_run_that_is_not_at_its_end_is_named(step, config, speaks):
     sentences = findings([run("a", step, config)])
     assert bool(sentences) == speaks
     if config.get("num_epoch"):
-        assert sentences == ["a has seen 400 of its 800 images: it has stopped early, or is not at its end yet."]
+        assert sentences == ["a has seen 400 of its 960 images: it has stopped early, or is not at its end yet."]
 
 
 @pytest.mark.parametrize("fields, config, entries, sentence", [
@@ -76,8 +74,8 @@ def test_numbers_that_are_not_finite_are_counted(fields, config, entries, senten
 
 def test_the_best_run_is_told_from_those_that_may_be_as_good_by_chance():
     best, close, far = verified("best", 0.95), verified("close", 0.945, seed=1), verified("far", 0.8, seed=2)
-    assert findings([far, close, best]) == ["lfw: best is best with 95.00% in the last verification, but its lead over close is "
-                                            "within 2 standard errors of the difference and may be chance."]
+    assert findings([far, close, best]) == ["lfw: best is best with 95.00% in the last verification, but its lead over close "
+                                            "is within 2 standard errors of the difference and may be chance."]
     sentence, = findings([far, best])
     assert sentence.startswith("lfw: best is best with 95.00% in the last verification, 15.00 points ahead of far: ")
     assert 0.5 < float(sentence.split("far: ")[1].split(" points are one standard error")[0]) < 2
@@ -91,11 +89,12 @@ def test_the_standard_error_is_paired_by_the_folds():
 
 
 def test_without_scores_the_logged_deviations_count():
-    first = verified("first", 0.9, scores=None)
-    assert "8.00 points ahead of second: 0.47 points are one" in findings([first, verified("second", 0.82, scores=None)])[0]
-    assert "second is within" in findings([first, verified("second", 0.895, scores=None)])[0].replace("over second", "second")
-    sentence, = findings([verified("first", 0.9, scores=False), verified("second", 0.82, scores=False)])
-    assert sentence.endswith("8.00 points ahead of second; whether that is chance is not recorded.")
+    first, far, near, unknown = (run(name, entries=[{"lfw/accuracy": accuracy} | deviation]) for name, accuracy, deviation in (
+        ("first", 0.9, {"lfw/accuracy_std": 0.01}), ("far", 0.82, {"lfw/accuracy_std": 0.01}),
+        ("near", 0.895, {"lfw/accuracy_std": 0.01}), ("unknown", 0.8, {})))
+    assert "8.00 points ahead of far: 0.47 points are one standard error" in findings([first, far])[0]
+    assert "its lead over near is within 2 standard errors" in findings([first, near])[0]
+    assert findings([first, unknown])[0].endswith("10.00 points ahead of unknown; whether that is chance is not recorded.")
 
 
 def test_a_set_that_one_run_was_verified_on_or_that_has_other_pairs_is_not_compared():
@@ -114,4 +113,5 @@ def test_runs_that_are_slower_by_more_than_a_fifth_are_named():
 @pytest.mark.parametrize("rate, recipe, speaks", [(0.49, "paper", True), (0.5, "paper", False), (0.1, "resident", False)])
 def test_a_low_hit_rate_stands_out_where_it_costs_positives(rate, recipe, speaks):
     sentences = findings([run("a", config={"f2c_recipe": recipe}, entries=[{"f2c/pool_hit_rate": rate}])])
-    assert bool(sentences) == speaks and all("only 49% of the images find their identity in the pool" in each for each in sentences)
+    assert bool(sentences) == speaks
+    assert all("only 49% of the images find their identity in the pool" in each for each in sentences)
