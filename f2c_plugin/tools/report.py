@@ -144,7 +144,8 @@ def _page(runs: Sequence[Run], sentences: Sequence[str], pictures: dict[str, Pat
         parts.append(f"<h2>Summary</h2>\n{_table(runs, [*runs[0].facts], lambda run, name: run.facts[name])}")
     curves = _picture(pictures["curves"], "images")
     if "hours" in pictures:
-        curves = ('<input type="radio" name="against" id="images" checked="" />\n<label for="images">against images seen</label>\n'
+        curves = ('<input type="radio" name="against" id="images" checked="" />\n'
+                  '<label for="images">against images seen</label>\n'
                   '<input type="radio" name="against" id="hours" />\n<label for="hours">against hours of training</label>\n'
                   f'{curves}\n{_picture(pictures["hours"], "hours")}')
     parts.append(f"<h2>Curves</h2>\n<div>\n{curves}\n</div>")

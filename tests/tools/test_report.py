@@ -105,7 +105,7 @@ def table(page):
     """The table of runs, {run: {column: cell}}, from a page that an XML parser can read; columns as "group: column"."""
     root = ElementTree.fromstring(page.read_text().removeprefix("<!DOCTYPE html>"))
     (top, below), rows = (root.findall(f".//table[@class='runs']/{part}/tr") for part in ("thead", "tbody"))
-    groups = [text(cell) for cell in top[1:] for _ in range(int(cell.get("colspan")))]
+    groups = [text(cell) for cell in top[1:] for _ in range(int(cell.attrib["colspan"]))]
     columns = [f"{group}: {text(cell)}" for group, cell in zip(groups, below, strict=True)]
     return {text(row[0]): dict(zip(columns, map(text, row[1:]), strict=True)) for row in rows}
 
@@ -202,7 +202,9 @@ def shown(page, tmp_path, script):
                            "--disable-component-update", "--disable-sync", "--no-first-run", "--window-size=1200,900",
                            f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
                           capture_output=True, text=True, timeout=120)
-    return json.loads(html.unescape(re.search("<title>(.+?)</title>", done.stdout)[1]))
+    title = re.search("<title>(.+?)</title>", done.stdout)
+    assert title
+    return json.loads(html.unescape(title[1]))
 
 
 def test_a_real_browser_shows_it(runs, tmp_path):
