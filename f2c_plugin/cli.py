@@ -271,7 +271,7 @@ def evaluate(args: Namespace) -> None:
         return
     print(json.dumps([each.summary() for each in found], indent=2) if args.json else tool.table(found))
     if args.plot:
-        draw_roc(tool.scored_pairs(found), args.plot)
+        draw_roc({"": tool.scored_pairs(found)}, args.plot)
 
 
 def checkpoint_actions(parser: ArgumentParser) -> None:

@@ -16,9 +16,8 @@ from tqdm import tqdm
 from f2c_plugin.data.dataset import IMAGE_SIZE, Pixels, decode_image
 from f2c_plugin.errors import VerificationSetError
 from f2c_plugin.evaluation.pooling import pooled
-from f2c_plugin.evaluation.verification import tars_at_fars
+from f2c_plugin.evaluation.verification import FARS, tars_at_fars
 
-FARS = [10.0 ** -power for power in range(1, 7)]
 # Where the eyes, the nose and the corners of the mouth are in an aligned face, x + iy.
 TEMPLATE = np.array([38.2946 + 51.6963j, 73.5318 + 51.5014j, 56.0252 + 71.7366j, 41.5493 + 92.3655j, 70.7299 + 92.2041j])
 _PIXELS = np.arange(IMAGE_SIZE) + 1j * np.arange(IMAGE_SIZE)[:, None]
@@ -45,7 +44,7 @@ class TemplateResult:
     images: int
 
     def tars(self) -> list[float | None]:
-        """TAR at each of ``FARS``, from 1e-1 to 1e-6; None where the pairs do not resolve it."""
+        """TAR at each of ``FARS``; None where the pairs do not resolve it."""
         return tars_at_fars(self.scores, self.same, FARS)
 
     def summary(self) -> dict[str, object]:

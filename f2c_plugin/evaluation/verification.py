@@ -18,6 +18,8 @@ from f2c_plugin.utils.atomic import written_whole
 
 FOLDS = 10
 MAX_SIZE = 2048  # pixels; a small file can announce a huge picture
+FARS = 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6  # at which TAR is reported, where the pairs resolve it
+NOT_RESOLVED = "not resolved"
 THRESHOLDS = np.arange(0, 4, 0.01)  # on squared distances of unit vectors, as in arcface_torch
 
 
@@ -136,7 +138,7 @@ def tars_at_fars(scores: np.ndarray, same: np.ndarray, fars: Sequence[float]) ->
 
 def tar_text(tar: float | None) -> str:
     """A TAR for tables and logs."""
-    return "not resolved" if tar is None else f"{tar:.2%}"
+    return NOT_RESOLVED if tar is None else f"{tar:.2%}"
 
 
 def fold_accuracies(scores: np.ndarray, same: np.ndarray) -> np.ndarray:

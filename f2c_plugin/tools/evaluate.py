@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from f2c_plugin.errors import ExportError, F2CError, InputError
-from f2c_plugin.evaluation.ijb import FARS, TemplateResult, TemplateSet
+from f2c_plugin.evaluation.ijb import TemplateResult, TemplateSet
 from f2c_plugin.evaluation.onnx_export import load_net
 from f2c_plugin.evaluation.onnx_net import OnnxNet
 from f2c_plugin.evaluation.tinyface import RANKS, IdentificationResult, IdentificationSet
-from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet, tar_text
+from f2c_plugin.evaluation.verification import FARS, VerificationResult, VerificationSet, tar_text
 from f2c_plugin.utils.distributed import this_rank
 
 Set = VerificationSet | TemplateSet | IdentificationSet
@@ -88,7 +88,7 @@ def evaluate(model: str | Path, sets: Sequence[str | Path], which: str = "probe"
 
 
 def scored_pairs(found: Sequence[Evaluated]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{name: (cosines, whether same)} of the sets of pairs, as ``draw_roc`` takes it. Raises InputError if there is none."""
+    """{name: (cosines, whether same)} of the sets of pairs, as a panel of ``draw_roc``. Raises InputError if there is none."""
     pairs = {name: (result.scores, result.same) for name, result in found if not isinstance(result, IdentificationResult)}
     if not pairs:
         raise InputError("--plot: draws the ROC of pairs, and TinyFace has none")

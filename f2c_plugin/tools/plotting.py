@@ -1,6 +1,6 @@
 """matplotlib, if it is installed, and the files it writes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,11 @@ import numpy as np
 from f2c_plugin.errors import InputError
 from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.extras import require
+
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito's, without yellow
+STYLES = ((0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+
+Scores = tuple[np.ndarray, np.ndarray]  # cosines (n,); whether the pair is the same, bool (n,)
 
 
 def pyplot() -> Any:
@@ -29,18 +34,56 @@ def save_figure(figure: Any, path: str | Path) -> Path:
     return Path(path)
 
 
-def draw_roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path) -> Path:
-    """Plot TAR against FAR, from {label: (cosines of pairs (n,), whether they are the same person's, bool (n,))}."""
-    figure, axis = pyplot().subplots(figsize=(6, 4.2), layout="constrained")
-    for label, (scores, same) in curves.items():
-        ordered = same[np.argsort(-scores)]
-        far, tar = (np.cumsum(ordered == answer) / max((same == answer).sum(), 1) for answer in (False, True))
-        corners = np.flatnonzero(np.diff(ordered, prepend=~ordered[:1], append=~ordered[-1:]))  # IJB-C has 16 million pairs
-        corners = np.union1d(corners[1:] - 1, corners[:-1])
-        far, tar = far[corners], tar[corners]
-        far = np.maximum(far, 0.5 / max((~same).sum(), 1))  # a log axis cannot show 0
-        axis.semilogx(far, tar, label=label, drawstyle="steps-post")
-    axis.set(xlabel="FAR, different people accepted", ylabel="TAR, same person accepted", ylim=(0, 1.02))
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3, which="both")
+def look(number: int) -> dict[str, Any]:
+    """Colour and line style of the curve with this number, from 0: 28 looks, which colour-blind readers can tell apart."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}
+
+
+def plain(text: str) -> str:
+    """A label that matplotlib shows as it is: no formulas between dollars, and not hidden for a leading underscore."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def panels(count: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    """A figure of ``count`` axes in rows of up to ``columns``, of ``size`` inches each; and the axes."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure, axes = pyplot().subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False,
+                                     layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return figure, list(axes.flat[:count])
+
+
+def add_legend(figure: Any, numbers: Mapping[str, int], where: str = "lower") -> None:
+    """Below or above ("upper") all panels, from {label: number of its look}."""
+    from matplotlib.lines import Line2D
+    letters = figure.get_figwidth() * 10
+    columns = max(1, min(len(numbers), int(letters // (max(map(len, numbers)) + 8))))
+    figure.legend([Line2D([], [], linewidth=2, **look(number)) for number in numbers.values()], [*map(plain, numbers)],
+                  loc=f"outside {where} center", ncols=columns, fontsize=9, handlelength=3)
+
+
+def draw_roc(curves: Mapping[str, Mapping[str, Scores]], path: str | Path, labels: Sequence[str] = ()) -> Path:
+    """Plot TAR against FAR where the pairs resolve it.
+
+    Args:
+        curves: {title of a panel: {label: (cosines of pairs (n,), whether they are the same person's, bool (n,))}}.
+        path: of the picture.
+        labels: in the order of their looks, if it is another than that of their first curves.
+    """
+    used = dict.fromkeys(label for panel in curves.values() for label in panel)
+    numbers = {label: number for number, label in enumerate(labels or used)}
+    figure, axes = panels(len(curves), 3, (5, 3.8) if len(curves) > 1 else (6, 4.2))
+    for axis, (title, panel) in zip(axes, curves.items(), strict=True):
+        for label, (scores, same) in panel.items():
+            order = np.argsort(-scores)
+            far, tar = (np.cumsum(same[order] == answer) / max((same == answer).sum(), 1) for answer in (False, True))
+            drawn = np.flatnonzero(np.append(np.diff(far) > 0, True) & (far > 0))  # the highest TAR at each FAR
+            drawn = drawn[(np.diff(tar[drawn], prepend=-1) > 0) | (drawn == drawn[-1:])]  # steps: IJB-C has 16 million pairs
+            axis.semilogx(far[drawn], tar[drawn], drawstyle="steps-post", **look(numbers[label]))
+        axis.set(title=plain(title), xlabel="FAR, different people accepted", ylabel="TAR, same person accepted")
+        axis.grid(alpha=0.3, which="both")
+    add_legend(figure, {label: numbers[label] for label in used})
     return save_figure(figure, path)

@@ -2,250 +2,228 @@
 
 import base64
 import html
-import json
 import os
 import re
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import cycle
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from f2c_plugin.errors import ReportError
-from f2c_plugin.evaluation.verification import tar_at_far, tar_text
-from f2c_plugin.tools.plotting import draw_roc, pyplot, save_figure
+from f2c_plugin.evaluation.verification import NOT_RESOLVED
+from f2c_plugin.tools.findings import findings
+from f2c_plugin.tools.plotting import add_legend, draw_roc, look, panels, plain, save_figure
+from f2c_plugin.tools.runs import Run, curve_of_tar, differing_settings, distinct_names, scores_of
 from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.utils.extras import require
 
-FARS = (1e-1, 1e-2, 1e-3, 1e-4)
-HEADINGS = {"curves": "Curves", "scores": "Cosines of the verification pairs", "roc": "ROC"}
-STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
-_LOSS = re.compile(r"Speed ([\d.]+) samples/sec\s+Loss (\S+)\s+LearningRate (\S+).*Global Step: (\d+)")
-_MONITOR = re.compile(r"F²C step (\d+): (.*)")
-_ACCURACY = re.compile(r"\[(gallery_)?(\w+)\]\[(\d+)\]Accuracy-Flip: ([\d.]+)")
-_OLD_NAMES = {"f2c/found": "f2c/pool_hit_rate"}  # names of version 0.1
-# A time, then ": key   value". arcface_torch pads keys to 25 characters, so the value directly follows a longer key.
-_CONFIG = re.compile(r"(?:Training: )?[\d-]+ [\d:,]+[- ]: (?:(\w+) +|([a-z0-9_]{24,}[a-z_]))(.*)")
-
-Entry = dict[str, float]
-Scores = tuple[np.ndarray, np.ndarray]  # cosines (n,); whether the pair is the same, bool (n,)
-
-
-@dataclass
-class Run:
-    """The results of one training."""
-
-    name: str
-    history: list[Entry]  # with "step", "images" and scalars, in order
-    config: dict[str, str]
-    scores: dict[str, Scores] = field(default_factory=dict)  # by verification set; arcface_torch saves them only with F²C
-    facts: dict[str, str] = field(default_factory=dict)  # the summary
-
-    @classmethod
-    def read(cls, folder: str | Path, name: str | None = None) -> "Run":
-        """Read the output folder of a training, which names the run by default. Raises ReportError without intact results."""
-        folder = Path(folder)
-        log = folder / "training.log"
-        if not log.is_file():
-            raise ReportError(f"{folder}: no training.log; give the output folder of a training by arcface_torch or by "
-                              "f2c_plugin.train")
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        config = {found[1] or found[2]: found[3].strip() for line in lines if (found := _CONFIG.match(line))}
-        file = folder / "history.jsonl"
-        if file.is_file():
-            with _reading(file):
-                history = [_current_names(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-        else:
-            history = _history_of_log(lines, config.get("total_batch_size", ""))
-        if not history:
-            raise ReportError(f"{folder}: the training has not logged a step yet")
-        run = cls(name or Path(os.path.realpath(folder)).name, history, config)
-        for path in sorted(folder.glob("*_scores.npz")):
-            with _reading(path), np.load(path) as saved:
-                run.scores[path.name.removesuffix("_scores.npz")] = saved["scores"], saved["same"]
-        run.facts = run._summarize(folder)
-        return run
-
-    def series(self, name: str) -> list[tuple[float, float]]:
-        """(images seen, value) of every entry that holds ``name``."""
-        return [(entry["images"], entry[name]) for entry in self.history if name in entry]
-
-    @property
-    def accuracies(self) -> list[str]:
-        return sorted({name for entry in self.history for name in entry if name.endswith("accuracy")})
-
-    def _summarize(self, folder: Path) -> dict[str, str]:
-        last = {name: value for entry in self.history for name, value in entry.items()}
-        speeds = [value for _, value in self.series("images_per_second")]
-        facts = {"head": self.config.get("head", ""), "network": self.config.get("network", ""),
-                 "images seen": f"{self.history[-1]['images']:,}",
-                 "images/s (median)": f"{np.median(speeds):,.0f}" if speeds else ""}
-        for name in self.accuracies:
-            best = max(value for _, value in self.series(name))
-            facts[f"{name} (last, best)"] = f"{last[name]:.2%}, {best:.2%}"
-        for name, (scores, same) in self.scores.items():
-            facts |= {f"{name}: TAR at FAR {far:g}": tar_text(tar_at_far(scores, same, far)) for far in FARS}
-        file = folder / "report.json"
-        if file.is_file():
-            with _reading(file):
-                summary = json.loads(file.read_text(encoding="utf-8"))
-            facts |= {"exported net": summary["exported"], "minutes": f"{summary['seconds'] / 60:.1f}"}
-            if "peak_mb" in summary:
-                facts["peak memory of rank 0, MB"] = f"{summary['peak_mb']:,}"
-            if isinstance(cosine := summary.get("onnx_cosine"), float):
-                facts["ONNX to PyTorch, smallest cosine"] = f"{cosine:.6f}"
-        return facts
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ReportError(f"{file}: damaged: {error}") from error
-
-
-def _history_of_log(lines: Sequence[str], total_batch_size: str) -> list[Entry]:
-    """The entries of a run of arcface_torch, from the lines of its log."""
-    images_per_step = int(total_batch_size) if total_batch_size.isdecimal() else 1
-    entries: dict[int, Entry] = {}
-
-    def entry(step: str) -> Entry:
-        return entries.setdefault(int(step), {"step": int(step), "images": int(step) * images_per_step})
-    for line in lines:
-        if found := _LOSS.search(line):
-            entry(found[4]).update(loss=float(found[2]), learning_rate=float(found[3]), images_per_second=float(found[1]))
-        elif found := _ACCURACY.search(line):
-            entry(found[3])[f"{found[2]}/{found[1] or ''}accuracy"] = float(found[4])
-        elif found := _MONITOR.search(line):
-            for name, value in re.findall(r"([a-zA-Z -]+?) (nan|-?[\d.]+)(?: steps)?(?:  |$)", found[2]):
-                if value != "nan":
-                    entry(found[1])["f2c/" + name.strip().replace(" ", "_").replace("-", "_")] = float(value)
-    return [_current_names(entries[step]) for step in sorted(entries)]
-
-
-def _current_names(entry: Entry) -> Entry:
-    return {_OLD_NAMES.get(name, name): value for name, value in entry.items()}
+MAX_POINTS = 200  # of a curve; more are averaged
+SHORT = 0.1  # of the longest run: beside such a run, curves are drawn against a logarithm
+FAR_ABOVE = 20  # times the median: curves that rise so far are drawn on a logarithmic axis
+_CURVES = {"loss": "loss", "learning_rate": "learning rate", "f2c/scale": "scale s of the loss",
+           "images_per_second": "images/s", "f2c/positive_cosine": "cosine to the own slot",
+           "f2c/hard_negative_cosine": "cosine to the hardest negatives",
+           "f2c/pool_fill": "pool: occupied slots", "f2c/pool_hit_rate": "pool: hit rate",
+           "f2c/age": "pool: age of the features, steps", "f2c/evictions": "pool: evictions per step"}
+_FROM_0 = {"f2c/pool_fill": 1.05, "f2c/pool_hit_rate": 1.05, "f2c/age": None, "f2c/evictions": None, "images_per_second": None}
+_STYLE = """\
+:root { color-scheme: light; }
+body { font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; margin: 1.5em; }
+img { max-width: min(100%, 1500px); height: auto; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; }
+th, td { border: 1px solid #ccc; padding: .25em .6em; text-align: left; vertical-align: top; }
+th { background: #f3f3f3; font-weight: 600; }
+td { max-width: 22em; overflow-wrap: break-word; }
+.runs td { text-align: right; }
+.runs td.setting { text-align: left; }
+.runs td.short { white-space: nowrap; }
+.runs thead th { vertical-align: bottom; min-width: 4.5em; }
+th[scope=row] { position: sticky; left: 0; white-space: nowrap; }
+.best { font-weight: 700; }
+.line { vertical-align: middle; margin-right: .4em; }
+summary { cursor: pointer; font-size: 1.3em; font-weight: 600; margin: 1em 0; }
+#images:checked ~ .hours, #hours:checked ~ .images { display: none; }"""
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Plot runs, write plots and summaries into ``report.html`` in ``out``, or in the first folder, and print the summaries.
 
-    The page holds its plots, so it is always of one report.
+    The page holds its plots, so it is always of one report, and opens without a network.
     """
-    runs = [Run.read(folder, name) for folder, name in zip(folders, _distinct_names(folders), strict=True)]
+    folders = list({os.path.realpath(folder): folder for folder in folders}.values())
+    runs = [Run.read(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
     out = Path(out or folders[0])
     out.mkdir(parents=True, exist_ok=True)
-    plots = [draw_curves(runs, out / "curves.png")]
-    if any(run.scores for run in runs):
-        plots += [draw_scores(runs, out / "scores.png"), draw_roc(_by_label(runs), out / "roc.png")]
+    pictures = {"curves": draw_curves(runs, out / "curves.png")}
+    if any(run.speed for run in runs):
+        pictures["hours"] = draw_curves(runs, out / "curves_hours.png", against_hours=True)
+    if sets := list(dict.fromkeys(name for run in runs for name in run.scores)):
+        curves = {name: {run.name: run.scores[name] for run in runs if name in run.scores} for name in sets}
+        pictures["roc"] = draw_roc(curves, out / "roc.png", [run.name for run in runs])
+        pictures["scores"] = draw_scores(runs, out / "scores.png")
+    sentences = findings(runs)
     page = out / "report.html"
-    with written_whole(page) as file:
-        file.write(_page(runs, plots).encode("utf-8", "surrogateescape"))  # a folder's name may be in another encoding
+    with written_whole(page) as file:  # a folder's name may be in another encoding
+        file.write(_page(runs, sentences, pictures).encode("utf-8", "surrogateescape"))
     for run in runs:
         print(run.name)
         for name, fact in run.facts.items():
-            print(f"  {name:<34} {fact}")
+            if fact != NOT_RESOLVED:
+                print(f"  {name:<34} {fact}")
+    print(*sentences, sep="\n")
     return page
 
 
-def _distinct_names(folders: Sequence[str | Path]) -> list[str]:
-    """The folders' names, each with as many parent folders as make it unique."""
-    paths = [Path(os.path.realpath(folder)) for folder in folders]
-
-    def name(path: Path) -> str:
-        for depth in range(1, len(path.parts)):
-            end = path.parts[-depth:]
-            if [other.parts[-depth:] for other in paths].count(end) == 1:
-                return "/".join(end)
-        return str(path)
-    return [name(path) for path in paths]
-
-
-def draw_curves(runs: Sequence[Run], path: Path) -> Path:
-    """Plot loss, verification accuracy, cosines and pool statistics against images seen."""
-    panels = {
-        "loss": {"loss": ""},
-        "verification accuracy": {name: name.split("/")[0] + (", gallery net" if "gallery" in name else "")
-                                  for run in runs for name in run.accuracies},
-        "cosines to the pool": {"f2c/positive_cosine": "own slot", "f2c/hard_negative_cosine": "hardest negatives"},
-        "pool": {"f2c/pool_fill": "occupied slots", "f2c/pool_hit_rate": "probes with their identity in the pool"},
-        "age of the features in the pool, steps": {"f2c/age": ""},
-        "evictions per step": {"f2c/evictions": ""},
-    }
-    panels = {title: lines for title, lines in panels.items() if any(run.series(name) for run in runs for name in lines)}
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    several = len(runs) > 1
-    figure, axes = pyplot().subplots(rows, columns, figsize=(4.4 * columns, 3.4 * rows), squeeze=False, layout="constrained")
-    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):  # the last axes may stay empty
+def draw_curves(runs: Sequence[Run], path: Path, against_hours: bool = False) -> Path:
+    """Plot what the histories hold, one panel each with all runs, against images seen or hours of training."""
+    names = {name: title for name, title in _CURVES.items() if name in ("loss", "learning_rate")}
+    for accuracy in dict.fromkeys(name for run in runs for name in run.accuracies):
+        names[accuracy] = f"{scores_of(accuracy)}: accuracy"
+        names[curve_of_tar(accuracy)] = f"{scores_of(accuracy)}: TAR at FAR 0.001"
+    names |= _CURVES
+    names = {name: title for name, title in names.items() if any(run.series(name) for run in runs)}
+    lengths = [run.clock[1][-1] if against_hours else run.images_seen for run in runs]
+    figure, axes = panels(len(names), 3, (4.4, 3.1))
+    for axis, (name, title) in zip(axes, names.items(), strict=True):
+        drawn = np.zeros(0)
         for number, run in enumerate(runs):
-            for style, (name, line) in zip(cycle(STYLES), lines.items(), strict=False):
-                if points := run.series(name):
-                    look: dict[str, Any] = {"color": f"C{number}", "linestyle": style} if several else {}
-                    label = ", ".join(part for part in (run.name if several else "", line) if part)
-                    axis.plot(*zip(*points, strict=True), label=label or None, marker="o" if len(points) < 20 else None,
-                              markersize=4, **look)
-        axis.set(title=title, xlabel="images seen", ylim=(0, 1.05) if title == "pool" else None)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k")
+            if points := run.series(name):
+                x, y = _averaged(np.array(points, float), MAX_POINTS)
+                if against_hours:
+                    x = np.interp(x, *run.clock)
+                axis.plot(x, y, marker="o" if len(x) < 20 else None, markersize=3.5, linewidth=1.4, **look(number))
+                drawn = np.append(drawn, y[np.isfinite(y)])
+        axis.set(title=plain(title), xlabel="hours of training" if against_hours else "images seen")
+        if name in _FROM_0:
+            axis.set_ylim(bottom=0, top=_FROM_0[name])
+        elif drawn.size and drawn.min() > 0 and FAR_ABOVE * np.median(drawn) < drawn.max():
+            axis.set_yscale("log")
+        if 0 < min(lengths) < SHORT * max(lengths):
+            axis.set(xscale="log", xlim=(SHORT * min(lengths), 1.1 * max(lengths)))
+            axis.tick_params(axis="x", which="minor", labelbottom=False)
+        else:
+            axis.set_xlim(0, 1.03 * max(lengths))
+        ticker = require("matplotlib.ticker", extra="plot")
+        axis.xaxis.set_major_formatter("{x:g}" if against_hours else ticker.EngFormatter(sep=""))
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=8)
-    for axis in axes.flat[len(panels):]:
-        axis.axis("off")
-    if not several and (scales := runs[0].series("f2c/scale")):  # with the ramp, the loss grows with its scale
-        axis = axes[0, 0].twinx()
-        axis.plot(*zip(*scales, strict=True), "k:", alpha=0.5)
-        axis.set(ylabel="scale s (dotted)", ylim=(0, None))
+    if len(runs) > 1:
+        add_legend(figure, {run.name: number for number, run in enumerate(runs)}, "upper")
     return save_figure(figure, path)
+
+
+def _averaged(points: np.ndarray, count: int) -> np.ndarray:
+    """Points (n, 2) as (2, up to count), each the mean of its neighbours."""
+    return np.array([part.mean(0) for part in np.array_split(points, min(len(points), count))]).T
 
 
 def draw_scores(runs: Sequence[Run], path: Path) -> Path:
     """Plot histograms of the cosines of same and different pairs, one panel per run and set."""
-    panels = [(run, name) for run in runs for name in run.scores]
-    figure, axes = pyplot().subplots(len(panels), 1, figsize=(6, 3.2 * len(panels)), squeeze=False, layout="constrained")
-    for axis, (run, name) in zip(axes[:, 0], panels, strict=True):
+    drawn = [(run, name) for name in dict.fromkeys(name for run in runs for name in run.scores)
+             for run in runs if name in run.scores]
+    figure, axes = panels(len(drawn), 4, (3.4, 2.6) if len(drawn) > 1 else (6, 3.2))
+    bins = np.linspace(min(0, *(run.scores[name][0].min() for run, name in drawn)), 1, 60)
+    for axis, (run, name) in zip(axes, drawn, strict=True):
         scores, same = run.scores[name]
-        bins = np.linspace(min(scores.min(), 0), 1, 60)
-        for answer, label in (False, "different people"), (True, "same person"):
-            axis.hist(scores[same == answer], bins, alpha=0.65, label=f"{label} ({(same == answer).sum()} pairs)")
-        axis.set(title=f"{run.name}: {name}", xlabel="cosine of the embeddings", ylabel="pairs")
-        axis.legend()
+        for answer, color in (False, 1), (True, 0):
+            axis.hist(scores[same == answer], bins, alpha=0.65, color=look(color)["color"])
+        axis.set_title(plain(f"{run.name}\n{name}, {len(same):,} pairs"), fontsize=9)
+        axis.set(xlabel="cosine of the embeddings", ylabel="pairs")
         axis.grid(alpha=0.3)
+    add_legend(figure, {"same person": 0, "different people": 1})
     return save_figure(figure, path)
 
 
-def _by_label(runs: Sequence[Run]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    return {f"{run.name}: {name}": scores for run in runs for name, scores in run.scores.items()}
-
-
-def _page(runs: Sequence[Run], plots: Sequence[Path]) -> str:
-    facts = list(dict.fromkeys(name for run in runs for name in run.facts))
-    keys = sorted({key for run in runs for key in run.config})
+def _page(runs: Sequence[Run], sentences: Sequence[str], pictures: dict[str, Path]) -> str:
+    names = [run.name for run in runs]
+    title = html.escape(", ".join(names) if len(runs) < 4 else f"{len(runs)} runs: {', '.join(names[:2])}, …")
+    items = "\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) or "<li>Nothing.</li>"
+    parts = [f"<h2>What stands out</h2>\n<ul>\n{items}\n</ul>"]
     if len(runs) > 1:
-        keys = [key for key in keys if len({run.config.get(key) for run in runs}) > 1]
-    parts = [_table("Summary", runs, facts, lambda run, name: run.facts.get(name, ""))]
-    for plot in plots:
-        data = base64.b64encode(plot.read_bytes()).decode()
-        parts.append(f'<h2>{HEADINGS[plot.stem]}</h2>\n<img alt="{plot.stem}" src="data:image/png;base64,{data}">')
-    parts.append(_table("Config, where it differs" if len(runs) > 1 else "Config", runs, keys,
-                        lambda run, key: run.config.get(key, "not set")))
-    title = html.escape(", ".join(run.name for run in runs))
+        parts.append(f"<h2>Runs</h2>\n{_table_of_runs(runs)}")
+    else:
+        parts.append(f"<h2>Summary</h2>\n{_table(runs, [*runs[0].facts], lambda run, name: run.facts[name])}")
+    curves = _picture(pictures["curves"], "images")
+    if "hours" in pictures:
+        curves = ('<input type="radio" name="against" id="images" checked="" />\n'
+                  '<label for="images">against images seen</label>\n'
+                  '<input type="radio" name="against" id="hours" />\n<label for="hours">against hours of training</label>\n'
+                  f'{curves}\n{_picture(pictures["hours"], "hours")}')
+    parts.append(f"<h2>Curves</h2>\n<div>\n{curves}\n</div>")
+    if "roc" in pictures:
+        parts.append(f"<h2>ROC of the last verification</h2>\n{_picture(pictures['roc'])}")
+        parts.append(f"<h2>Cosines of the verification pairs</h2>\n{_picture(pictures['scores'])}")
+    keys = sorted({key for run in runs for key in run.config})
+    parts.append("<details>\n<summary>All settings</summary>\n"
+                 f"{_table(runs, keys, _setting)}\n</details>")
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>body {{ font: 15px sans-serif; margin: 2em auto; max-width: 1100px; }} img {{ max-width: 100%; }}
-table {{ border-collapse: collapse; }} th, td {{ border: 1px solid #ccc; padding: .25em .6em; text-align: left; }}</style>
+<html lang="en"><head><meta charset="utf-8" /><meta name="viewport" content="width=device-width" /><title>{title}</title>
+<style>
+{_STYLE}
+</style>
 </head><body><h1>{title}</h1>
 {chr(10).join(parts)}
 </body></html>
 """
 
 
-def _table(title: str, runs: Sequence[Run], rows: Sequence[str], cell: Callable[[Run, str], str]) -> str:
+def _picture(path: Path, kind: str = "") -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<div class="wide {kind}"><img alt="{path.stem}" src="data:image/png;base64,{data}" /></div>'
+
+
+def _setting(run: Run, key: str) -> str:
+    return run.config.get(key, "not set" if run.config else "not recorded")
+
+
+def _table_of_runs(runs: Sequence[Run]) -> str:
+    """A row for each run: the settings that differ, and the facts, grouped by what precedes their colon."""
+    recorded = {key for run in runs for key in run.config}
+    facts = [fact for fact in dict.fromkeys(fact for run in runs for fact in run.facts) if fact not in recorded
+             and {run.facts.get(fact, "") for run in runs} - {"", NOT_RESOLVED}]
+    columns = [("settings that differ", key) for key in differing_settings(runs)]
+    groups = [fact.split(": ")[0] if ": " in fact else "" for fact in facts]
+    columns += [(group, fact) for group in sorted(dict.fromkeys(groups), key=lambda group: group in ("", "pool"))  # sets first
+                for fact, its in zip(facts, groups, strict=True) if its == group]
+    heads = "".join(f'<th colspan="{sum(each == group for each, _ in columns)}">{html.escape(group)}</th>'
+                    for group in dict.fromkeys(group for group, _ in columns))
+    subheads = "".join(f"<th>{_breakable(column.removeprefix(f'{group}: '))}</th>" for group, column in columns)
+    rows = []
+    for number, run in enumerate(runs):
+        cells = "".join(_cell(runs, run, group, column) for group, column in columns)
+        rows.append(f'<tr><th scope="row">{_line(number)}{html.escape(run.name)}</th>{cells}</tr>')
+    return (f'<div class="wide"><table class="runs">\n<thead><tr><th rowspan="2">run</th>{heads}</tr>\n'
+            f"<tr>{subheads}</tr></thead>\n<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>")
+
+
+def _cell(runs: Sequence[Run], run: Run, group: str, column: str) -> str:
+    if group == "settings that differ":
+        value = _setting(run, column)
+        short = len(value) < 30
+        return f'<td class="setting{" short" if short else ""}">{html.escape(value) if short else _breakable(value)}</td>'
+    fact = run.facts.get(column, "")
+    best = column.endswith("accuracy") and fact == max((each.facts.get(column, "") for each in runs), key=_percent)
+    return f'<td class="best">{fact}</td>' if best else f"<td>{html.escape(fact)}</td>"
+
+
+def _percent(fact: str) -> float:
+    return float(fact.removesuffix("%") or 0)
+
+
+def _breakable(text: str) -> str:
+    """As HTML that may break within a word, at what keys and paths are made of."""
+    return re.sub("[_/,]", r"\g<0><wbr />", html.escape(text))
+
+
+def _line(number: int) -> str:
+    """The look of a run in the curves."""
+    color, (_, dashes) = look(number).values()
+    dashes = f' stroke-dasharray="{" ".join(str(2 * each) for each in dashes)}"' if dashes else ""
+    return (f'<svg class="line" width="28" height="6" aria-hidden="true"><line x1="0" y1="3" x2="28" y2="3" stroke="{color}" '
+            f'stroke-width="3"{dashes} /></svg>')
+
+
+def _table(runs: Sequence[Run], rows: Sequence[str], cell: Callable[[Run, str], str]) -> str:
     head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
-    body = "\n".join(f"<tr><th>{html.escape(row)}</th>" + "".join(f"<td>{html.escape(cell(run, row))}</td>" for run in runs)
-                     + "</tr>" for row in rows)
-    return f"<h2>{title}</h2>\n<table>\n<tr><th></th>{head}</tr>\n{body}\n</table>"
+    body = "\n".join(f'<tr><th scope="row">{html.escape(row)}</th>'
+                     + "".join(f"<td>{html.escape(cell(run, row))}</td>" for run in runs) + "</tr>" for row in rows)
+    return f'<div class="wide"><table>\n<tr><td></td>{head}</tr>\n{body}\n</table></div>'

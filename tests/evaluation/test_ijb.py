@@ -13,9 +13,9 @@ from scipy.ndimage import map_coordinates
 from skimage.transform import SimilarityTransform
 
 from f2c_plugin.errors import F2CError, VerificationSetError
-from f2c_plugin.evaluation.ijb import FARS, TEMPLATE, Crop, TemplateSet, aligned_crop, warped
+from f2c_plugin.evaluation.ijb import TEMPLATE, Crop, TemplateSet, aligned_crop, warped
 from f2c_plugin.evaluation.onnx_export import export_checked
-from f2c_plugin.evaluation.verification import embed
+from f2c_plugin.evaluation.verification import FARS, embed
 from tests.protocol_sets import write_ijb, write_net
 
 

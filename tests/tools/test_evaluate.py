@@ -80,7 +80,7 @@ def test_the_drawn_roc_has_the_corners_of_the_whole_one_and_few_points(tmp_path,
     rng = np.random.default_rng(0)
     same = rng.random(5000) < 0.01
     scores = rng.normal(size=5000) + 2 * same
-    plotting.draw_roc({"net": (scores, same)}, tmp_path / "roc.png")
+    plotting.draw_roc({"": {"net": (scores, same)}}, tmp_path / "roc.png")
     far, tar = drawn[0].T
     assert len(far) < 4 * same.sum()
     for at in (0.001, 0.01, 0.1, 0.5, 1.0):

@@ -1,15 +1,18 @@
 """The report's page, for runs of arcface_torch and the built-in trainer, also in a real browser."""
 
+import html
 import json
 import re
 import shutil
 import subprocess
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from f2c_plugin.errors import ReportError
 from f2c_plugin.tools.report import Run, report
+from f2c_plugin.tools.runs import distinct_names
 
 ARCFACE_TORCH_LOG = """\
 Training: 2026-11-22 12:25:32,123-: margin_list              (1.0, 0.0, 0.4)
@@ -92,22 +95,134 @@ def test_a_folder_without_a_run_is_refused_with_what_to_give(tmp_path):
 def test_the_page_compares_runs_and_holds_its_pictures(runs, tmp_path):
     page = report(runs, tmp_path / "out")
     text = page.read_text()
-    assert len(re.findall('src="data:image/png;base64,', text)) == 3 and "http" not in text
+    assert len(re.findall('src="data:image/png;base64,', text)) == 4 and "http" not in text
     assert "<h1>theirs, &lt;ours&gt;</h1>" in text and "75.00%" in text and "softmax" in text and "1,234" in text
-    assert sorted(path.name for path in page.parent.iterdir()) == ["curves.png", "report.html", "roc.png", "scores.png"]
+    assert sorted(path.name for path in page.parent.iterdir()) == ["curves.png", "curves_hours.png", "report.html", "roc.png",
+                                                                     "scores.png"]
 
 
-def test_a_real_browser_shows_it(runs, tmp_path):
+def table(page):
+    """The table of runs, {run: {column: cell}}, from a page that an XML parser can read; columns as "group: column"."""
+    root = ElementTree.fromstring(page.read_text().removeprefix("<!DOCTYPE html>"))
+    (top, below), rows = (root.findall(f".//table[@class='runs']/{part}/tr") for part in ("thead", "tbody"))
+    groups = [text(cell) for cell in top[1:] for _ in range(int(cell.attrib["colspan"]))]
+    columns = [f"{group}: {text(cell)}" for group, cell in zip(groups, below, strict=True)]
+    return {text(row[0]): dict(zip(columns, map(text, row[1:]), strict=True)) for row in rows}
+
+
+def text(element):
+    return "".join(element.itertext())
+
+
+def test_the_table_has_a_row_for_each_run_with_the_settings_that_differ(runs, tmp_path):
+    for name, lr in ("lr0.1", 0.1), ("lr0.2", 0.2), ("lr0.3", 0.3):
+        shutil.copytree(runs[1], tmp_path / name / "f2c_demo")
+        with open(tmp_path / name / "f2c_demo/training.log", "a") as log:
+            log.write(f"2026-11-22 12:25:32,124 : lr                       {lr}\n"
+                      f"2026-11-22 12:25:32,124 : output                   {name}\n")
+    (tmp_path / "lr0.3/f2c_demo/training.log").write_text("")  # a version that records no config
+    np.savez(tmp_path / "lr0.2/f2c_demo/synth_scores.npz", scores=np.linspace(1, 0, 4), same=np.arange(4) < 2)
+    last = {"step": 9, "images": 72, "synth/accuracy": 1.0, "f2c/pool_hit_rate": 0.25, "f2c/evictions": 3}
+    with open(tmp_path / "lr0.2/f2c_demo/history.jsonl", "a") as history:
+        history.write("\n" + json.dumps(last))
+    found = table(report([tmp_path / name / "f2c_demo" for name in ("lr0.1", "lr0.2", "lr0.3")], tmp_path / "out"))
+    assert list(found) == ["lr0.1", "lr0.2", "lr0.3"]
+    settings = {name: {column: cell for column, cell in row.items() if column.startswith("settings")}
+                for name, row in found.items()}
+    assert settings == {name: {"settings that differ: lr": value} for name, value in (
+        ("lr0.1", "0.1"), ("lr0.2", "0.2"), ("lr0.3", "not recorded"))}
+    assert found["lr0.2"].items() >= {"synth: last accuracy": "100.00%", "synth: best accuracy": "100.00%",
+                                      ": images seen": "72",
+                                      "synth: TAR at FAR 0.01": "not resolved", "pool: hit rate": "25.0%",
+                                      "pool: evictions per step": "3.0", ": images/s (median)": "99"}.items()
+    assert found["lr0.1"].items() >= {"pool: hit rate": "", ": peak memory of rank 0, MB": "1,234"}.items()
+    assert "synth: TAR at FAR 0.01" in found["lr0.1"] and "synth: TAR at FAR 0.001" not in found["lr0.1"]  # of 200 pairs
+
+
+def test_the_best_accuracy_is_marked(runs, tmp_path):
+    shutil.copytree(runs[1], tmp_path / "better")
+    with open(tmp_path / "better/history.jsonl", "a") as history:
+        history.write('\n{"step": 9, "images": 72, "synth/accuracy": 1.0}')
+    page = report([runs[1], tmp_path / "better"], tmp_path / "out").read_text()
+    assert re.findall('<td class="best">(.*?)</td>', page) == ["100.00%", "100.00%"]
+
+
+@pytest.mark.parametrize("folders, names", [
+    (["x/lr1/f2c_demo", "x/lr2/f2c_demo"], ["lr1", "lr2"]), (["x/lr1/s1/out", "x/lr2/s1/out"], ["lr1", "lr2"]),
+    (["x/a/s1/out", "x/a/s2/out", "x/b/s1/out"], ["a/s1", "s2", "b/s1"]), (["x/f2c_demo"], ["f2c_demo"])])
+def test_names_are_the_shortest_part_of_the_paths_that_tells_them_apart(folders, names):
+    assert distinct_names(folders) == names
+
+
+def test_a_run_that_is_named_twice_is_one(runs, tmp_path):
+    assert "<h1>theirs</h1>" in report([runs[0], f"{runs[0]}/"], tmp_path / "out").read_text()
+
+
+def test_hours_are_those_of_the_logged_speeds(runs):
+    run = Run.read(runs[1])
+    images, hours = run.clock
+    assert images.tolist() == [0, *range(8, 65, 8)] and hours[-1] == pytest.approx(64 / 99 / 3600)
+    assert run.facts["hours of training"] == "0.00018"
+
+
+def test_a_log_is_searched_for_what_is_not_finite(runs):
+    with open(runs[1] / "training.log", "a") as log:
+        log.write("2026-11-22 12:25:33,124 the loss is nan at step 4: try a smaller lr or fp16=False\n"
+                  + 2 * "2026-11-22 12:25:33,124 step 3 is skipped because its gradient is not finite (1 so far)\n")
+    with open(runs[0] / "training.log", "a") as log:
+        log.write(ARCFACE_TORCH_LOG.replace("Loss 140.2500", "Loss nan").replace("Step: 10", "Step: 30"))
+    theirs, ours = map(Run.read, runs)
+    assert (ours.not_finite_losses, ours.skipped_steps) == ([4], 1) and theirs.not_finite_losses == [30]
+    assert theirs.last("lfw/accuracy_std") == 0.02
+    report(runs)
+
+
+def test_tar_in_an_old_history_is_not_drawn_where_the_pairs_do_not_resolve_it(runs):
+    with open(runs[1] / "history.jsonl", "a") as history:
+        history.write('\n{"step": 9, "images": 72, "synth/accuracy": 0.8, "synth/tar_at_far_1e-3": 0.5}')
+    assert not Run.read(runs[1]).series("synth/tar_at_far_1e-3")
+    np.savez(runs[1] / "synth_scores.npz", scores=np.zeros(2000), same=np.arange(2000) % 2 == 0)
+    assert Run.read(runs[1]).series("synth/tar_at_far_1e-3") == [(72, 0.5)]
+
+
+def test_what_stands_out_is_on_the_page_and_in_the_terminal(runs, tmp_path, capsys):
+    sentence = "The runs have seen different numbers of images, from 64 (<ours>) to 320 (theirs)"
+    assert html.escape(sentence) in report(runs, tmp_path / "out").read_text() and sentence in capsys.readouterr().out
+    assert "<h2>What stands out</h2>\n<ul>\n<li>Nothing.</li>" in report([runs[1]], tmp_path / "one").read_text()
+
+
+def shown(page, tmp_path, script):
+    """What an expression is worth in a page that a real browser has opened."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("NOT SHOWN IN A BROWSER: install chromium")
-    page = report(runs, tmp_path / "out")
-    # An image that was not decoded has no size.
-    script = "<script>document.title = [...document.images].map(image => image.naturalWidth).join()</script>"
-    page.write_text(page.read_text().replace("</body>", f"<script>onload = () => {{ {script[8:-9]} }}</script></body>"))
+    page.write_text(page.read_text().replace("</body>", "<script>onload = () => { document.title = JSON.stringify("
+                                             f"{script}) }}</script></body>"))
     done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-                           "--disable-component-update", "--disable-sync", "--no-first-run",
+                           "--disable-component-update", "--disable-sync", "--no-first-run", "--window-size=1200,900",
                            f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
                           capture_output=True, text=True, timeout=120)
-    widths = re.search(r"<title>([\d,]+)</title>", done.stdout)
-    assert widths and all(int(width) > 500 for width in widths[1].split(",")) and widths[1].count(",") == 2
+    title = re.search("<title>(.+?)</title>", done.stdout)
+    assert title
+    return json.loads(html.unescape(title[1]))
+
+
+def test_a_real_browser_shows_it(runs, tmp_path):
+    # An image that was not decoded has no size.
+    widths = shown(report(runs, tmp_path / "out"), tmp_path, "[...document.images].map(image => image.naturalWidth)")
+    assert len(widths) == 4 and all(width > 500 for width in widths)
+
+
+def test_a_browser_switches_the_curves_and_keeps_ten_runs_within_its_window_without_a_network(runs, tmp_path):
+    for number in range(10):
+        ten = tmp_path / f"sweep/{number}_{'name ' * 4}/f2c_demo"
+        shutil.copytree(runs[number % 2], ten)
+        with open(ten / "training.log", "a") as log:
+            log.writelines(f"2026-11-22 12:25:32,124 : key_{key}                      {number}\n" for key in range(15))
+    visible = "[...document.images].slice(0, 2).map(image => image.offsetWidth > 0)"
+    page = report(sorted((tmp_path / "sweep").glob("*/f2c_demo")), tmp_path / "out")
+    before, after, rows, fits, loaded = shown(
+        page, tmp_path, f"[{visible}, (document.getElementById('hours').click(), {visible}), "
+        "document.querySelectorAll('.runs tbody tr').length, document.documentElement.scrollWidth <= innerWidth, "
+        "performance.getEntriesByType('resource').map(each => each.name).filter(name => !name.startsWith('data:'))]")
+    assert before == [True, False] and after == [False, True] and rows == 10 and fits and loaded == []
