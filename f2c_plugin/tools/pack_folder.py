@@ -19,6 +19,7 @@ from f2c_plugin.utils.atomic import naming, written_whole
 from f2c_plugin.utils.workers import worker_pool
 
 LEFT_OUT, IDENTITIES = "left_out.tsv", "identities.json"
+NO_IDENTITY = "not in the folder of an identity"
 _NAMES = ("property", IDENTITIES, LEFT_OUT, "train.idx", "train.rec")  # in the order in which they appear
 _OF_THE_SYSTEM = ("Thumbs.db", "desktop.ini", "__MACOSX")
 _CHUNK = 64  # files that a process decodes at a time
@@ -27,44 +28,63 @@ Folder = tuple[str, tuple[str, ...]]  # path below the source; its real path beh
 File = tuple[str, str]  # path below the source, and why it is left out; "" if only decoding it can show
 
 
-class Packed:
-    """What ``pack_folder`` has packed and left out.
+class LeftOut:
+    """What a tool has left out of a folder.
 
     Attributes:
-        out: folder of the pack.
-        sizes: {folder name: number of images} of each identity, in the order of their numbers.
-        unused: names of the folders without a usable image, which get no number.
+        out: folder that it has written.
         left_out: {kind of reason: number of files or folders}.
     """
 
     def __init__(self, out: Path):
         self.out = out
-        self.sizes: Counter[str] = Counter()
-        self.unused: list[str] = []
         self.left_out: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = {}
 
-    def leave_out(self, path: str, reason: str) -> None:
+    def leave_out(self, path: str, reason: str) -> bytes:
+        """Count it. Returns its line for ``out/left_out.tsv``."""
         kind, _, detail = reason.partition(": ")
         self.left_out[kind] += 1
         examples = self._examples.setdefault(kind, [])
         if len(examples) < _EXAMPLES:
             examples.append(f"{path} ({detail})" if detail else path)
+        return f"{_on_one_line(path)}\t{_on_one_line(reason)}\n".encode()
+
+    def lines(self) -> list[str]:
+        """What was left out, in lines for people."""
+        heading = [f"left out, see {self.out / LEFT_OUT}:"] if self.left_out else []
+        return heading + [f"  {line}" for line in self.reasons()]
+
+    def reasons(self) -> list[str]:
+        """A line for each kind of reason to leave files out."""
+        return [_examples_of(count, kind, self._examples[kind]) for kind, count in self.left_out.most_common()]
+
+
+class Packed(LeftOut):
+    """What ``pack_folder`` has packed and left out.
+
+    Attributes:
+        sizes: {folder name: number of images} of each identity, in the order of their numbers.
+        unused: names of the folders without a usable image, which get no number.
+    """
+
+    def __init__(self, out: Path):
+        super().__init__(out)
+        self.sizes: Counter[str] = Counter()
+        self.unused: list[str] = []
 
     def report(self) -> str:
         """What was packed and left out, in lines for people."""
-        lines = [f"{self.out}: {sum(self.sizes.values())} images of {len(self.sizes)} identities"]
-        if self.left_out:
-            lines.append(f"left out, see {self.out / LEFT_OUT}:")
-        return "\n".join(lines + [f"  {line}" for line in self.reasons()])
+        return "\n".join([f"{self.out}: {sum(self.sizes.values())} images of {len(self.sizes)} identities", *self.lines()])
 
     def reasons(self) -> list[str]:
-        """A line for each kind of reason to leave files out, and one for folders without images."""
-        kinds = [(count, kind, self._examples[kind]) for kind, count in self.left_out.most_common()]
-        if self.unused:
-            kinds.append((len(self.unused), "folder without a usable image, which gets no number", self.unused[:_EXAMPLES]))
-        return [f"{count} × {kind}: {_on_one_line(', '.join(examples))}{', …' if count > len(examples) else ''}"
-                for count, kind, examples in kinds]
+        """Also one for folders without images."""
+        unused = "folder without a usable image, which gets no number"
+        return super().reasons() + ([_examples_of(len(self.unused), unused, self.unused[:_EXAMPLES])] if self.unused else [])
+
+
+def _examples_of(count: int, kind: str, examples: list[str]) -> str:
+    return f"{count} × {kind}: {_on_one_line(', '.join(examples))}{', …' if count > len(examples) else ''}"
 
 
 def pack_folder(source: str | Path, out: str | Path, resize: bool = False, quality: int | None = None,
@@ -107,8 +127,7 @@ def pack_folder(source: str | Path, out: str | Path, resize: bool = False, quali
                     lengths.append(len(image))
                     packed.sizes[path.partition(os.sep)[0]] += 1
                 else:
-                    packed.leave_out(path, image)
-                    left_out.write(f"{_on_one_line(path)}\t{_on_one_line(image)}\n".encode())
+                    left_out.write(packed.leave_out(path, image))
                 bar.update()
             images.seek(0)
         packed.unused = [name for name in sorted(os.listdir(source))
@@ -146,7 +165,9 @@ def walk(source: Path) -> Iterator[File]:
         for entry in entries:
             path = os.path.join(folder, entry.name)
             target = Path(os.path.realpath(entry)) if entry.is_symlink() else entry
-            if _is_hidden(entry.name):
+            if path == LEFT_OUT:
+                pass  # f2c-plugin align has written it
+            elif _is_hidden(entry.name):
                 yield path, "hidden, or a file of the system"
             elif isinstance(target, Path) and not target.is_relative_to(root):
                 # A folder from elsewhere must not pack other files of this machine.
@@ -160,7 +181,7 @@ def walk(source: Path) -> Iterator[File]:
             elif not target.is_file():
                 yield path, "neither a file nor a folder"
             else:
-                yield path, "" if folder else "not in the folder of an identity"
+                yield path, "" if folder else NO_IDENTITY
         folders += inside[::-1]
 
 
