@@ -21,7 +21,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -35,19 +35,14 @@ from worlds import unseen
 from f2c_plugin.data.dataset import IMAGE_SIZE
 from f2c_plugin.errors import F2CError, InputError, OverwriteError, RecordError, VerificationSetError
 from f2c_plugin.evaluation.verification import FOLDS, save_bin
+from f2c_plugin.tools.align import QUALITY, aligned, detector
 from f2c_plugin.tools.image_files import storable
 from f2c_plugin.tools.pack import pack
 from f2c_plugin.tools.pack_sources import Folders
 from f2c_plugin.tools.verification_sets import LfwPairs, lfw_file
 from f2c_plugin.utils.workers import WorkerPool, worker_pool
 
-QUALITY = 95
 FACE = IMAGE_SIZE, IMAGE_SIZE
-CENTRE = 0.5 + 0.5j  # of the first pixel in Pillow; it is 0 in OpenCV
-# Eyes, nose and corners of the mouth in arcface_torch, x + iy.
-TEMPLATE = np.array([38.2946 + 51.6963j, 73.5318 + 51.5014j, 56.0252 + 71.7366j, 41.5493 + 92.3655j, 70.7299 + 92.2041j])
-DETECTED_AT = 320  # pixels of the longer side; YuNet finds faces of 10 to 300
-LEAST_SCORE = 0.6
 
 
 class Photo(NamedTuple):
@@ -143,50 +138,6 @@ def drawn_pairs(people: People, count: int, rng: np.random.Generator) -> list[Pa
             first, second = (photos[rng.integers(len(photos))] for photos in two_of(everyone))
         return Pair(first, second, same)
     return [pair(number % 2 == 0) for number in range(count)]
-
-
-class Detector:
-    """Finds faces with YuNet, which OpenCV runs."""
-
-    def __init__(self, model: Path):
-        try:
-            import cv2
-        except ImportError as error:
-            raise F2CError(f"--detector: cv2 cannot be imported ({error}): pip install opencv-python-headless") from error
-        cv2.setNumThreads(1)
-        try:
-            self._net = cv2.FaceDetectorYN.create(str(model), "", (DETECTED_AT, DETECTED_AT), LEAST_SCORE)
-        except cv2.error as error:
-            raise F2CError(f"--detector {model}: OpenCV {cv2.__version__} needs YuNet in ONNX: {error}") from error
-
-    def points(self, image: Image.Image) -> np.ndarray | None:
-        """Eyes, nose and corners of the mouth, complex (5,), of the face that is largest and most central."""
-        scale = DETECTED_AT / max(image.size)
-        scaled = ImageOps.scale(image, scale)
-        self._net.setInputSize(scaled.size)
-        _, faces = self._net.detect(np.ascontiguousarray(np.asarray(scaled)[:, :, ::-1]))
-        if faces is None:
-            return None
-        x, y, width, height = faces[:, :4].T
-        off_centre = x + width / 2 - scaled.width / 2 + 1j * (y + height / 2 - scaled.height / 2)
-        best = faces[np.argmax(width * height - 2 * np.abs(off_centre) ** 2)]
-        return (best[4:14:2] + 1j * best[5:14:2] + CENTRE) / scale
-
-
-detector = cache(Detector)  # once in each process
-
-
-def aligned(image: Image.Image, points: np.ndarray) -> Image.Image:
-    """Turn, scale and shift an image so that its five points, complex (5,), come nearest to those of the template."""
-    around = points - points.mean()
-    turn = np.vdot(around, around) / np.vdot(around, TEMPLATE)  # from the template to the image, as is the shift
-    shift = points.mean() - turn * (TEMPLATE.mean() + CENTRE)
-    times = int(np.ceil(abs(turn)))  # drawn so much larger and then reduced, so that no pixel of the image is skipped
-    turn /= times
-    matrix = turn.real, -turn.imag, shift.real, turn.imag, turn.real, shift.imag
-    size = times * IMAGE_SIZE, times * IMAGE_SIZE
-    drawn = image.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-    return drawn.resize(FACE, Image.Resampling.BOX)
 
 
 def face_of(model: Path | None, photo: Photo) -> bytes | str:

@@ -17,6 +17,7 @@ from f2c_plugin.data.index import open_index
 from f2c_plugin.errors import ExportError, F2CError, InputError
 from f2c_plugin.synthetic.dataset import draw_contact_sheet, power_law, write_dataset
 from f2c_plugin.tools import checkpoints, packs, repack, verification_sets
+from f2c_plugin.tools.align import align as align_faces
 from f2c_plugin.tools.convert import convert as convert_pack
 from f2c_plugin.tools.doctor import examine
 from f2c_plugin.tools.pack import pack as pack_images
@@ -141,6 +142,17 @@ def reindex(args: Namespace) -> None:
     """Make the missing train.idx of a pack from its train.rec."""
     records, path = packs.reindex(args.folder), Path(args.folder, "train.idx")
     _print(args, f"{path}: {records} records", out=path, records=records)
+
+
+@command(argument("photos", help="folder of photos, most often with a folder for each person"),
+         argument("out", help="folder to write the faces into, JPEGs in the same folders as the photos, and left_out.tsv (what "
+                              "was left out and why). Photos whose faces it holds are not done again"),
+         argument("--detector", metavar="MODEL",
+                  help="YuNet, or an SCRFD of insightface, in ONNX; or a folder with one, as insightface's model packs are; "
+                       "default: that of a model pack in ~/.insightface/models"), JSON)
+def align(args: Namespace) -> None:
+    """Align the faces of photos to arcface_torch's template, in images of 112×112 pixels."""
+    _show(args, align_faces(args.photos, args.out, args.detector))
 
 
 @command(argument("sources", nargs="+", metavar="source",

@@ -1,10 +1,11 @@
-"""What a pack stores of an image file: a JPEG or PNG of 112 × 112 pixels, or the reason why it cannot."""
+"""Image files: what a pack stores of them, a JPEG or PNG of 112 × 112 pixels; their pictures; or why there are none."""
 
 import stat
 import warnings
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -18,6 +19,7 @@ from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 _LARGEST_FILE = 1 << 26  # bytes; no picture of a face is larger
 _FACE = IMAGE_SIZE, IMAGE_SIZE
+Made = TypeVar("Made")
 
 
 def storable(source: Path | bytes, resize: bool, quality: int | None) -> bytes | str:
@@ -27,6 +29,19 @@ def storable(source: Path | bytes, resize: bool, quality: int | None) -> bytes |
     Other images become RGB PNGs, or JPEGs of that quality. With ``resize``, other sizes are scaled to 112 on the shorter
     side and cropped at the centre. Raises F2CError if Pillow is needed and missing.
     """
+    return _made_of(source, lambda encoded: (_of_jpeg if _begins_as_jpeg(encoded) else _of_other)(encoded, resize, quality))
+
+
+def upright(path: Path) -> Any | str:
+    """The picture in a file, of any size, as Pillow's image in RGB; or why there is none, as of ``storable``."""
+    def made(encoded: bytes) -> Any | str:
+        image = _whole_jpeg(encoded) if _begins_as_jpeg(encoded) else _opened(encoded)
+        return image if isinstance(image, str) else _upright(image)
+    return _made_of(path, made)
+
+
+def _made_of(source: Path | bytes, make: Callable[[bytes], Made | str]) -> Made | str:
+    """What ``make`` returns for a file or its content, or why it cannot."""
     try:
         if isinstance(source, Path):
             found = source.stat()
@@ -42,9 +57,7 @@ def storable(source: Path | bytes, resize: bool, quality: int | None) -> bytes |
     if is_lfs_pointer(encoded):
         return NOT_FETCHED
     try:
-        if encoded.startswith(b"\xff\xd8\xff"):  # simplejpeg.is_jpeg takes none with bytes behind its end
-            return _of_jpeg(encoded, resize, quality)
-        return _of_other(encoded, resize, quality)
+        return make(encoded)
     except F2CError as error:
         name = source if isinstance(source, Path) else "an image"
         raise F2CError(f"{name} is not a JPEG of {IMAGE_SIZE}×{IMAGE_SIZE} in RGB or gray: {error}") from error
@@ -57,8 +70,12 @@ def too_large(size: int) -> str:
     return f"larger than {_LARGEST_FILE >> 20} MB: {size >> 20} MB" if size > _LARGEST_FILE else ""
 
 
+def _begins_as_jpeg(encoded: bytes) -> bool:
+    return encoded.startswith(b"\xff\xd8\xff")  # simplejpeg.is_jpeg takes none with bytes behind its end
+
+
 def _of_jpeg(encoded: bytes, resize: bool, quality: int | None) -> bytes | str:
-    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+    height, width, _, _ = simplejpeg.decode_jpeg_header(encoded)
     if (width, height) == _FACE:
         decode_face(encoded)
         if b"Exif\0\0" not in encoded or _orientation(image := _open(encoded)) == exif_orientation(encoded):
@@ -66,17 +83,22 @@ def _of_jpeg(encoded: bytes, resize: bool, quality: int | None) -> bytes | str:
         return _encoded(image, quality)
     if not resize:
         return _wrong_size(int(width), int(height))
+    return _encoded(_whole_jpeg(encoded), quality)
+
+
+def _whole_jpeg(encoded: bytes) -> Any:
+    """A Pillow image. Raises ValueError where Pillow draws gray for what is missing."""
+    _, _, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
     image = _open(encoded)
     if colorspace not in ("CMYK", "YCCK"):
-        simplejpeg.decode_jpeg(encoded)  # raises where Pillow draws gray for what is missing
-    return _encoded(image, quality)
+        simplejpeg.decode_jpeg(encoded)
+    return image
 
 
 def _of_other(encoded: bytes, resize: bool, quality: int | None) -> bytes | str:
-    try:
-        image = _open(encoded)
-    except require("PIL.Image", extra="images").UnidentifiedImageError:
-        return "not an image"
+    image = _opened(encoded)
+    if isinstance(image, str):
+        return image
     if image.size != _FACE and not resize:
         return _wrong_size(*image.size)
     if (image.format == "PNG" and image.size == _FACE and quality is None and not image.mode.startswith("I")
@@ -84,6 +106,13 @@ def _of_other(encoded: bytes, resize: bool, quality: int | None) -> bytes | str:
         decode_face(encoded)
         return encoded
     return _encoded(image, quality)
+
+
+def _opened(encoded: bytes) -> Any | str:
+    try:
+        return _open(encoded)
+    except require("PIL.Image", extra="images").UnidentifiedImageError:
+        return "not an image"
 
 
 def _orientation(image: Any) -> int:
@@ -105,7 +134,22 @@ def _open(encoded: bytes) -> Any:
 
 
 def _encoded(image: Any, quality: int | None) -> bytes | str:
-    """The first frame as RGB of 8 bits, upright, and of a face's size, as PNG or as JPEG of ``quality``."""
+    """The first frame, upright, and of a face's size, as PNG or as JPEG of ``quality``."""
+    pillow, operations = require("PIL.Image", extra="images"), require("PIL.ImageOps", extra="images")
+    image = _upright(image)
+    if isinstance(image, str):
+        return image
+    if image.size != _FACE:
+        image = operations.fit(image, _FACE, pillow.Resampling.LANCZOS)
+    if quality is not None:
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "444")
+    out = BytesIO()
+    pillow.fromarray(np.asarray(image)).save(out, "PNG")  # without a colour profile, which Pillow may refuse to read
+    return out.getvalue()
+
+
+def _upright(image: Any) -> Any | str:
+    """The first frame as RGB of 8 bits, upright."""
     pillow, operations = require("PIL.Image", extra="images"), require("PIL.ImageOps", extra="images")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -114,11 +158,4 @@ def _encoded(image: Any, quality: int | None) -> bytes | str:
             image = pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             return "pixels of 32 bits, which have no defined white"
-        image = image.convert("RGB")
-        if image.size != _FACE:
-            image = operations.fit(image, _FACE, pillow.Resampling.LANCZOS)
-    if quality is not None:
-        return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "444")
-    out = BytesIO()
-    pillow.fromarray(np.asarray(image)).save(out, "PNG")  # without a colour profile, which Pillow may refuse to read
-    return out.getvalue()
+        return image.convert("RGB")

@@ -4,7 +4,6 @@ import json
 import os
 import tempfile
 from array import array
-from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -15,54 +14,37 @@ from tqdm import tqdm
 from f2c_plugin.data.writer import new_pack, refuse_to_overwrite, write_insightface_pack, write_property
 from f2c_plugin.errors import InputError, RecordError
 from f2c_plugin.tools.image_files import storable
+from f2c_plugin.tools.left_out import LEFT_OUT, LeftOut, with_examples
 from f2c_plugin.tools.pack_sources import Item, Source
 from f2c_plugin.utils.atomic import naming, written_whole
 from f2c_plugin.utils.workers import worker_pool
 
-LEFT_OUT, IDENTITIES = "left_out.tsv", "identities.json"
+IDENTITIES = "identities.json"
 _NAMES = ("property", IDENTITIES, LEFT_OUT, "train.idx", "train.rec")  # in the order in which they appear
 _CHUNK = 8  # images that a process decodes at a time; photographs wait in memory, many for each process
-_EXAMPLES = 3  # of each kind that are named in the report
 
 
-class Packed:
+class Packed(LeftOut):
     """What ``pack`` has packed and left out.
 
     Attributes:
-        out: folder of the pack.
         sizes: {name: number of images} of each identity, in the order of their numbers.
         unused: names of the identities without a usable image, which get no number.
-        left_out: {kind of reason: number of images, files or folders}.
     """
 
     def __init__(self, out: Path):
-        self.out = out
+        super().__init__(out)
         self.sizes: dict[str, int] = {}
         self.unused: list[str] = []
-        self.left_out: Counter[str] = Counter()
-        self._examples: dict[str, list[str]] = {}
-
-    def leave_out(self, name: str, reason: str) -> None:
-        kind, _, detail = reason.partition(": ")
-        self.left_out[kind] += 1
-        examples = self._examples.setdefault(kind, [])
-        if len(examples) < _EXAMPLES:
-            examples.append(f"{name} ({detail})" if detail else name)
 
     def report(self) -> str:
         """What was packed and left out, in lines for people."""
-        lines = [f"{self.out}: {sum(self.sizes.values())} images of {len(self.sizes)} identities"]
-        if self.left_out:
-            lines.append(f"left out, see {self.out / LEFT_OUT}:")
-        return "\n".join(lines + [f"  {line}" for line in self.reasons()])
+        return "\n".join([f"{self.out}: {sum(self.sizes.values())} images of {len(self.sizes)} identities", *self.lines()])
 
     def reasons(self) -> list[str]:
-        """A line for each kind of reason to leave images out, and one for identities without images."""
-        kinds = [(count, kind, self._examples[kind]) for kind, count in self.left_out.most_common()]
-        if self.unused:
-            kinds.append((len(self.unused), "identity without a usable image, which gets no number", self.unused[:_EXAMPLES]))
-        return [f"{count} × {kind}: {_on_one_line(', '.join(examples))}{', …' if count > len(examples) else ''}"
-                for count, kind, examples in kinds]
+        """Also one for identities without images."""
+        unused = "identity without a usable image, which gets no number"
+        return super().reasons() + ([with_examples(len(self.unused), unused, self.unused)] if self.unused else [])
 
 
 def pack(source: Source, out: str | Path, resize: bool = False, quality: int | None = None,
@@ -105,8 +87,7 @@ def pack(source: Source, out: str | Path, resize: bool = False, quality: int | N
                     lengths.append(len(image))
                     owners.append(number_seen[identity])
                 else:
-                    packed.leave_out(name, image)
-                    left_out.write(f"{_on_one_line(name)}\t{_on_one_line(image)}\n".encode())
+                    left_out.write(packed.leave_out(name, image))
                 bar.update()
             images.flush()
         sizes = np.bincount(np.asarray(owners), minlength=len(number_seen))
@@ -142,8 +123,3 @@ def _in_order(names: Iterable[str]) -> list[str]:
     if all(name.isascii() and name.isdecimal() for name in names):
         return sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name))
     return sorted(names)
-
-
-def _on_one_line(text: str) -> str:
-    r"""Text for a table and a terminal: control characters and what is not UTF-8 as \\ escapes."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple, Protocol
 from f2c_plugin.data.dataset import IMAGE_SIZE
 from f2c_plugin.errors import InputError, RecordError
 from f2c_plugin.tools.image_files import IMAGE_SUFFIXES, too_large
+from f2c_plugin.tools.left_out import LEFT_OUT
 from f2c_plugin.utils.extras import require
 
 _OF_THE_SYSTEM = ("Thumbs.db", "desktop.ini", "__MACOSX")
 _HIDDEN = "hidden, or a file of the system"
+NO_IDENTITY = "not in the folder of an identity"
 _TAR = re.compile(r"\.(tar|tar\.(gz|bz2|xz)|tgz)$", re.IGNORECASE)
 _SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key, which ends at the first dot as in WebDataset; extension
 _LABELS = ("cls", "txt", "json")
@@ -162,7 +164,9 @@ def walk(source: Path) -> Iterator[File]:
         for entry in entries:
             path = os.path.join(folder, entry.name)
             target = Path(os.path.realpath(entry)) if entry.is_symlink() else entry
-            if _is_hidden(entry.name):
+            if path == LEFT_OUT:
+                pass  # f2c-plugin align has written it
+            elif _is_hidden(entry.name):
                 yield path, _HIDDEN
             elif isinstance(target, Path) and not target.is_relative_to(root):
                 # A folder from elsewhere must not pack other files of this machine.
@@ -176,7 +180,7 @@ def walk(source: Path) -> Iterator[File]:
             elif not target.is_file():
                 yield path, "neither a file nor a folder"
             else:
-                yield path, "" if folder else "not in the folder of an identity"
+                yield path, "" if folder else NO_IDENTITY
         folders += inside[::-1]
 
 
