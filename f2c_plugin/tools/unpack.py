@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.errors import OverwriteError
+from f2c_plugin.utils.atomic import naming
 
 
 @dataclass
@@ -46,7 +47,8 @@ def unpack(source: str | Path, out: str | Path, skip_damaged: bool = False) -> U
             encoded = dataset.encoded(position)
             suffix = ".png" if encoded[:4] == b"\x89PNG" else ".jpg"
             file = whole / f"{index.identity[position]:0{width}}" / f"{index.keys[position]:0{key_width}}{suffix}"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(encoded)
+            with naming(out / file.relative_to(whole)):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(encoded)
         whole.rename(out)
     return Unpacked(out, len(index), len(index.numbers))

@@ -1,6 +1,8 @@
 """The images of a pack as files, and back."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -54,3 +56,12 @@ def test_what_exists_is_not_overwritten(faces, tmp_path):
     with pytest.raises(SystemExit, match="mine exists and is not overwritten"):
         cli(["unpack", str(faces), str(tmp_path / "mine")])
     assert (tmp_path / "mine").read_text() == "text"
+
+
+def test_on_a_full_disk_the_file_is_named_and_nothing_stays(faces, tmp_path):
+    script = ("import resource, sys; from f2c_plugin.cli import main;"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", script, "unpack", faces, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"f2c-plugin unpack: [Errno 27] File too large: '{tmp_path}/out/00/001.jpg'\n")
+    assert not list(tmp_path.iterdir())
