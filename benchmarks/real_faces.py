@@ -246,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--from", dest="sources", nargs="+", required=True, metavar="FOLDER[=SHARE]")
-    parser.add_argument("--detector", type=Path, metavar="FILE", help="YuNet in ONNX, which OpenCV runs")
+    parser.add_argument("--detector", type=Path, metavar="FILE", help="YuNet or SCRFD in ONNX")
     parser.add_argument("--pairs", type=Path, metavar="FILE", help="LFW's pairs.txt, for the first folder")
     parser.add_argument("--folds", type=int, nargs="+", help="of --pairs to verify on, from 0; by default the first half")
     parser.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help="of the people, without --pairs")

@@ -81,7 +81,7 @@ class SCRFD:
             raise F2CError(f"--detector {model}: the insightface package cannot open it: {error}") from error
 
     def points(self, image: Any) -> Points | None:
-        """As of ``YuNet``."""
+        """As of ``YuNet``. What the package finds counts from the middle of the first pixel, as for its ``norm_crop``."""
         _, points = self._net.detect(_bgr(image), max_num=1)
         return points[0] @ [1, 1j] + CENTRE if len(points) else None
 

@@ -99,8 +99,7 @@ def test_what_is_outside_the_photo_is_black_and_large_faces_take_little_memory()
     image = Image.new("RGB", (200, 200), "white")
     face = np.asarray(aligned(image, TEMPLATE + CENTRE - 60))
     assert face[:, :56].max() == 0 and face[:, 64:].min() == 255
-    far = aligned(image, 100 * (TEMPLATE - 56 - 56j) + 100 + 100j)  # else drawn in 11,200 × 11,200
-    assert np.asarray(far)[54:58, 54:58].max() == 255 and np.asarray(far)[0].max() == 0
+    assert aligned(image, 1e6 * (TEMPLATE - 56 - 56j)).size == (112, 112)  # and not drawn a million times as large
 
 
 def test_the_large_and_central_face_counts():
@@ -134,7 +133,7 @@ def test_both_detectors_find_the_face_and_of_several_the_central_one(tmp_path, w
     assert type(detector(tmp_path / "any name.onnx")) is kind
     face = (tmp_path / "faces/a/0.png.jpg").read_bytes()
     assert simplejpeg.decode_jpeg_header(face) == (112, 112, "YCbCr", "444")
-    assert np.abs(pixels(tmp_path / "faces/a/0.png.jpg") - around(image, 180, 148)).mean() < 2
+    assert np.abs(pixels(tmp_path / "faces/a/0.png.jpg") - around(image, 180, 148)).max() < 80  # of 255
 
 
 def test_a_folder_of_photos_becomes_one_of_faces_that_is_packed_as_it_is(photos, tmp_path, yunet, capsys):
