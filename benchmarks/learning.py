@@ -15,8 +15,12 @@ import numpy as np
 from comparison import Result
 
 RESULTS = Path(__file__).parent / "results"
-HEADS = {"full FC, with the ramp": "full FC", "Partial FC 0.1, with the ramp": "Partial FC 0.1", "F²C 10 %": "F²C 10 %",
-         "F²C 1 %": "F²C 1 %", "F²C 10 %, as published": "as published, 10 %"}
+BASELINE = "full FC"
+# {variant: its column}. Partial FC is sampled at 0.1, or at the smaller pool's rate where there is no larger pool.
+COLUMNS = {"full FC, with the ramp": BASELINE, "Partial FC 0.1, with the ramp": "Partial FC",
+           "Partial FC 0.01, with the ramp": "Partial FC", "F²C 10 %": "F²C 10 %", "F²C 1 %": "F²C 1 %",
+           "F²C 10 %, as published": "as published, 10 %"}
+HEADS = list(dict.fromkeys(COLUMNS.values()))
 
 
 def world(setting: Result) -> str:
@@ -35,7 +39,7 @@ def world(setting: Result) -> str:
 
 
 class Row(NamedTuple):
-    """The runs of each head in a world with a number of passes."""
+    """The runs of each of HEADS in a world with a number of passes."""
 
     world: str
     passes: float
@@ -51,8 +55,9 @@ def rows() -> list[Row]:
             if each["equal"] == "images":
                 row = found.setdefault((world(report["setting"]), each["passes"]), {})
                 for name, head in each["rows"].items():
-                    if name in HEADS and len(head["runs"]) > len(row.get(name, [])):
-                        row[name] = head["runs"]
+                    column = COLUMNS.get(name)
+                    if column and len(head["runs"]) > len(row.get(column, [])):
+                        row[column] = head["runs"]
     return [Row(*of, runs) for of, runs in sorted(found.items())]
 
 
@@ -74,7 +79,7 @@ def cell(runs: list[Result]) -> str:
 
 def table() -> str:
     """The table in Markdown: a row for each world and number of passes; the head that is best at FAR 1e-3 is bold."""
-    lines = ["| world | passes | " + " | ".join(HEADS.values()) + " |", "|---" * (len(HEADS) + 2) + "|"]
+    lines = ["| world | passes | " + " | ".join(HEADS) + " |", "|---" * (len(HEADS) + 2) + "|"]
     for row in rows():
         best = max(row.runs, key=lambda name: tars(row.runs[name]).mean())
         cells = {name: cell(found) for name, found in row.runs.items()}
@@ -88,22 +93,21 @@ def plot(path: Path) -> None:
     from f2c_plugin.tools.plotting import pyplot
 
     plt = pyplot()
-    found = rows()[::-1]
-    baseline, *others = HEADS
+    found = [row for row in rows() if BASELINE in row.runs][::-1]
     figure, axis = plt.subplots(figsize=(10, 1.5 + 0.45 * len(found)), layout="constrained")
-    for number, head in enumerate(others):
-        shown = [(at, tars(row.runs[head]), tars(row.runs[baseline])) for at, row in enumerate(found) if head in row.runs]
+    for number, head in enumerate(HEADS[1:]):
+        shown = [(at, tars(row.runs[head]), tars(row.runs[BASELINE])) for at, row in enumerate(found) if head in row.runs]
         if not shown:
             continue
         axis.errorbar([values.mean() - full_fc.mean() for _, values, full_fc in shown], [at for at, *_ in shown],
                       xerr=[deviation(values) for _, values, _ in shown],
-                      fmt="os^D"[number], capsize=3, label=HEADS[head])
+                      fmt="os^D"[number], capsize=3, label=head)
     for at, row in enumerate(found):
-        values = tars(row.runs[baseline])
+        values = tars(row.runs[BASELINE])
         axis.barh(at, 2 * deviation(values), 0.6, -deviation(values), color="0.85", label="full FC" * (not at) or None)
     axis.axvline(0, color="0.4", linewidth=1)
     axis.set_yticks(range(len(found)), [
-        f"{row.world}, {row.passes:g} {'pass' if row.passes == 1 else 'passes'} ({tars(row.runs[baseline]).mean():.0f} %)"
+        f"{row.world}, {row.passes:g} {'pass' if row.passes == 1 else 'passes'} ({tars(row.runs[BASELINE]).mean():.0f} %)"
         for row in found])
     axis.set(xlabel="TAR at FAR 1e-3, points above full FC with the ramp\n(in brackets its TAR; bars: ± 1 standard deviation)")
     axis.grid(alpha=0.3, axis="x")
