@@ -21,6 +21,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -35,7 +36,7 @@ from worlds import unseen
 from f2c_plugin.data.dataset import IMAGE_SIZE
 from f2c_plugin.errors import F2CError, InputError, OverwriteError, RecordError, VerificationSetError
 from f2c_plugin.evaluation.verification import FOLDS, save_bin
-from f2c_plugin.tools.align import QUALITY, aligned, detector
+from f2c_plugin.tools.align import QUALITY, aligned, detector, opencv_without_threads
 from f2c_plugin.tools.image_files import storable
 from f2c_plugin.tools.pack import pack
 from f2c_plugin.tools.pack_sources import Folders
@@ -227,7 +228,7 @@ def write(arguments: argparse.Namespace) -> None:
                 for name, photos in people.items() if (name in held_out) == held}
     out.parent.mkdir(parents=True, exist_ok=True)
     with (tempfile.TemporaryDirectory(prefix=".real-faces-", dir=out.parent) as work,
-          worker_pool(arguments.processes) as pool):
+          opencv_without_threads() if arguments.detector else nullcontext(), worker_pool(arguments.processes) as pool):
         training, verification = Path(work, "training"), Path(work, "verification")
         faces = Faces(pool, arguments.detector)
         packs = {unseen(out): faces.pack(some(True, arguments.most[1]), verification)}

@@ -120,7 +120,7 @@ def given(tmp_path, faces, monkeypatch):
 
 
 WRITTEN = {"plan": ["plan.png"], "index": ["plot.png"], "inspect": ["sheet.png"], "export": ["model.onnx"],
-           "report": ["curves.png", "curves_hours.png", "scores.png", "roc.png", "report.html"],
+           "report": ["curves.png", "scores.png", "roc.png", "report.html"],
            "synth": ["property", "synth.bin", "contact_sheet.png", "train.idx"]}
 
 

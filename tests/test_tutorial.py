@@ -20,7 +20,7 @@ def test_the_tutorial_leads_to_a_model_that_tells_people_apart(tmp_path):
             done = subprocess.run(["bash", "-euc", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
             assert not done.returncode, f"{text}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
             printed += done.stdout
-    made = {"photos/000/0001.jpg", "pack/left_out.tsv", "sheet.png", "run/model.onnx", "run/report.html", "roc.png"}
+    made = {"photos/000/0001.jpg", "pack/identities.json", "sheet.png", "run/model.onnx", "run/report.html", "roc.png"}
     assert not {name for name in made if not (tmp_path / name).is_file()}
     accuracies = re.findall(r"Accuracy-Flip: ([\d.]+)", (tmp_path / "run/training.log").read_text())
     assert float(accuracies[-1]) > 0.85 and len(accuracies) == 4

@@ -212,7 +212,7 @@ def align(photos: str | Path, out: str | Path, model: str | Path | None = None, 
     model = detector_file(model)
     done = Aligned(out)
     count = sum(1 for _ in walk(photos))  # also finds links that lead out, before the work begins
-    with (_opencv_without_threads(), worker_pool(processes) as pool,
+    with (opencv_without_threads(), worker_pool(processes) as pool,
           tqdm(total=count, desc="aligning", unit=" photos", disable=None) as bar):
         list(pool.imap(_open, [model]))  # its errors come before any file
         out.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def _face_path(photo: str) -> str:
 
 
 @contextmanager
-def _opencv_without_threads() -> Iterator[None]:
+def opencv_without_threads() -> Iterator[None]:
     """While this lasts, processes can be forked: one in which OpenCV once had threads would wait for them without end."""
     cv2 = _imported("cv2", "align")
     before = cv2.getNumThreads()
