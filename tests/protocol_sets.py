@@ -10,7 +10,7 @@ from scipy.io import savemat
 from torch import nn
 
 from f2c_plugin.data.dataset import normalize_faces
-from f2c_plugin.evaluation.ijb import TEMPLATE
+from f2c_plugin.data.template import TEMPLATE
 from f2c_plugin.models import get_model
 from f2c_plugin.synthetic.face import draw_face, draw_identity
 

@@ -12,9 +12,10 @@ import simplejpeg
 from PIL import Image
 
 from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.data.template import TEMPLATE
 from f2c_plugin.evaluation.verification import VerificationSet
 from f2c_plugin.synthetic.face import draw_face, draw_identity
-from f2c_plugin.tools.align import CENTRE, TEMPLATE
+from f2c_plugin.tools.align import CENTRE
 
 PAIRS = """2\t1
 Ann_Able\t1\t2

@@ -14,12 +14,11 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, Pixels, decode_image
+from f2c_plugin.data.template import TEMPLATE, turn_from_template
 from f2c_plugin.errors import VerificationSetError
 from f2c_plugin.evaluation.pooling import pooled
 from f2c_plugin.evaluation.verification import FARS, tars_at_fars
 
-# Where the eyes, the nose and the corners of the mouth are in an aligned face, x + iy.
-TEMPLATE = np.array([38.2946 + 51.6963j, 73.5318 + 51.5014j, 56.0252 + 71.7366j, 41.5493 + 92.3655j, 70.7299 + 92.2041j])
 _PIXELS = np.arange(IMAGE_SIZE) + 1j * np.arange(IMAGE_SIZE)[:, None]
 _CHUNK = 8192  # pairs scored at a time
 Row = TypeVar("Row")
@@ -190,9 +189,7 @@ def warped(image: Pixels, points: np.ndarray) -> Pixels:
     Bilinear without smoothing, and black outside the image, as ``cv2.warpAffine`` does it for ``onnx_ijbc.py``; OpenCV
     before 5 rounds places in the image to 1/32 of a pixel. Returns uint8 (112, 112, 3).
     """
-    around = points - points.mean()
-    turn = np.vdot(around, TEMPLATE) / np.vdot(around, around)  # the least squares over similarities
-    at = (_PIXELS - TEMPLATE.mean()) / turn + points.mean()
+    at = (_PIXELS - TEMPLATE.mean()) * turn_from_template(points) + points.mean()
     height, width, _ = image.shape
     black = np.zeros((height + 2, width + 2, 3), np.float32)
     black[1:-1, 1:-1] = image

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from f2c_plugin.data.dataset import IMAGE_SIZE
+from f2c_plugin.data.template import TEMPLATE, Points, turn_from_template
 from f2c_plugin.data.writer import refuse_to_overwrite
 from f2c_plugin.errors import F2CError, InputError, RecordError
-from f2c_plugin.evaluation.ijb import TEMPLATE
 from f2c_plugin.tools.image_files import upright
 from f2c_plugin.tools.left_out import LEFT_OUT, LeftOut
 from f2c_plugin.tools.pack_sources import NO_IDENTITY, File, walk
@@ -35,7 +35,6 @@ _DETECTORS = "det_*.onnx", "scrfd_*.onnx"  # in insightface's model packs
 _TO_HAVE_ONE = ("Give --detector the file of YuNet, face_detection_yunet_2023mar.onnx from "
                 f"https://github.com/opencv/opencv_zoo ({installing('align')}), or the folder of a model pack from "
                 f"https://github.com/deepinsight/insightface/releases, like buffalo_l ({installing('insightface')})")
-Points = NDArray[np.complex128]
 
 
 class YuNet:
@@ -147,16 +146,14 @@ def _bgr(image: Any) -> NDArray[np.uint8]:
 def aligned(image: Any, points: Points) -> Any:
     """Turn, scale and shift an image so that its five points come nearest to those of the template, in least squares.
 
-    What insightface's ``norm_crop`` does (S. Umeyama, Least-squares estimation of transformation parameters between two point
-    patterns, 1991), but no pixel of a large face is skipped. What is outside the image is black.
+    What insightface's ``norm_crop`` does, but no pixel of a large face is skipped. What is outside the image is black.
 
     Args:
         image: of Pillow, RGB.
         points: (5,) as from ``YuNet.points``.
     """
     pillow = require("PIL.Image", "align")
-    around = points - points.mean()
-    turn = np.vdot(around, around) / np.vdot(around, TEMPLATE)  # from the template to the image, as is the shift
+    turn = turn_from_template(points)
     shift = points.mean() - turn * (TEMPLATE.mean() + CENTRE)
     times = int(np.clip(np.ceil(abs(turn)), 1, _MOST_TIMES))  # drawn so much larger and then reduced
     turn /= times

@@ -1,6 +1,5 @@
 """What a step of a backbone takes of a GPU, counted on tensors that have shapes but no values."""
 
-import weakref
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.models import get_model
+from f2c_plugin.utils.live_memory import LiveMemory
 
 
 @dataclass(frozen=True)
@@ -39,32 +39,19 @@ class NetCosts:
     forward_flops: int
 
 
-class _Memory(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations have made and that are alive."""
+class _Outputs(TorchDispatchMode):
+    """Holds all tensors that operations make in ``memory``."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self.memory = LiveMemory()
 
     def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._hold(tensor.untyped_storage())
-        self.peak = max(self.peak, self.live)
+                self.memory.hold(tensor)
         return result
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        known = self._known.get(id(storage))  # which another had, if that one is gone
-        if known and known() is storage:
-            return
-        size = storage.nbytes()
-
-        def free(_: Any) -> None:
-            self.live -= size
-        self._known[id(storage)] = weakref.ref(storage, free)
-        self.live += size
 
 
 @cache
@@ -77,7 +64,8 @@ def count(network: str, embedding_size: int, batch_size: int, fp16: bool) -> Net
         ConfigError: there is no such net, or it needs values, as a net whose shapes depend on them.
     """
     try:
-        with FakeTensorMode(), _Memory() as memory:
+        with FakeTensorMode(), _Outputs() as outputs:
+            memory = outputs.memory
             net = get_model(network, embedding_size, fp16).train()
             images = torch.empty(batch_size, 3, 112, 112)
             before = memory.peak = memory.live

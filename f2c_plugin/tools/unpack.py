@@ -1,6 +1,5 @@
 """Writes the images of a pack into a folder for each identity: what `pack` does, backwards."""
 
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from f2c_plugin.data.dataset import RecordDataset
-from f2c_plugin.errors import OverwriteError
+from f2c_plugin.data.writer import refuse_to_overwrite
 from f2c_plugin.utils.atomic import naming
 
 
@@ -35,8 +34,7 @@ def unpack(source: str | Path, out: str | Path, skip_damaged: bool = False) -> U
         RecordError: a record is damaged or its image has another size, and shall not be skipped. Images are not decoded.
     """
     out = Path(out)
-    if os.path.lexists(out):
-        raise OverwriteError(f"{out} exists and is not overwritten: choose another folder or remove it")
+    refuse_to_overwrite(out.parent, [out.name])
     dataset = RecordDataset(source, skip_damaged)
     index = dataset.index
     width, key_width = len(str(index.numbers[-1])), len(str(index.keys.max()))

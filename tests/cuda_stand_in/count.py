@@ -16,7 +16,6 @@ import json
 import os
 import sys
 import types
-import weakref
 from importlib.metadata import entry_points
 from typing import Any
 from unittest import mock
@@ -29,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 import tests.meta  # noqa: F401
 from f2c_plugin.method import kept_weights
+from f2c_plugin.utils.live_memory import LiveMemory
 from f2c_plugin.utils.replay import Replay
 
 FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "detach", "alias",
@@ -53,22 +53,13 @@ class Counter(TorchDispatchMode):
         self.mixed: list[str] = []
         self.reads: list[str] = []
         self.strided: list[str] = []
-        self.bytes = self.live = self.peak = self.collectives = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self.bytes = self.collectives = 0
+        self.memory = LiveMemory()
 
     def hold(self, tensor: Tensor) -> None:
-        """Count the memory of a tensor as long as it lives."""
-        storage = tensor.untyped_storage()
-        known = self._known.get(id(storage))
-        if tensor.device.type != "cuda" or (known and known() is storage):
-            return
-        size = storage.nbytes()
-
-        def free(_: Any) -> None:
-            self.live -= size
-        self._known[id(storage)] = weakref.ref(storage, free)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+        """Count the memory of a tensor on the GPU as long as it lives."""
+        if tensor.device.type == "cuda":
+            self.memory.hold(tensor)
 
     def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -162,14 +153,14 @@ def main() -> None:
                 counter.part = "gallery net"
             embeddings = net(images)
             counter.part = "head" * (step == 2)
-            counter.peak = state = counter.live  # with what the net keeps for its backward pass
+            counter.memory.peak = state = counter.memory.live  # with what the net keeps for its backward pass
             loss = head(embeddings, labels)
             torch.autograd.grad(loss, embeddings)
         counter.__exit__(None, None, None)
     print(json.dumps({
         "kernels": counter.kernels, "collectives": counter.collectives,
         "mixed": counter.mixed, "reads": counter.reads, "strided": counter.strided,
-        "bytes_per_slot": round(counter.bytes / (slots / ranks)), "peak": counter.peak - state,
+        "bytes_per_slot": round(counter.bytes / (slots / ranks)), "peak": counter.memory.peak - state,
         "pool": sum(tensor.nbytes for name, tensor in head.pool.named_buffers() if not name.startswith("kept.")),
         "most": dict(counter.operations.most_common(15))}))
 

@@ -12,16 +12,12 @@ import torch
 from scipy.ndimage import map_coordinates
 from skimage.transform import SimilarityTransform
 
+from f2c_plugin.data.template import TEMPLATE
 from f2c_plugin.errors import F2CError, VerificationSetError
-from f2c_plugin.evaluation.ijb import TEMPLATE, Crop, TemplateSet, aligned_crop, warped
+from f2c_plugin.evaluation.ijb import Crop, TemplateSet, aligned_crop, warped
 from f2c_plugin.evaluation.onnx_export import export_checked
 from f2c_plugin.evaluation.verification import FARS, embed
-from tests.protocol_sets import write_ijb, write_net
-
-
-@pytest.fixture(scope="module")
-def net(tmp_path_factory):
-    return write_net(tmp_path_factory.mktemp("net") / "model.pt")
+from tests.protocol_sets import write_ijb
 
 
 @pytest.fixture(scope="module")

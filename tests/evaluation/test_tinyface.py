@@ -13,12 +13,7 @@ from f2c_plugin.data.dataset import decode_face
 from f2c_plugin.errors import F2CError, VerificationSetError
 from f2c_plugin.evaluation.tinyface import IdentificationSet
 from f2c_plugin.evaluation.verification import embed
-from tests.protocol_sets import cells, write_net, write_tinyface
-
-
-@pytest.fixture(scope="module")
-def net(tmp_path_factory):
-    return write_net(tmp_path_factory.mktemp("net") / "model.pt")
+from tests.protocol_sets import cells, write_tinyface
 
 
 @pytest.fixture(scope="module")

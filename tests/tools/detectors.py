@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from f2c_plugin.tools.align import CENTRE, TEMPLATE
+from f2c_plugin.data.template import TEMPLATE
+from f2c_plugin.tools.align import CENTRE
 
 SQUARE = 8  # pixels: the stride at which there are faces, and how many it is from the corner of a square to its middle, twice
 _FROM_MIDDLE = TEMPLATE + CENTRE - 56 - 56j

@@ -16,8 +16,9 @@ from PIL import Image
 
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import RecordDataset
+from f2c_plugin.data.template import TEMPLATE
 from f2c_plugin.errors import F2CError, InputError, OverwriteError, RecordError
-from f2c_plugin.tools.align import CENTRE, SCRFD, TEMPLATE, YuNet, align, aligned, detector, detector_file
+from f2c_plugin.tools.align import CENTRE, SCRFD, YuNet, align, aligned, detector, detector_file
 from tests.runs import hear_interrupts
 from tests.tools.detectors import SQUARE, write_scrfd, write_yunet
 
