@@ -8,6 +8,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := data/f2c_demo
+# Where this is set, no process would keep what it compiles, and each would compile all of PyTorch's source again.
+unexport PYTHONDONTWRITEBYTECODE
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
 .PHONY: demo test lint docs gpu mxnet clean
