@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from f2c_plugin.evaluation.verification import VerificationSet
     from f2c_plugin.method.gallery import GalleryNet
     from f2c_plugin.method.head import F2CHead
-    from f2c_plugin.method.margin import Margin
+    from f2c_plugin.method.margin import Margin, SFace
     from f2c_plugin.method.pool import DynamicClassPool
     from f2c_plugin.method.resident import ResidentPool
     from f2c_plugin.method.resident_head import ResidentHead
@@ -41,13 +41,13 @@ __version__ = "0.2.0"
 
 __all__ = [
     "DualLoader", "DualSampler", "DynamicClassPool", "F2CError", "F2CHead", "GalleryNet", "IdentityIndex", "Margin", "Monitor",
-    "RecordDataset", "RecordWriter", "ResidentHead", "ResidentPool", "Schedule", "VerificationSet", "build_head",
+    "RecordDataset", "RecordWriter", "ResidentHead", "ResidentPool", "SFace", "Schedule", "VerificationSet", "build_head",
 ]
 
 # Imported at first use: PyTorch takes seconds, in which a training must already hear signals.
 _HOMES = {name: module for module, names in {
     "build": ["build_head"], "errors": ["F2CError"], "evaluation.monitor": ["Monitor"], "method.head": ["F2CHead"],
-    "evaluation.verification": ["VerificationSet"], "method.gallery": ["GalleryNet"], "method.margin": ["Margin"],
+    "evaluation.verification": ["VerificationSet"], "method.gallery": ["GalleryNet"], "method.margin": ["Margin", "SFace"],
     "method.pool": ["DynamicClassPool"], "method.resident": ["ResidentPool"],
     "method.resident_head": ["ResidentHead"], "method.schedule": ["Schedule"],
     "data": ["DualLoader", "DualSampler", "IdentityIndex", "RecordDataset", "RecordWriter"]}.items() for name in names}

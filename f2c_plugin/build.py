@@ -9,7 +9,7 @@ from torch import nn
 from f2c_plugin.config import slots_for
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.head import F2CHead
-from f2c_plugin.method.margin import Margin
+from f2c_plugin.method.margin import Margin, SFace
 from f2c_plugin.method.pool import DynamicClassPool
 from f2c_plugin.method.pool_head import PoolHead
 from f2c_plugin.method.resident import ResidentPool
@@ -34,7 +34,7 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
             the rate of the class weights falls to 0 over them.
         embedding_size: D, as the backbone returns it.
         margin: scale and margin: ``Margin(64.0, angular=0.5)`` is ArcFace, ``Margin(64.0, additive=0.4)`` CosFace,
-            ``Margin(64.0, additive=0.4, adaptive=True)`` AdaFace.
+            ``Margin(64.0, additive=0.4, adaptive=True)`` AdaFace, ``SFace(64.0, 0.9, 1.2)`` SFace.
         pool_rate: slots as a share of the identities, unless ``num_slots`` is given.
         pool_dtype: of the pool's rows.
         recipe: "resident" (``ResidentHead``; the ranks share the slots), or "paper" (``F2CHead``).
@@ -97,18 +97,28 @@ class CombinedMargin(Protocol):
 
 
 def margin_from(margin_loss: CombinedMargin, name: str | None = None) -> Margin:
-    """The margin of arcface_torch's ``CombinedMarginLoss``; with the ``name`` "adaface" AdaFace's, of m = m3.
+    """The margin of arcface_torch's ``CombinedMarginLoss``, or another of ``MARGINS`` with its numbers m2 and m3.
 
     Raises:
-        ConfigError: a ``margin_list`` that arcface_torch refuses, too, or without an m for AdaFace.
+        ConfigError: a ``margin_list`` that does not fit the margin, or, without a name, one that arcface_torch refuses, too.
     """
     m1, m2, m3 = margin_loss.m1, margin_loss.m2, margin_loss.m3
-    threshold = margin_loss.interclass_filtering_threshold
-    if name == "adaface" and (m1 != 1.0 or m2 != 0.0 or m3 <= 0):
-        raise ConfigError(f"f2c_margin='adaface': takes its m from the third number of margin_list=({m1}, {m2}, {m3}): set "
-                          "margin_list=(1.0, 0.0, 0.4), as published")
-    if m1 == 1.0 and m3 == 0.0:
-        return Margin(margin_loss.s, angular=m2, filter_threshold=threshold)
-    if m3 > 0:
-        return Margin(margin_loss.s, additive=m3, filter_threshold=threshold, adaptive=name == "adaface")
-    raise ConfigError(f"margin_list=({m1}, {m2}, {m3}) is neither ArcFace (1, m2, 0) nor CosFace (1, 0, m3 > 0)")
+    found = f"margin_list=({m1}, {m2}, {m3})"
+    if name is None:
+        name = "arcface" if m1 == 1.0 and m3 == 0.0 else "cosface"
+        if name == "cosface" and m3 <= 0:
+            raise ConfigError(f"{found} is neither ArcFace (1, m2, 0) nor CosFace (1, 0, m3 > 0)")
+        m2 = 0.0 if name == "cosface" else m2  # arcface_torch leaves it out, too
+    else:
+        takes, published = MARGINS[name]
+        used = [number > 0 for number in (m2, m3)]
+        if m1 != 1.0 or used != ["second" in takes, "third" in takes]:
+            raise ConfigError(f"f2c_margin={name!r}: takes its {takes} of {found}: set margin_list={published}, as published")
+    kind = SFace if name == "sface" else Margin
+    return kind(margin_loss.s, m2, m3, margin_loss.interclass_filtering_threshold, adaptive=name == "adaface")
+
+
+# What each margin takes from margin_list, by its name in ``config.f2c_margin``, and the margin_list of its paper.
+MARGINS = {
+    "arcface": ("m from the second number", (1.0, 0.5, 0.0)), "cosface": ("m from the third number", (1.0, 0.0, 0.35)),
+    "adaface": ("m from the third number", (1.0, 0.0, 0.4)), "sface": ("a and b from the second and third number", (1.0, 0.9, 1.2))}

@@ -24,7 +24,7 @@ class TrainConfig(EasyDict):
 
 PREFIX = "f2c_"
 RECIPES = ("resident", "paper")
-MARGINS = ("adaface",)
+MARGINS = ("arcface", "cosface", "adaface", "sface")
 KEPT_WEIGHTS = ("memory", "file")
 POOL_DTYPES = ("float32", "bfloat16", "float16")
 EXPORTS = ("probe", "gallery", "best")
@@ -40,7 +40,9 @@ class F2CConfig:
         init: file of a pretrained net to start from: a ``model.pt``, or a checkpoint of arcface_torch or the built-in
             trainer. The ramp is shorter then. See ``initialize``, ``Schedule``.
         init_classes: whether the class weights in it are those of the first identities of the pack, and are taken, too.
-        margin: the margin, if it is not the one that ``margin_list`` says: "adaface", whose m is the list's third number.
+        margin: the margin by name, which gives the numbers of ``margin_list``, (m1, m2, m3), their meaning: "arcface", m2;
+            "cosface", m3; "adaface", whose m is m3; "sface", whose a and b are m2 and m3. None is ArcFace or CosFace,
+            whichever the list fits.
         kept_weights: where the weights of identities out of the pool are, "memory" or "file", a file in
             ``config.output`` that is gone when the training ends. Recipe "resident".
         momentum: m of the gallery net. Recipe "paper".

@@ -39,7 +39,7 @@ def test_defaults_are_what_the_readme_says():
     (dict(f2c_shard_pool=2), "f2c_shard_pool=2: must be True or False"),
     (dict(batch_size=127, f2c_recipe="paper"), "batch_size=127: .* make it even, 126 or 128"),
     (dict(batch_size=1, f2c_identity_rate=0.5), "batch_size=1: .* make it even, 2$"),
-    (dict(f2c_margin="arcface"), "f2c_margin='arcface': must be one of 'adaface', None"),
+    (dict(f2c_margin="sphereface"), "f2c_margin='sphereface': must be one of 'arcface', 'cosface', 'adaface', 'sface', None"),
     (dict(f2c_kept_weights="disk"), "f2c_kept_weights='disk': must be one of 'memory', 'file'"),
     (dict(f2c_export="gallery"), "f2c_export='gallery': the recipe 'resident' has no gallery net: leave it out, or set "
                                  "f2c_recipe='paper'"),

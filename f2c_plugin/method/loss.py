@@ -110,12 +110,12 @@ def _touched_rows(half_steps: list[HalfStep], touched: Tensor, pool: DynamicClas
 
 def _score_untouched(probes: Tensor, touched: Tensor, pool: DynamicClassPool, margin: Margin, num_hardest: int,
                      dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of s · cosine over the untouched slots (H, P); the largest cosines (H, P, h), -inf where there are fewer."""
+    """Total of the untouched slots (H, P); the largest cosines (H, P, h), -inf where there are fewer."""
     is_touched = torch.zeros(pool.num_slots + 1, dtype=torch.bool, device=probes.device)  # the last is for NOT_IN_POOL
     is_touched.index_fill_(0, touched, True)
     flat = probes.flatten(0, 1)  # (H·P, D)
     found = pool_softmax(flat, pool.rows[0], is_touched[pool.first:pool.end], margin.scale, num_hardest,
-                         margin.filter_threshold, dtype, pool.shard, pool.first, fused=pool.fused)
+                         margin.filter_threshold, dtype, pool.shard, pool.first, fused=pool.fused, weigh=margin.weigh)
     # Once more in full precision, and with gradient. Each rank looks up its own probes' slots.
     rows = pool.rows_at(pool.shard.gather(found.hardest).flatten(), 1)[0]  # (W·H·P·h, D)
     rows = rows.view(-1, *found.hardest.shape, rows.size(1))[pool.shard.rank]
@@ -123,7 +123,7 @@ def _score_untouched(probes: Tensor, touched: Tensor, pool: DynamicClassPool, ma
     hardest = torch.where(found.hardest_cosine < -2, -torch.inf, hardest)
     if margin.filter_threshold > 0:  # decided in the pass: half precision may see another side of the threshold
         hardest = torch.where(found.hardest_cosine == 0, 0.0, hardest)
-    return found.log_sum_exp.view(probes.shape[:2]), hardest.view(*probes.shape[:2], -1)
+    return found.total.view(probes.shape[:2]), hardest.view(*probes.shape[:2], -1)
 
 
 def _score_touched(probes: Tensor, slots: Tensor, touched: Tensor, views: Tensor, margin: Margin) -> tuple[Tensor, Tensor]:
@@ -137,11 +137,10 @@ def _score_touched(probes: Tensor, slots: Tensor, touched: Tensor, views: Tensor
     return torch.where(is_target, cosine, 0).sum(3), others
 
 
-def _combine(in_pool: Tensor, log_sum_exp: Tensor, hardest: Tensor, target_cosine: Tensor, others: Tensor,
+def _combine(in_pool: Tensor, untouched: Tensor, hardest: Tensor, target_cosine: Tensor, others: Tensor,
              margin: Margin, quality: Tensor | None) -> PoolLoss:
-    target = margin.scale * margin.target(target_cosine, quality)  # (H, 2, P)
-    logits = [log_sum_exp[:, None, :, None].expand(-1, 2, -1, -1), margin.scale * others, target[..., None]]
-    positive = torch.cat(logits, 3).logsumexp(3) - target
+    total = margin.joined(untouched[:, None], margin.total(others))  # (H, 2, P)
+    positive = margin.loss(margin.target(target_cosine, quality), total)
     cosines = torch.cat([hardest[:, None].expand(-1, 2, -1, -1), others], 3)  # (H, 2, P, h + A)
     negative = cosines.topk(hardest.size(2), dim=3).values.clamp_min(0).mean(3)  # (H, 2, P)
 

@@ -1,6 +1,7 @@
-"""The margin: what is taken off the cosine of a probe to its own identity."""
+"""The margin: what is taken off the cosine of a probe to its own identity, and how much other identities weigh."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,6 +78,92 @@ class Margin:
     def filtered(self, cosine: Tensor) -> Tensor:
         """Cosines to other identities, with 0 for those above the threshold."""
         return torch.where(cosine > self.filter_threshold, 0.0, cosine) if self.filter_threshold > 0 else cosine
+
+    # What follows is the loss of an image, from its target and a total of its cosines to other identities. A pass over the
+    # slots makes that total without ever holding all of these cosines.
+
+    @property
+    def weigh(self) -> Callable[[Tensor], Tensor] | None:
+        """From the logits of other identities, s · cosine, to their weights: the loss's gradient to them. None: their softmax."""
+        return None
+
+    @property
+    def own_target(self) -> float:
+        """The target of an image that is its own class weight. It has no margin and no gradient."""
+        return 1.0
+
+    def total(self, cosine: Tensor) -> Tensor:
+        """Of cosines (…, A) to other identities, (…): log Σ exp(s · cosine). Those of -inf do not count."""
+        return (self.scale * self.filtered(cosine)).logsumexp(-1)
+
+    def joined(self, total: Tensor, other: Tensor) -> Tensor:
+        """The total of two sets of identities, from those of each."""
+        return torch.logaddexp(total, other)
+
+    def standing_for(self, total: Tensor, ratio: float) -> Tensor:
+        """The total of ``ratio`` times as many identities that are as those that were counted."""
+        return total + math.log(ratio)
+
+    def loss(self, target: Tensor, total: Tensor) -> Tensor:
+        """Losses (…) of images, from their targets and their totals."""
+        target = self.scale * target
+        return torch.logaddexp(total, target) - target
+
+
+@dataclass(frozen=True)
+class SFace(Margin):
+    """Sigmoid-constrained hypersphere loss (Zhong et al., IEEE TIP 2021), loss = Σ s·w(θ_j)·cos θ_j − s·v(θ)·cos θ.
+
+    An image is pulled to its own class with v = 1 / (1 + exp(−k (θ − a))), which ends where the angle is a, and pushed off each
+    other one with w = 1 / (1 + exp(k (θ_j − b))), which ends where that is b: so wrong labels are not learnt to the end. Both
+    weights are constants to the gradient; they are not a softmax, so that no class weighs less because others are nearer.
+
+    Attributes:
+        angular: a in radians; 0.9 as published for MS1MV2, 0.87 for CASIA-WebFace.
+        additive: b in radians; 1.2 as published.
+    """
+
+    slope = 80.0  # k
+
+    def scaled(self, scale: float, share: float) -> "SFace":
+        """With another scale. Where the pull ends does not change during a training."""
+        return replace(self, scale=scale)
+
+    def target(self, cosine: Tensor, quality: Tensor | None = None) -> Tensor:
+        weight = torch.sigmoid(self.slope * (_angle(cosine.detach()) - self.angular))
+        return weight * cosine
+
+    @property
+    def weigh(self) -> Callable[[Tensor], Tensor]:
+        return lambda logits: torch.sigmoid(self.slope * (self.additive - _angle(logits / self.scale)))
+
+    @property
+    def own_target(self) -> float:
+        return 0.0
+
+    def total(self, cosine: Tensor) -> Tensor:
+        logits = torch.where(cosine.isneginf(), 0.0, self.scale * self.filtered(cosine))  # 0 adds nothing, whatever it weighs
+        return (self.weigh(logits.detach()) * logits).sum(-1)
+
+    def joined(self, total: Tensor, other: Tensor) -> Tensor:
+        return total + other
+
+    def standing_for(self, total: Tensor, ratio: float) -> Tensor:
+        return ratio * total
+
+    def loss(self, target: Tensor, total: Tensor) -> Tensor:
+        return total - self.scale * target
+
+
+def margin_loss(cosine: Tensor, labels: Tensor, margin: Margin, quality: Tensor | None = None) -> Tensor:
+    """Losses (B,) of cosines (B, A), of which the labelled ones, int64 (B,), are to the own class."""
+    own = cosine.gather(1, labels[:, None])[:, 0]
+    others = cosine.scatter(1, labels[:, None], -torch.inf)
+    return margin.loss(margin.target(own, quality), margin.total(others))
+
+
+def _angle(cosine: Tensor) -> Tensor:
+    return torch.acos(cosine.clamp(-1, 1))
 
 
 def _sine(cosine: Tensor) -> Tensor:

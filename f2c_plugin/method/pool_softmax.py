@@ -11,7 +11,7 @@ Rabe and Staats, arXiv 2112.05682.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -49,13 +49,13 @@ class PoolSoftmax(NamedTuple):
     """The result of one pass over the slots, for each of B probes.
 
     Attributes:
-        log_sum_exp: (B,) of s·cos over the slots, with gradient to the probes.
+        total: (B,) log Σ exp(s·cos) over the slots, or what ``weigh`` makes of it; with gradient to the probes.
         hardest: int64 (B, h) the slots of the largest cosines.
         hardest_cosine: (B, h) these cosines, without gradient; LEFT_OUT / s where there are fewer slots.
         logits: (K', W·B) for ``learn``, if they are kept.
     """
 
-    log_sum_exp: Tensor
+    total: Tensor
     hardest: Tensor
     hardest_cosine: Tensor
     logits: Tensor | None = None
@@ -64,7 +64,8 @@ class PoolSoftmax(NamedTuple):
 def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: Number, num_hardest: int,
                  filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
                  first_slot: int = 0, own_slot: Tensor | None = None, fused: bool = True,
-                 all_probes: Tensor | None = None, keep_logits: bool = False) -> PoolSoftmax:
+                 all_probes: Tensor | None = None, keep_logits: bool = False,
+                 weigh: Callable[[Tensor], Tensor] | None = None) -> PoolSoftmax:
     """Compare probes with one row of every slot, except those that are left out.
 
     Args:
@@ -82,38 +83,42 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: N
         fused: whether to use the fused kernels where they run.
         all_probes: (W·B, D) those of all ranks, if they are gathered already.
         keep_logits: whether slots will learn: the logits are kept, if they are few.
+        weigh: from logits s·cos to weights that do without a softmax: the total is then Σ weight·s·cos, and its gradient takes
+            the weights as constants. There is no fused kernel for it.
     """
     if all_probes is None:
         all_probes = shard.gather(probes.detach()).flatten(0, 1)
     dtype = dtype or probes.dtype
-    kernels = _kernels(probes, dtype, fused)
+    kernels = _kernels(probes, dtype, fused and weigh is None)
     threshold = float(scale) * filter_threshold if filter_threshold > 0 else 0.0
     task = all_probes * scale, rows, left_out, own_slot, first_slot, threshold, num_hardest, dtype
     kept = None
     if keep_logits and not kernels and not threshold and are_kept(len(rows) * len(all_probes), rows.device.type):
         kept = all_probes.new_empty(len(rows), len(all_probes))
-    log_sum_exp, mean_row, hardest, values = kernels.one_pass(*task) if kernels else _one_pass(*task, kept)
+    total, mean_row, hardest, values = kernels.one_pass(*task) if kernels else _one_pass(*task, kept, weigh)
     if shard.world_size > 1:
         local = slice(shard.rank * len(probes), (shard.rank + 1) * len(probes))
-        every = shard.gather(log_sum_exp)  # (W, W·B)
-        total = every.logsumexp(0)
-        mean_row = shard.sum(mean_row * (log_sum_exp - total).exp()[:, None])[local]
-        log_sum_exp = total[local]
+        every = shard.gather(total)  # (W, W·B)
+        if weigh is None:
+            mean_row = mean_row * (total - every.logsumexp(0)).exp()[:, None]
+        mean_row = shard.sum(mean_row)[local]
+        total = (every.sum(0) if weigh else every.logsumexp(0))[local]
         found = torch.stack([hardest + first_slot, values.double()])  # float64 holds both exactly
         numbers, values = shard.gather(found)[:, :, local].movedim(0, 2).flatten(2)  # (B, W·h) each
         values, best = values.to(probes.dtype).topk(num_hardest, dim=1)
         hardest = numbers.gather(1, best).long()
-    return PoolSoftmax(with_gradient(probes, log_sum_exp, scale * mean_row), hardest, values / scale, kept)
+    return PoolSoftmax(with_gradient(probes, total, scale * mean_row), hardest, values / scale, kept)
 
 
 @torch.no_grad()
 def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, own_slot: Tensor, own_gradient: Tensor,
           scale: Number, rate: Number, filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
-          first_slot: int = 0, fused: bool = True, seed: Number = 0, logits: Tensor | None = None) -> None:
+          first_slot: int = 0, fused: bool = True, seed: Number = 0, logits: Tensor | None = None,
+          weigh: Callable[[Tensor], Tensor] | None = None) -> None:
     """A step of plain SGD of the class weights, in place: the mean of the probes' losses falls at ``rate``.
 
-    The gradient of a probe's loss to its cosine to a slot is s · exp(s·cos − log denominator), or what is given for its own
-    slot. So a class weight's gradient is the sum of these times the probes, less its part along the weight, over the
+    The gradient of a probe's loss to its cosine to a slot is s · exp(s·cos − log denominator), or, with ``weigh``, s · its weight
+    · exp(−log denominator), or what is given for its own slot. So a class weight's gradient is the sum of these times the probes, less its part along the weight, over the
     weight's length. Probes that are not finite are left out.
 
     Args:
@@ -123,7 +128,7 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
         log_denominator: (B,) of this rank's.
         own_slot: int64 (W·B,) the slot, of all ranks' slots, of each probe's identity.
         own_gradient: (B,) of the loss of this rank's probes to their cosine to that, over s.
-        scale, filter_threshold, dtype, shard, first_slot, fused: as of ``pool_softmax``.
+        scale, filter_threshold, dtype, shard, first_slot, fused, weigh: as of ``pool_softmax``.
         seed: of the fused kernel's rounding; another one in each step.
         logits: (K', W·B) what ``pool_softmax`` has kept, if it has; used up.
     """
@@ -137,7 +142,7 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
     dtype = dtype or probes.dtype
     rate = rate * scale / (lift * len(probes))
     factors = probes.to(dtype)
-    if kernels := _kernels(probes, dtype, fused):
+    if kernels := _kernels(probes, dtype, fused and weigh is None):
         return kernels.learn(rows, lengths, factors, log_denominator, own_slot, own_gradient, scale, rate, seed,
                              filter_threshold, first_slot)
     queries = (probes * scale).to(dtype)
@@ -147,7 +152,8 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
         row = rows[chunk].to(probes.dtype)
         here, slots_last = _logits(queries, row.to(dtype), None) if logits is None else (logits[chunk], False)
         filtered = here > scale * filter_threshold if filter_threshold > 0 else None
-        softmax = here.sub_((log_denominator[:, None] if slots_last else log_denominator).to(here.dtype)).exp_()
+        less = (log_denominator[:, None] if slots_last else log_denominator).to(here.dtype)
+        softmax = here.sub_(less).exp_() if weigh is None else weigh(here).mul_(less.neg().exp_())
         if filtered is not None:
             softmax.masked_fill_(filtered, 0)
         _set_own(softmax, slots_last, own_slot, first_slot + chunk.start, own_gradient)
@@ -219,13 +225,13 @@ def _set_own(logits: Tensor, slots_last: bool, own_slot: Tensor, first: int, val
 
 
 def _one_pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: Tensor | None, first_slot: int,
-              filter_threshold: float, num_hardest: int, dtype: torch.dtype,
-              kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log-sum-exp (B,), softmax · rows (B, D), indices (B, h) and values (B, h) of the largest logits).
+              filter_threshold: float, num_hardest: int, dtype: torch.dtype, kept: Tensor | None = None,
+              weigh: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(total (B,), softmax or weights · rows (B, D), indices (B, h) and values (B, h) of the largest logits).
 
     On the CPU the logits go into ``kept`` (K', B), too.
     """
-    log_sum_exp = queries.new_full((len(queries),), -torch.inf)
+    total = queries.new_full((len(queries),), -torch.inf if weigh is None else 0.0)
     mean_row = torch.zeros_like(queries)
     values = [queries.new_full((num_hardest, len(queries)), LEFT_OUT)]  # of each chunk
     hardest = [torch.zeros_like(values[0], dtype=torch.int64)]
@@ -243,22 +249,25 @@ def _one_pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: 
 
         if slots_last:
             top, where = (found.T for found in logits.topk(min(num_hardest, logits.size(1))))  # (h, B)
-            softmax = logits.softmax(1)
-            largest = softmax.gather(1, where[0, :, None])[:, 0]
         else:
             top, where = largest_of_columns(logits, num_hardest)  # (h, B)
-            softmax = logits.softmax(0)
-            largest = softmax.gather(0, where[:1])[0]
-        here = top[0] - largest.to(queries.dtype).log()  # log-sum-exp of this chunk
+        dim = int(slots_last)
+        if weigh is None:
+            weights = logits.softmax(dim)
+            largest = weights.gather(dim, where[:1].movedim(0, dim)).squeeze(dim)
+            here = top[0] - largest.to(queries.dtype).log()  # log-sum-exp of this chunk
+            before, total = total, torch.logaddexp(total, here)
+            mean_row *= (before - total).exp()[:, None]
+            share = (here - total).exp()[:, None]
+        else:
+            weights = weigh(logits).masked_fill_(logits == LEFT_OUT, 0)
+            total = total + (weights * logits).sum(dim).to(queries.dtype)
+            share = 1.0
         if filtered is not None:
-            softmax.masked_fill_(filtered, 0)  # a constant has no gradient
-
-        total = torch.logaddexp(log_sum_exp, here)
-        mean_row *= (log_sum_exp - total).exp()[:, None]
-        by_probe = (softmax if slots_last else softmax.T).to(dtype)
-        mean_row += (by_probe @ part).to(queries.dtype) * (here - total).exp()[:, None]  # (B, C) @ (C, D)
-        log_sum_exp = total
+            weights.masked_fill_(filtered, 0)  # a constant has no gradient
+        by_probe = (weights if slots_last else weights.T).to(dtype)
+        mean_row += (by_probe @ part).to(queries.dtype) * share  # (B, C) @ (C, D)
         values.append(top.to(queries.dtype))
         hardest.append(where + chunk.start)
     largest, best = torch.cat(values).topk(num_hardest, dim=0)
-    return log_sum_exp, mean_row, torch.cat(hardest).gather(0, best).T, largest.T
+    return total, mean_row, torch.cat(hardest).gather(0, best).T, largest.T

@@ -5,7 +5,6 @@ Weights of evicted identities are kept outside the GPU and come back with their 
 layer whose negatives are the K identities seen last.
 """
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,21 +153,24 @@ def resident_loss(probes: Tensor, all_probes: Tensor, own: slice, arrival: Arriv
     """
     dtype = torch.get_autocast_dtype(probes.device.type) if autocast else probes.dtype
     is_first = arrival.is_first[own]
-    absent = math.log((pool.num_identities - 1) / (pool.num_slots - 1)) if pool.num_slots > 1 else 0.0
+    ratio = (pool.num_identities - 1) / (pool.num_slots - 1) if pool.num_slots > 1 else 1.0
 
     with torch.enable_grad():
         leaf = probes.detach().requires_grad_()
         others = pool_softmax(leaf, pool.rows[0], None, margin.scale, 1, margin.filter_threshold, dtype, pool.shard,
-                              pool.first, arrival.slot, pool.fused, all_probes, keep_logits=True)
+                              pool.first, arrival.slot, pool.fused, all_probes, keep_logits=True, weigh=margin.weigh)
         positive = (leaf * arrival.rows[own].to(leaf.dtype)).sum(1)
-        # The first image's is 1, of itself, and has no gradient.
-        target = margin.scale * margin.target(positive, quality).masked_fill(is_first, 1.0)
-        total = torch.logaddexp(others.log_sum_exp + absent, target)
-        loss = (total - target).mean()
-        gradient, to_positive = torch.autograd.grad(loss, [leaf, positive])
+        # The first image's is that of itself, and has no gradient.
+        target = margin.target(positive, quality).masked_fill(is_first, margin.own_target)
+        loss = margin.loss(target, margin.standing_for(others.total, ratio)).mean()
+        gradient, to_positive, to_total = torch.autograd.grad(loss, [leaf, positive, others.total])
     with torch.no_grad():
         own_gradient = len(probes) / margin.scale * to_positive
-        learn(pool.rows[0], pool.lengths.rows[0], all_probes, total - absent, arrival.slot, own_gradient, margin.scale, rate,
-              margin.filter_threshold, dtype, pool.shard, pool.first, pool.fused, seed, others.logits)
+        # What a slot weighs is what it weighs in the total times what the total does in the loss.
+        log_denominator = -(len(probes) * to_total).log()
+        if margin.weigh is None:
+            log_denominator += others.total
+        learn(pool.rows[0], pool.lengths.rows[0], all_probes, log_denominator, arrival.slot, own_gradient, margin.scale, rate,
+              margin.filter_threshold, dtype, pool.shard, pool.first, pool.fused, seed, others.logits, margin.weigh)
         positive_cosine = positive.masked_fill(is_first, 0).sum() / (~is_first).sum()
     return ResidentLoss(loss.detach(), gradient, positive_cosine, others.hardest_cosine.mean())

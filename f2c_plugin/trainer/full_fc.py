@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
-from f2c_plugin.method.margin import ImageQuality, Margin
+from f2c_plugin.method.margin import ImageQuality, margin_loss
 from f2c_plugin.method.schedule import Schedule
 
 
@@ -34,7 +34,7 @@ class FullFC(nn.Module):
         margin = self.schedule.margin_at(self.steps)
         self.steps += 1
         quality = self.quality(local_embeddings) if self.quality else None
-        return margin_softmax(cosine, local_labels, margin, quality)
+        return margin_loss(cosine, local_labels, margin, quality).mean()
 
     @torch.no_grad()
     def put_class_weights(self, identities: Tensor, weights: Tensor) -> None:
@@ -44,9 +44,3 @@ class FullFC(nn.Module):
     def continue_at(self, step: int) -> None:
         """Count on from ``step`` batches."""
         self.steps = step
-
-
-def margin_softmax(cosine: Tensor, labels: Tensor, margin: Margin, quality: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of s · cosines (B, K) with the margin on the labelled columns, scalar."""
-    target = margin.target(cosine.gather(1, labels[:, None])[:, 0], quality)  # (B,)
-    return cross_entropy(margin.scale * margin.filtered(cosine).scatter(1, labels[:, None], target[:, None]), labels)

@@ -11,7 +11,7 @@ import torch.multiprocessing as multiprocessing
 from torch import distributed, nn
 from torch.nn.functional import normalize
 
-from f2c_plugin import Margin, build_head
+from f2c_plugin import Margin, SFace, build_head
 from f2c_plugin.errors import ConfigError, InputError
 from f2c_plugin.method import pool_softmax
 from f2c_plugin.method.kept_weights import KeptWeights
@@ -20,7 +20,8 @@ from tests.reference.resident import SlowResident
 
 NUM_IDENTITIES, NUM_SLOTS, BATCH, STEPS, SIZE = 40, 14, 12, 30, 6
 MARGINS = {"CosFace": Margin(16.0, additive=0.3), "ArcFace": Margin(16.0, angular=0.4),
-           "filtered": Margin(16.0, additive=0.2, filter_threshold=0.3), "AdaFace": Margin(16.0, additive=0.3, adaptive=True)}
+           "filtered": Margin(16.0, additive=0.2, filter_threshold=0.3), "AdaFace": Margin(16.0, additive=0.3, adaptive=True),
+           "SFace": SFace(16.0, 0.9, 1.2), "SFace, filtered": SFace(16.0, 0.9, 1.4, filter_threshold=0.3)}
 
 
 def make_head(margin=MARGINS["CosFace"], **keys):
@@ -86,7 +87,7 @@ def run_rank(rank, world_size, folder, margin, state):
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size, margin", [(2, "CosFace"), (3, "AdaFace")])
+@pytest.mark.parametrize("world_size, margin", [(2, "CosFace"), (3, "AdaFace"), (2, "SFace")])
 def test_ranks_that_share_the_slots_equal_one_rank_and_a_state_loads_on_any_number_of_them(tmp_path, world_size, margin):
     alone = make_head(MARGINS[margin])
     expected = [(loss := alone(*batch), torch.autograd.grad(loss, batch[0])[0]) for batch in batches()]

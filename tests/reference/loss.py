@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.reference.margin import slow_target
+from tests.reference.margin import slow_image_loss
 
 
 def slow_loss(embeddings, labels, rows, two_keys, margin, num_hard_negatives, qualities=None):
@@ -21,18 +21,12 @@ def slow_loss(embeddings, labels, rows, two_keys, margin, num_hard_negatives, qu
     for view in rows[0], second_view:
         positives, negatives = [], []
         for embedding, label, quality in zip(embeddings, labels.tolist(), qualities or [None] * len(labels), strict=True):
-            cosines = []
-            for slot, feature in enumerate(view):
-                cosine = embedding @ feature / embedding.norm()
-                if margin.filter_threshold and slot != label and cosine > margin.filter_threshold:
-                    cosine = cosine * 0
-                cosines.append(cosine)
+            cosines = [embedding @ feature / embedding.norm() for feature in view]
             if label >= 0:
-                cosines[label] = slow_target(cosines[label], margin, quality)
-                logits = margin.scale * torch.stack(cosines)
-                positives.append(torch.logsumexp(logits, 0) - logits[label])
+                positives.append(slow_image_loss(cosines, label, margin, quality))
             else:
-                hardest = sorted(cosines, key=lambda cosine: cosine.item(), reverse=True)[:num_hard_negatives]
+                kept = [cosine * 0 if margin.filter_threshold and cosine > margin.filter_threshold else cosine for cosine in cosines]
+                hardest = sorted(kept, key=lambda cosine: cosine.item(), reverse=True)[:num_hard_negatives]
                 negatives += [cosine.clamp_min(0) for cosine in hardest]
         if positives:
             total = total + sum(positives) / len(positives)

@@ -1,11 +1,9 @@
 """Resident classes step by step: a dict for the pool, one matrix of logits, autograd for every gradient."""
 
-import math
-
 import torch
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
-from tests.reference.margin import SlowQuality, slow_target
+from tests.reference.margin import SlowQuality, slow_image_loss
 
 
 class SlowResident:
@@ -29,14 +27,10 @@ class SlowResident:
         first_images = self.admit(labels.tolist(), probes.detach())
         weights = torch.stack(self.weights).requires_grad_()
         cosine = probes @ normalize(weights).T
-        absent = math.log((self.num_identities - 1) / (self.num_slots - 1)) / margin.scale
-        logits = margin.filtered(cosine) + absent
-        target = torch.tensor([self.slots[identity] for identity in labels.tolist()])
-        own = [slow_target(row[slot], margin, quality)
-               for row, slot, quality in zip(cosine, target.tolist(), self.quality(embeddings), strict=True)]
-        for image in first_images:
-            own[image] = probes[image] @ probes[image].detach()
-        loss = cross_entropy(margin.scale * logits.scatter(1, target[:, None], torch.stack(own)[:, None]), target)
+        ratio = (self.num_identities - 1) / (self.num_slots - 1)
+        losses = [slow_image_loss(list(cosine[image]), self.slots[identity], margin, quality, ratio, image in first_images)
+                  for image, (identity, quality) in enumerate(zip(labels.tolist(), self.quality(embeddings), strict=True))]
+        loss = torch.stack(losses).mean()
         gradient, = torch.autograd.grad(loss, weights, retain_graph=True)
         self.weights = list(weights.detach() - rate * gradient)
         return loss
