@@ -24,6 +24,7 @@ class TrainConfig(EasyDict):
 
 PREFIX = "f2c_"
 RECIPES = ("resident", "paper")
+DCQ = "dcq"  # a head of its own, with its own recipe
 MARGINS = ("arcface", "cosface", "adaface", "sface")
 KEPT_WEIGHTS = ("memory", "file")
 POOL_DTYPES = ("float32", "bfloat16", "float16")
@@ -49,7 +50,12 @@ class F2CConfig:
         symmetric: whether a step does both half-steps. If not, it does the second only, with half of
             the batch as probes. Recipe "paper".
         identity_rate: share of a batch that the identity-based loader fills with pairs. None is 2/3 with the recipe
-            "paper", and no pairs with "resident".
+            "paper", no pairs with "resident", and nothing else with ``head = "dcq"``.
+        sub_centers: class weights of an identity, of which the one nearest to an image counts. Recipe "resident", and
+            ``head = "softmax"``.
+        forget_rate: share of the images that get no loss, because their labels may be wrong: those with the largest losses of
+            the gallery net. Recipe "resident", which has a gallery net for it.
+        queue_size: class weights in the queue of ``head = "dcq"``, which replaces recipe and pool rate.
         hard_negatives: h for each probe outside the pool. None derives it from the pool's size. Recipe "paper".
         pool_dtype: "float32", "bfloat16" or "float16", in which the pool keeps its rows.
         shard_pool: whether the ranks share the slots' rows, instead of each holding all of them. With the recipe
@@ -75,6 +81,9 @@ class F2CConfig:
     momentum: float = 0.99
     symmetric: bool = True
     identity_rate: float | None = None
+    sub_centers: int = 1
+    forget_rate: float = 0.0
+    queue_size: int = 8192
     hard_negatives: int | None = None
     pool_dtype: str = "float32"
     shard_pool: bool = False
@@ -97,14 +106,20 @@ class F2CConfig:
         cfg = {key: plain(value) for key, value in cfg.items()}
         if found := problems(cfg, world_size):
             raise ConfigError("\n".join(found))
-        return cls(**{field.name: cfg[PREFIX + field.name] for field in fields(cls) if PREFIX + field.name in cfg})
+        return cls.of(cfg)
+
+    @classmethod
+    def of(cls, cfg: Config) -> "F2CConfig":
+        """The settings of a config whose keys are right. Those of ``head = "dcq"`` have the recipe "dcq"."""
+        settings = {field.name: cfg[PREFIX + field.name] for field in fields(cls) if PREFIX + field.name in cfg}
+        return cls(**settings | (dict(recipe=DCQ) if cfg.get("head") == DCQ else {}))
 
     @property
     def share_of_pairs(self) -> float:
         """Share of a batch that the identity-based loader fills, 0 to 1."""
         if self.identity_rate is not None:
             return self.identity_rate
-        return 0.0 if self.recipe == "resident" else 2 / 3
+        return {"resident": 0.0, "paper": 2 / 3, DCQ: 1.0}[self.recipe]
 
     def num_slots(self, num_identities: int) -> int:
         """K for a training set of ``num_identities``."""
@@ -181,6 +196,7 @@ _KEYS = {
     "f2c_symmetric": _FLAG, "f2c_skip_damaged": _FLAG, "f2c_shard_pool": _FLAG, "f2c_fused": _FLAG,
     "f2c_save_every": _POSITIVE_INT_OR_NONE, "f2c_max_bad_steps": _POSITIVE_INT, "f2c_hard_negatives": _POSITIVE_INT_OR_NONE,
     "f2c_identity_rate": _Values((int, float, type(None)), lambda v: v is None or 0 <= v <= 1, "from 0 to 1, or None"),
+    "f2c_queue_size": _POSITIVE_INT, "f2c_sub_centers": _POSITIVE_INT, "f2c_forget_rate": _UNIT_INTERVAL_OPEN,
     "f2c_margin": _one_of(*MARGINS, None),
     "f2c_kept_weights": _one_of(*KEPT_WEIGHTS), "f2c_export": _one_of(*EXPORTS),
     "f2c_pool_dtype": _one_of(*POOL_DTYPES), "f2c_recipe": _one_of(*RECIPES),
@@ -217,15 +233,18 @@ _TOGETHER = ("f2c_pool_rate", "f2c_recipe", "f2c_identity_rate")  # keys without
 def _problems_together(good: Config, unclear: bool, world_size: int) -> Iterator[str]:
     """What is wrong with F²C's keys together, given those that are right by themselves."""
     batch, classes = good.get("batch_size"), good.get("num_classes")
-    settings = F2CConfig(**{key.removeprefix(PREFIX): good[key] for key in _TOGETHER if key in good})
+    settings = F2CConfig.of({key: good[key] for key in ("head", *_TOGETHER) if key in good})
     is_resident = settings.recipe == "resident"
-    if is_resident and good.get(PREFIX + "export", "probe") != "probe":
+    for key, default in (("sub_centers", 1), ("forget_rate", 0)):
+        if not is_resident and good.get(PREFIX + key, default) != default:
+            yield f"{PREFIX}{key}={good[PREFIX + key]}: only the recipe 'resident' has it: leave it out"
+    if is_resident and good.get(PREFIX + "export", "probe") != "probe" and not good.get(PREFIX + "forget_rate"):
         yield (f"{PREFIX}export={good[PREFIX + 'export']!r}: the recipe 'resident' has no gallery net: leave it out, or set "
                f"{PREFIX}recipe='paper'")
     if batch and batch % 2 and not (is_resident and not settings.share_of_pairs):
         nearest = "2" if batch < 2 else f"{batch - 1} or {batch + 1}"
         yield f"batch_size={batch}: F²C splits a batch into two halves, gallery and probe: make it even, {nearest}"
-    if not batch or not classes or unclear:
+    if not batch or not classes or unclear or settings.recipe == DCQ:
         return
     slots = settings.num_slots(classes)
     gathered = min((batch if is_resident else batch // 2) * world_size, classes)

@@ -10,6 +10,7 @@ from f2c_plugin.errors import ConfigError
 from f2c_plugin.evaluation.model_selection import select_net, verify
 from f2c_plugin.evaluation.monitor import Monitor
 from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.method.dcq import DCQHead
 from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.head import F2CHead
 from f2c_plugin.method.pool_head import PoolHead
@@ -62,3 +63,7 @@ class ArcFaceTorchResidentHead(ArcFaceTorchHead, ResidentHead):
 
 class ArcFaceTorchF2CHead(ArcFaceTorchHead, F2CHead):
     """The published head in arcface_torch."""
+
+
+class ArcFaceTorchDCQHead(ArcFaceTorchHead, DCQHead):
+    """DCQ in arcface_torch."""

@@ -1,4 +1,4 @@
-"""The factories behind the entry points ``f2c_dcp`` (head) and ``f2c_dual`` (loader). They read arcface_torch's config."""
+"""The factories behind the entry points ``f2c_dcp``, ``dcq`` (heads) and ``f2c_dual`` (loader), from arcface_torch's config."""
 
 import logging
 from pathlib import Path
@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from f2c_plugin.arcface_torch.adapter import ArcFaceTorchF2CHead, ArcFaceTorchHead, ArcFaceTorchResidentHead
+from f2c_plugin.arcface_torch.adapter import (
+    ArcFaceTorchDCQHead,
+    ArcFaceTorchF2CHead,
+    ArcFaceTorchHead,
+    ArcFaceTorchResidentHead,
+)
 from f2c_plugin.build import CombinedMargin, build_head, margin_from
 from f2c_plugin.config import Config, F2CConfig
 from f2c_plugin.data.from_config import record_loader, steps_per_epoch
@@ -19,7 +24,10 @@ log = logging.getLogger(__name__)
 
 
 def f2c_dcp(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcFaceTorchHead:
-    """Head factory, group ``arcface_torch.heads``, for a backbone on its device and in DDP. Raises ConfigError."""
+    """Head factory, group ``arcface_torch.heads``, for a backbone on its device and in DDP. Raises ConfigError.
+
+    As ``dcq`` it makes DCQ's head, because ``config.head`` says so.
+    """
     head = _head(cfg, backbone, margin_loss)
     initialize(cfg, backbone, head, resumed=bool(cfg.get("resume")))
     return head
@@ -38,10 +46,11 @@ def _head(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcF
         margin=margin_from(margin_loss, settings.margin),
         pool_rate=settings.pool_rate, pool_dtype=getattr(torch, settings.pool_dtype), recipe=settings.recipe,
         kept_weights=folder, shard_pool=settings.shard_pool, momentum=settings.momentum, symmetric=settings.symmetric,
-        num_hard_negatives=settings.hard_negatives, seed=cfg.get("seed") or 0, gradient_acc=cfg.get("gradient_acc", 1),
+        num_hard_negatives=settings.hard_negatives, sub_centers=settings.sub_centers, forget_rate=settings.forget_rate,
+        queue_size=settings.queue_size, seed=cfg.get("seed") or 0, gradient_acc=cfg.get("gradient_acc", 1),
         autocast=bool(cfg.get("fp16")), hook=True, pretrained=settings.init is not None,
         fused=settings.fused,
-        classes=(ArcFaceTorchResidentHead, ArcFaceTorchF2CHead))
+        classes=(ArcFaceTorchResidentHead, ArcFaceTorchF2CHead, ArcFaceTorchDCQHead))
     assert isinstance(head, ArcFaceTorchHead)
     head.configure(cfg, settings, total_steps)
     log.info("F²C head: a pool of %d slots for %d identities, %.1f MB on every rank; recipe %r", head.pool.num_slots,

@@ -9,7 +9,7 @@ import torch
 from f2c_plugin.errors import TrainingDiverged
 from f2c_plugin.method.pool_head import StepStatistics
 from f2c_plugin.method.resident import ResidentPool
-from f2c_plugin.method.slots import NOT_IN_POOL, Slots
+from f2c_plugin.method.slots import NOT_IN_POOL, SlotTable
 from f2c_plugin.utils.tensorboard import ScalarWriter
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Monitor:
         self._best_cosine = -1.0
         self._warned: set[str] = set()
 
-    def update(self, step: int, statistics: StepStatistics, pool: Slots, num_writes: int) -> None:
+    def update(self, step: int, statistics: StepStatistics, pool: SlotTable, num_writes: int) -> None:
         """Record a step, counted from 1, that wrote ``num_writes`` features over all ranks. Raises TrainingDiverged."""
         self._steps.append(statistics)
         if step % self.frequent:
@@ -66,7 +66,7 @@ class Monitor:
                                    f"(f2c_max_bad_steps={self.max_bad_steps}): resume from an earlier checkpoint with a "
                                    "smaller lr or fp16=False")
 
-    def _read(self, pool: Slots, num_writes: int) -> dict[str, float]:
+    def _read(self, pool: SlotTable, num_writes: int) -> dict[str, float]:
         names = [name for name in vars(self._steps[0]) if name != "finite"]
         taken = pool.slot_identity != NOT_IN_POOL
         age = torch.where(taken, pool.clock - pool.last_used, 0).sum() / taken.sum() / num_writes
@@ -78,7 +78,7 @@ class Monitor:
         values = torch.stack([*averages, pool.fill(), age]).tolist()  # waits for the GPU
         return dict(zip([*names, "pool_fill", "age"], values, strict=True))
 
-    def _judge(self, values: dict[str, float], pool: Slots) -> None:
+    def _judge(self, values: dict[str, float], pool: SlotTable) -> None:
         if values["not_finite"]:
             log.warning("%d features were not finite and were not written into the pool: try a smaller lr or "
                         "fp16=False", values["not_finite"])

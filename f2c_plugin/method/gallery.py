@@ -28,6 +28,7 @@ class GalleryNet(nn.Module):
         super().__init__()
         check_copyable(probe_net)
         self.net = deepcopy(probe_net).requires_grad_(False)
+        self.last_followed: int = 0  # the step before which it last followed
         self.train()
 
     def train(self, mode: bool = True):
@@ -40,6 +41,12 @@ class GalleryNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, D) of images (B, 3, H, W). Raises InputError if the net returns something else."""
         return embeddings_in(self.net(images))
+
+    def follow_at(self, step: int, probe_net: nn.Module, momentum: float, gradient_acc: int = 1) -> None:
+        """Before batch ``step``, counted from 0: follow the probe net if an optimizer step has come since."""
+        if step > self.last_followed and step % gradient_acc == 0:
+            self.follow(probe_net, momentum)
+            self.last_followed = step
 
     @torch.no_grad()
     def follow(self, probe_net: nn.Module, momentum: float):

@@ -84,7 +84,7 @@ class Margin:
 
     @property
     def weigh(self) -> Callable[[Tensor], Tensor] | None:
-        """From the logits of other identities, s · cosine, to their weights: the loss's gradient to them. None: their softmax."""
+        """From logits s · cosine of other identities to their weights, the loss's gradient to them; None: their softmax."""
         return None
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from f2c_plugin.errors import InputError
 from f2c_plugin.method.margin import ImageQuality, Margin
 from f2c_plugin.method.schedule import Schedule
-from f2c_plugin.method.slots import Slots
+from f2c_plugin.method.slots import SlotTable
 from f2c_plugin.utils.distributed import this_rank
 from f2c_plugin.utils.inputs import unwrapped
 from f2c_plugin.utils.replay import Number, Replay
@@ -44,7 +44,7 @@ class StepStatistics:
 class StepObserver(Protocol):
     """Receives the statistics of every step, as ``Monitor`` does."""
 
-    def update(self, step: int, statistics: StepStatistics, pool: Slots, num_writes: int) -> None: ...
+    def update(self, step: int, statistics: StepStatistics, pool: SlotTable, num_writes: int) -> None: ...
 
 
 class PoolHead(nn.Module):
@@ -63,7 +63,7 @@ class PoolHead(nn.Module):
         monitor: receives the statistics of every step, if set.
     """
 
-    def __init__(self, backbone: nn.Module, pool: Slots, schedule: Schedule, autocast: bool = False):
+    def __init__(self, backbone: nn.Module, pool: SlotTable, schedule: Schedule, autocast: bool = False):
         super().__init__()
         # Kept in a tuple so that the probe net is not registered as a submodule.
         self._probe_net = (unwrapped(backbone),)

@@ -66,12 +66,12 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: N
                  first_slot: int = 0, own_slot: Tensor | None = None, fused: bool = True,
                  all_probes: Tensor | None = None, keep_logits: bool = False,
                  weigh: Callable[[Tensor], Tensor] | None = None) -> PoolSoftmax:
-    """Compare probes with one row of every slot, except those that are left out.
+    """Compare probes with every slot, except those that are left out. Of several rows of a slot the nearest counts.
 
     Args:
         probes: (B, D) unit vectors, float32 or float64.
-        rows: (K', D) unit vectors of this rank's slots.
-        left_out: bool (K',) for all probes; None leaves out none.
+        rows: (K', D) or (R, K', D) unit vectors of this rank's slots. There are fused kernels for one row.
+        left_out: bool (K',) or (R, K') rows that do not count for any probe; None leaves out none.
         scale: s.
         num_hardest: h.
         filter_threshold: cosines above it count as 0; 0 is off.
@@ -89,12 +89,15 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: N
     if all_probes is None:
         all_probes = shard.gather(probes.detach()).flatten(0, 1)
     dtype = dtype or probes.dtype
-    kernels = _kernels(probes, dtype, fused and weigh is None)
+    rows = rows if rows.dim() == 3 else rows[None]
+    kernels = _kernels(probes, dtype, fused and weigh is None and len(rows) == 1)
     threshold = float(scale) * filter_threshold if filter_threshold > 0 else 0.0
-    task = all_probes * scale, rows, left_out, own_slot, first_slot, threshold, num_hardest, dtype
+    table = (rows[0], left_out) if kernels else (rows, left_out)
+    task = all_probes * scale, *table, own_slot, first_slot, threshold, num_hardest, dtype
     kept = None
-    if keep_logits and not kernels and not threshold and are_kept(len(rows) * len(all_probes), rows.device.type):
-        kept = all_probes.new_empty(len(rows), len(all_probes))
+    num_logits = rows.size(1) * len(all_probes)
+    if keep_logits and not kernels and not threshold and len(rows) == 1 and are_kept(num_logits, rows.device.type):
+        kept = all_probes.new_empty(rows.size(1), len(all_probes))
     total, mean_row, hardest, values = kernels.one_pass(*task) if kernels else _one_pass(*task, kept, weigh)
     if shard.world_size > 1:
         local = slice(shard.rank * len(probes), (shard.rank + 1) * len(probes))
@@ -114,21 +117,22 @@ def pool_softmax(probes: Tensor, rows: Tensor, left_out: Tensor | None, scale: N
 def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor, own_slot: Tensor, own_gradient: Tensor,
           scale: Number, rate: Number, filter_threshold: float = 0.0, dtype: torch.dtype | None = None, shard: Shard = WHOLE,
           first_slot: int = 0, fused: bool = True, seed: Number = 0, logits: Tensor | None = None,
-          weigh: Callable[[Tensor], Tensor] | None = None) -> None:
+          weigh: Callable[[Tensor], Tensor] | None = None, left_out: Tensor | None = None) -> None:
     """A step of plain SGD of the class weights, in place: the mean of the probes' losses falls at ``rate``.
 
-    The gradient of a probe's loss to its cosine to a slot is s · exp(s·cos − log denominator), or, with ``weigh``, s · its weight
-    · exp(−log denominator), or what is given for its own slot. So a class weight's gradient is the sum of these times the probes, less its part along the weight, over the
-    weight's length. Probes that are not finite are left out.
+    The gradient of a probe's loss to its cosine to a slot is s · exp(s·cos − log denominator), or with ``weigh`` s · weight ·
+    exp(−log denominator), or what is given for its own slot. So a class weight's gradient is the sum of these times the
+    probes, less its part along the weight, over the weight's length. Probes that are not finite are left out.
 
     Args:
-        rows: (K', D) directions of the class weights of this rank's slots, unit vectors.
-        lengths: (K', 1) of the class weights.
+        rows: (K', D) or (R, K', D) directions of the class weights of this rank's slots, unit vectors. Of several the nearest
+            to a probe takes its step.
+        lengths: (K', 1) or (R, K', 1) of the class weights.
         probes: (W·B, D) unit vectors, of all ranks that share the slots.
         log_denominator: (B,) of this rank's.
         own_slot: int64 (W·B,) the slot, of all ranks' slots, of each probe's identity.
         own_gradient: (B,) of the loss of this rank's probes to their cosine to that, over s.
-        scale, filter_threshold, dtype, shard, first_slot, fused, weigh: as of ``pool_softmax``.
+        scale, filter_threshold, dtype, shard, first_slot, fused, weigh, left_out: as of ``pool_softmax``.
         seed: of the fused kernel's rounding; another one in each step.
         logits: (K', W·B) what ``pool_softmax`` has kept, if it has; used up.
     """
@@ -142,33 +146,39 @@ def learn(rows: Tensor, lengths: Tensor, probes: Tensor, log_denominator: Tensor
     dtype = dtype or probes.dtype
     rate = rate * scale / (lift * len(probes))
     factors = probes.to(dtype)
-    if kernels := _kernels(probes, dtype, fused and weigh is None):
-        return kernels.learn(rows, lengths, factors, log_denominator, own_slot, own_gradient, scale, rate, seed,
+    rows, lengths = (each if each.dim() == 3 else each[None] for each in (rows, lengths))
+    if kernels := _kernels(probes, dtype, fused and weigh is None and len(rows) == 1):
+        return kernels.learn(rows[0], lengths[0], factors, log_denominator, own_slot, own_gradient, scale, rate, seed,
                              filter_threshold, first_slot)
     queries = (probes * scale).to(dtype)
     if logits is not None and not_finite.any():
         logits.masked_fill_(not_finite, 0)
-    for chunk in _chunks(rows, max(len(probes), rows.size(1))):
-        row = rows[chunk].to(probes.dtype)
-        here, slots_last = _logits(queries, row.to(dtype), None) if logits is None else (logits[chunk], False)
+    for chunk in _chunks(rows, max(len(probes), rows.size(2))):
+        row = rows[:, chunk].flatten(0, 1).to(probes.dtype)  # (R·C, D)
+        if logits is None:
+            here, nearest, slots_last = _logits(queries, row.to(dtype), left_out, chunk, len(rows))
+        else:
+            here, nearest, slots_last = logits[chunk], None, False
         filtered = here > scale * filter_threshold if filter_threshold > 0 else None
         less = (log_denominator[:, None] if slots_last else log_denominator).to(here.dtype)
-        softmax = here.sub_(less).exp_() if weigh is None else weigh(here).mul_(less.neg().exp_())
+        weights = here.sub_(less).exp_() if weigh is None else weigh(here).mul_(less.neg().exp_())
         if filtered is not None:
-            softmax.masked_fill_(filtered, 0)
-        _set_own(softmax, slots_last, own_slot, first_slot + chunk.start, own_gradient)
-        gradient = ((softmax.T if slots_last else softmax).to(dtype) @ factors).to(probes.dtype)  # -> (C, D), lifted, over s
+            weights.masked_fill_(filtered, 0)
+        _set_own(weights, slots_last, own_slot, first_slot + chunk.start, own_gradient)
+        weights = _of_rows(weights, nearest, len(rows), slots_last)
+        gradient = ((weights.T if slots_last else weights).to(dtype) @ factors).to(probes.dtype)  # (R·C, D), lifted, over s
 
         # The step at right angles to the direction, in units of the weight's length.
         inverse = inverse_lengths(row)  # of what half precision has left of the unit vector
         along = (gradient * row).sum(1, keepdim=True) * inverse
-        step = rate / lengths[chunk].to(probes.dtype).square()
+        length = lengths[:, chunk]
+        step = rate / length.flatten(0, 1).to(probes.dtype).square()
         across = (lengths_of(gradient)[:, None].square() - along.square()).clamp(min=0)
         growth = (1 + step.square() * across).sqrt()
         row.mul_((1 + step * along) * inverse / growth).addcmul_(gradient, step / growth, value=-1)
-        lengths[chunk] *= growth
-        if row.dtype != rows.dtype:  # else it is the chunk itself
-            rows[chunk] = rounded_at_random(row, rows.dtype)
+        length *= growth.view_as(length)
+        if row.dtype != rows.dtype or len(rows) > 1:  # else it is the chunk itself
+            rows[:, chunk] = rounded_at_random(row, rows.dtype).view_as(rows[:, chunk])
 
 
 def _kernels(probes: Tensor, dtype: torch.dtype, fused: bool) -> Any:
@@ -196,23 +206,44 @@ def are_kept(logits: int, device: str) -> bool:
 
 
 def _chunks(rows: Tensor, width: int) -> Iterator[slice]:
-    """Slices of the rows, each of which fills a chunk with ``width`` numbers for every row."""
-    size = max(1, CHUNK_ENTRIES[rows.device.type] // width)
-    return (slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
+    """Slices of the slots of rows (R, K', D), each of which fills a chunk with ``width`` numbers for every row."""
+    size = max(1, CHUNK_ENTRIES[rows.device.type] // (len(rows) * width))
+    return (slice(start, min(start + size, rows.size(1))) for start in range(0, rows.size(1), size))
 
 
-def _logits(queries: Tensor, part: Tensor, left_out: Tensor | None) -> tuple[Tensor, bool]:
-    """Logits of queries (B, D) and a chunk of rows (C, D), and whether slots are their last dimension.
+def _logits(queries: Tensor, part: Tensor, left_out: Tensor | None, chunk: slice,
+            num_rows: int) -> tuple[Tensor, Tensor | None, bool]:
+    """Logits of queries (B, D) and a chunk of C slots with rows (R·C, D); the row of each slot that they are of, if R > 1; and
+    whether slots are their last dimension.
 
     (C, B) on the CPU, whose matrix product is a third faster that way; there in float32 at least, because few CPUs compute in
     half precision. (B, C) elsewhere: a GPU reduces over the last dimension with all its threads.
     """
     slots_last = part.device.type != "cpu"
-    bias = None if left_out is None else torch.zeros_like(left_out, dtype=part.dtype).masked_fill_(left_out, LEFT_OUT)
+    bias = None
+    if left_out is not None:
+        absent = left_out[..., chunk].flatten()
+        bias = torch.zeros_like(absent, dtype=part.dtype).masked_fill_(absent, LEFT_OUT)
     if slots_last:
-        return linear(queries, part, bias), slots_last
-    logits = at_least_float32(part @ queries.T.contiguous())
-    return logits if bias is None else logits.add_(bias[:, None]), slots_last
+        logits = linear(queries, part, bias)
+    else:
+        logits = at_least_float32(part @ queries.T.contiguous())
+        logits = logits if bias is None else logits.add_(bias[:, None])
+    if num_rows == 1:
+        return logits, None, slots_last
+    dim = int(slots_last)
+    logits, nearest = logits.unflatten(dim, (num_rows, -1)).max(dim)
+    return logits, nearest, slots_last
+
+
+def _of_rows(weights: Tensor, nearest: Tensor | None, num_rows: int, slots_last: bool) -> Tensor:
+    """From the weights of slots to those of their rows, 0 for all but the nearest: the other way round of ``_logits``."""
+    if nearest is None:
+        return weights
+    dim = int(slots_last)
+    shape = list(weights.shape)
+    shape.insert(dim, num_rows)
+    return weights.new_zeros(shape).scatter_(dim, nearest.unsqueeze(dim), weights.unsqueeze(dim)).flatten(dim, dim + 1)
 
 
 def _set_own(logits: Tensor, slots_last: bool, own_slot: Tensor, first: int, value: Tensor) -> None:
@@ -237,8 +268,8 @@ def _one_pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: 
     hardest = [torch.zeros_like(values[0], dtype=torch.int64)]
     factors, nothing = queries.to(dtype), queries.new_full((len(queries),), LEFT_OUT)
     for chunk in _chunks(rows, len(queries)):
-        part = rows[chunk].to(dtype)  # (C, D)
-        logits, slots_last = _logits(factors, part, None if left_out is None else left_out[chunk])
+        part = rows[:, chunk].flatten(0, 1).to(dtype)  # (R·C, D)
+        logits, nearest, slots_last = _logits(factors, part, left_out, chunk, len(rows))
         if kept is not None:
             kept[chunk] = logits
         filtered = logits > filter_threshold if filter_threshold > 0 else None
@@ -265,8 +296,9 @@ def _one_pass(queries: Tensor, rows: Tensor, left_out: Tensor | None, own_slot: 
             share = 1.0
         if filtered is not None:
             weights.masked_fill_(filtered, 0)  # a constant has no gradient
+        weights = _of_rows(weights, nearest, len(rows), slots_last)
         by_probe = (weights if slots_last else weights.T).to(dtype)
-        mean_row += (by_probe @ part).to(queries.dtype) * share  # (B, C) @ (C, D)
+        mean_row += (by_probe @ part).to(queries.dtype) * share  # (B, R·C) @ (R·C, D)
         values.append(top.to(queries.dtype))
         hardest.append(where + chunk.start)
     largest, best = torch.cat(values).topk(num_hardest, dim=0)

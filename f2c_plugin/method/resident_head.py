@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
+from torch import Tensor, nn
+from torch.nn.functional import normalize, pad
 
 from f2c_plugin.errors import InputError
+from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.margin import Margin
 from f2c_plugin.method.pool_head import PoolHead
 from f2c_plugin.method.resident import ResidentPool, resident_loss
+from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.method.slots import NOT_IN_POOL
 from f2c_plugin.utils.distributed import gather, this_rank
-from f2c_plugin.utils.inputs import check_numbers, check_room, embeddings_in, identities_in
+from f2c_plugin.utils.inputs import ImageHook, check_numbers, embeddings_in, identities_in
 from f2c_plugin.utils.replay import Number
 from f2c_plugin.utils.tensors import all_finite, at_least_float32
 
@@ -23,12 +25,33 @@ class ResidentHead(PoolHead):
     Called as ``head(embeddings, labels)``. Batches are of any kind; plain shuffled ones learn best. The class weights
     take their steps during the call: the head has no parameters, and needs no optimizer.
 
+    With a ``forget_rate`` it leaves out images whose labels may be wrong (model and data agreement, arXiv 2212.01054): those of
+    which the gallery net, the mean of the probe nets so far, makes the largest losses when it sees them mirrored. The images
+    then come from the backbone's forward pass, or with ``images=``.
+
     Args:
         backbone, schedule, autocast: see ``PoolHead``.
         pool: class weights; split over the ranks, if there are several.
+        forget_rate: share of a rank's batch that has no loss. It grows from 0 with the margin.
+        gradient_acc, hook: see ``GalleryHead``; with a forget rate.
+
+    Attributes:
+        gallery: the GalleryNet, with a forget rate; else None.
     """
 
     pool: ResidentPool
+
+    def __init__(self, backbone: nn.Module, pool: ResidentPool, schedule: Schedule, autocast: bool = False,
+                 forget_rate: float = 0.0, gradient_acc: int = 1, hook: bool = False):
+        super().__init__(backbone, pool, schedule, autocast)
+        self.forget_rate, self.gradient_acc = forget_rate, gradient_acc
+        self.gallery = GalleryNet(self.probe_net) if forget_rate else None
+        self._judges: Tensor | None = None
+        self._hook = ImageHook(backbone, self._take_images) if forget_rate and hook else None
+
+    @property
+    def nets(self) -> dict[str, nn.Module]:
+        return super().nets | ({"gallery": self.gallery} if self.gallery else {})
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor, images: Tensor | None = None) -> Tensor:
         """Loss of a batch, and a step of the class weights.
@@ -36,7 +59,7 @@ class ResidentHead(PoolHead):
         Args:
             local_embeddings: (B, D) of this rank's batch.
             local_labels: int64 (B,) identities.
-            images: not needed; taken because other heads need them.
+            images: (B, 3, H, W), with a forget rate and without a hook; else not needed.
         Returns:
             Scalar, with gradient to the embeddings.
         Raises:
@@ -51,11 +74,40 @@ class ResidentHead(PoolHead):
                              "a batch, and a label for each image")
         check_numbers(embeddings, labels, self.pool.embedding_size, self.pool.num_identities)
         num_writes = len(labels) * this_rank()[1]
-        check_room(num_writes, self.pool.num_identities, self.pool.num_slots)
-        return self._loss_of_step((embeddings, labels), num_writes)
+        self.pool.require_room(num_writes)
+        return self._loss_of_step((embeddings, labels, *self._judging(images, len(labels))), num_writes)
+
+    def _judging(self, images: Tensor | None, count: int) -> list[Tensor]:
+        """[the gallery net's embeddings (B, D) of the mirrored images], with a forget rate; else []."""
+        if self.gallery is None:
+            return []
+        if images is not None and self._hook is None:
+            self._take_images(images)
+        judges, self._judges = self._judges, None
+        if judges is None or len(judges) != count:
+            raise InputError(f"the head has seen {0 if judges is None else len(judges)} images for {count} labels: with a "
+                             "forget rate it needs those that the backbone saw: images=images, or build it with hook=True "
+                             "and call the backbone in training mode before it")
+        return [judges]
+
+    def _take_images(self, images: Tensor) -> Tensor:
+        assert self.gallery
+        self.gallery.follow_at(self.steps, self.probe_net, self.schedule.momentum, self.gradient_acc)
+        self._judges = at_least_float32(self.gallery(images.flip(-1)))
+        return images
+
+    def remove_hook(self):
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def continue_at(self, step: int):
+        super().continue_at(step)
+        if self.gallery:
+            self.gallery.last_followed = max(step - 1, 0)
 
     def _step(self, tensors: Sequence[Tensor], margin: Margin, rate: Number, seed: Number) -> list[Tensor]:
-        embeddings, labels = tensors
+        embeddings, labels, *judges = tensors
         rank = this_rank()[0]
         with torch.enable_grad():
             leaf = embeddings.detach().requires_grad_()
@@ -64,12 +116,17 @@ class ResidentHead(PoolHead):
         arrival = self.pool.admit(gather(labels).flatten(), features)
         own = slice(rank * len(labels), (rank + 1) * len(labels))
         quality = self.quality(embeddings) if self.quality else None
-        result = resident_loss(probes, features, own, arrival, self.pool, margin, rate, self.autocast, quality, seed)
+        left_out = self.forget_rate * self.schedule.share_of(margin.scale)
+        result = resident_loss(probes, features, own, arrival, self.pool, margin, rate, self.autocast, quality, seed,
+                               *(normalize(each) for each in judges), left_out=left_out)
         gradient, = torch.autograd.grad(probes, leaf, result.gradient)
         return [result.loss, gradient, arrival.was_in_pool[own].mean(dtype=torch.float32), result.positive_cosine,
                 result.hard_negative_cosine, (arrival.evicted != NOT_IN_POOL).sum(dtype=torch.float32),
                 arrival.num_not_finite, all_finite(result.loss).float()]
 
     def put_class_weights(self, identities: Tensor, weights: Tensor) -> None:
-        """Start from the weights (n, D) of identities int64 (n,), before the first batch. All ranks call this."""
-        self.pool.kept.write(identities, weights)
+        """Start from the weights (n, D) of identities int64 (n,), as their first sub-centres, before the first batch.
+
+        All ranks call this.
+        """
+        self.pool.kept.write(identities, pad(weights, (0, self.pool.kept.rows.size(2) - weights.size(1))))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.margin import Margin
+from f2c_plugin.utils.replay import Number
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Schedule:
     everyone, take long to separate. Those of a pretrained net are apart already; 30 % are enough for it to get used to new
     class weights. The rate of the class weights falls linearly to 0, as the learning rate does.
 
-    ``Schedule.paper``: scale, margin and momentum in full from the first step; slots hold features and do not learn.
+    ``Schedule.paper``: scale, margin and momentum in full from the first step; slots hold features and do not learn. So, too,
+    with DCQ.
 
     Attributes:
         margin: the configured one.
@@ -48,9 +50,9 @@ class Schedule:
     @classmethod
     def named(cls, recipe: str, margin: Margin, total_steps: int, momentum: float = 0.99,
               pretrained: bool = False) -> "Schedule":
-        """The schedule of a recipe. Raises ConfigError unless it is "resident" or "paper"."""
-        if recipe not in ("resident", "paper"):
-            raise ConfigError(f"recipe={recipe!r}: must be 'resident' or 'paper'")
+        """The schedule of a recipe. Raises ConfigError unless it is "resident", "paper" or "dcq"."""
+        if recipe not in ("resident", "paper", "dcq"):
+            raise ConfigError(f"recipe={recipe!r}: must be 'resident', 'paper' or 'dcq'")
         return cls.resident(margin, total_steps, pretrained) if recipe == "resident" else cls.paper(margin, momentum)
 
     def margin_at(self, step: int) -> Margin:
@@ -58,9 +60,18 @@ class Schedule:
         if not self.ramp_steps:
             return self.margin
         share = min(1.0, step / self.ramp_steps)
-        scale = self.margin.numbers[0]
-        start = min(self.start_scale, scale)
+        start, scale = self._scales
         return self.margin.scaled(scale=start + share * (scale - start), share=share)
+
+    def share_of(self, scale: Number) -> Number:
+        """How far the ramp is, 0 to 1, when the scale is ``scale``; a number or, in a recording, a tensor."""
+        start, end = self._scales
+        return (scale - start) / (end - start) if self.ramp_steps and start < end else 1.0
+
+    @property
+    def _scales(self) -> tuple[float, float]:
+        scale = self.margin.numbers[0]
+        return min(self.start_scale, scale), scale
 
     def slot_rate_at(self, step: int) -> float:
         """Rate of the class weights' steps."""

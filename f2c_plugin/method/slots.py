@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from f2c_plugin.errors import PoolStateError
 from f2c_plugin.utils.distributed import WHOLE, Shard
+from f2c_plugin.utils.inputs import check_room
 from f2c_plugin.utils.sharded_rows import ShardedRows
 from f2c_plugin.utils.tensors import all_different, first_of_equal, true_of_all
 
@@ -33,7 +34,73 @@ class Places(NamedTuple):
     is_first: Tensor
 
 
-class Slots(ShardedRows):
+class SlotTable(ShardedRows):
+    """Slots with ``num_rows`` vectors each, and whose they are: what a head and its monitor read of a pool or a queue.
+
+    Args: as of ``ShardedRows``; and
+        num_identities: identities are numbered 0 … num_identities − 1.
+
+    Attributes:
+        slot_identity: int64 (K,) the identity in the slot, or NOT_IN_POOL.
+        last_used: int64 (K,) when the slot was last written or its identity came. Slots not yet taken have times before 0,
+            the lowest slot the earliest, so "least recently used" is the one rule for both.
+        clock: int64 () images seen so far.
+        fused: whether the passes over the slots may use the fused kernels.
+    """
+
+    slot_identity: Tensor
+    last_used: Tensor
+    clock: Tensor
+    fused: bool = True
+
+    def __init__(self, num_rows: int, num_slots: int, num_identities: int, embedding_size: int, seed: int = 0,
+                 dtype: torch.dtype = torch.float32, shard: Shard = WHOLE):
+        super().__init__(num_rows, num_slots, embedding_size, seed, dtype, shard)
+        self.num_identities = num_identities
+        self.register_buffer("slot_identity", torch.full((num_slots,), NOT_IN_POOL))
+        self.register_buffer("last_used", torch.arange(-num_slots, 0))
+        self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_post_hook(type(self)._after_loading)  # pyright: ignore[reportUnknownMemberType]
+
+    @property
+    def embedding_size(self) -> int:
+        return self.rows.size(2)
+
+    def fill(self) -> Tensor:
+        """Share of the slots that are taken, float ()."""
+        return (self.slot_identity != NOT_IN_POOL).float().mean()
+
+    def require_room(self, num_images: int) -> None:
+        """Raise ConfigError unless there is room for a batch of ``num_images`` gathered images."""
+        check_room(num_images, self.num_identities, self.num_slots)
+
+    def validate(self):
+        """Check the invariants that hold between any two operations. Reads everything: not for every step.
+
+        Raises:
+            PoolStateError: lists the broken invariants.
+        """
+        if broken := [what for what, true in self.invariants().items() if not true]:
+            raise PoolStateError(f"the pool is damaged; it does not hold that {'; that '.join(broken)}")
+
+    def invariants(self) -> dict[str, Tensor | bool]:
+        """What must hold, and whether it does."""
+        taken = self.slot_identity != NOT_IN_POOL
+        identities, recency = self.slot_identity[taken], self.last_used[taken]
+        return {
+            "the clock is not negative": self.clock >= 0,
+            "identities of slots are numbers from 0 to num_identities": (
+                (identities >= 0) & (identities < self.num_identities)).all(),
+            "every slot was used at a different time, before the clock": (
+                all_different(recency) and bool(((recency >= 0) & (recency < self.clock)).all())),
+            "rows are finite": true_of_all(self.rows, torch.isfinite)}
+
+    def _after_loading(self, _: Any = None):
+        """Check what was loaded."""
+        self.validate()
+
+
+class Slots(SlotTable):
     """K slots, each of one identity with ``num_rows`` vectors; assigned by exact LRU.
 
     All state is in buffers. Operations work on whole tensors of fixed shapes on the slots' device, so none makes the CPU
@@ -49,48 +116,22 @@ class Slots(ShardedRows):
         dtype: of the rows; float32, bfloat16 or float16.
         shard: the slots whose rows this rank holds. Everything else is the same on all ranks.
 
-    Attributes:
-        rows: (num_rows, K', D); K' is K unless sharded. Slots not yet taken hold random ones.
-        slot_identity: int64 (K,) the identity in the slot, or NOT_IN_POOL.
-        last_used: int64 (K,) when the identity last came. Slots not yet taken have times before 0, the
-            lowest slot the earliest, so "least recently used" is the one rule for both.
-        clock: int64 () images seen so far.
-        fused: whether the passes over the slots may use the fused kernels.
+    Attributes: as of ``SlotTable``.
     """
 
-    slot_identity: Tensor
-    last_used: Tensor
-    clock: Tensor
     slot_of: Tensor
-    fused: bool = True
 
     def __init__(self, num_rows: int, num_slots: int, num_identities: int, embedding_size: int, seed: int = 0,
                  dtype: torch.dtype = torch.float32, shard: Shard = WHOLE):
-        super().__init__(num_rows, num_slots, embedding_size, seed, dtype, shard)
-        self.register_buffer("slot_identity", torch.full((num_slots,), NOT_IN_POOL))
-        self.register_buffer("last_used", torch.arange(-num_slots, 0))
-        self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
+        super().__init__(num_rows, num_slots, num_identities, embedding_size, seed, dtype, shard)
         # Derived from slot_identity. The last entry stands for NOT_IN_POOL and takes the writes
         # that are meant for no identity.
         self.register_buffer("slot_of", torch.full((num_identities + 1,), NOT_IN_POOL, dtype=torch.int32),
                              persistent=False)
-        self.register_load_state_dict_post_hook(Slots._after_loading)  # pyright: ignore[reportUnknownMemberType]
-
-    @property
-    def num_identities(self) -> int:
-        return len(self.slot_of) - 1
-
-    @property
-    def embedding_size(self) -> int:
-        return self.rows.size(2)
 
     def lookup(self, identities: Tensor) -> Tensor:
         """Slots of identities (B,), int64 (B,); NOT_IN_POOL where there is none."""
         return self.slot_of[identities].long()
-
-    def fill(self) -> Tensor:
-        """Share of the slots that are taken, float ()."""
-        return (self.slot_identity != NOT_IN_POOL).float().mean()
 
     def places(self, identities: Tensor) -> Places:
         """Decide where a batch of identities goes. Nothing changes yet.
@@ -123,31 +164,15 @@ class Slots(ShardedRows):
         self.last_used.scatter_reduce_(0, slot, self.clock + torch.arange(len(slot), device=slot.device), "amax")
         self.clock += len(slot)
 
-    def validate(self):
-        """Check the invariants that hold between any two operations. Reads everything: not for every step.
-
-        Raises:
-            PoolStateError: lists the broken invariants.
-        """
-        if broken := [what for what, true in self.invariants().items() if not true]:
-            raise PoolStateError(f"the pool is damaged; it does not hold that {'; that '.join(broken)}")
-
     def invariants(self) -> dict[str, Tensor | bool]:
-        """What must hold, and whether it does."""
         taken = self.slot_identity != NOT_IN_POOL
         slots = torch.arange(self.num_slots, device=taken.device)
-        identities, recency = self.slot_identity[taken], self.last_used[taken]
+        identities = self.slot_identity[taken]
         table = self.slot_of[identities.clamp(0, self.num_identities)]
-        return {
-            "the clock is not negative": self.clock >= 0,
-            "identities of slots are numbers from 0 to num_identities": (
-                (identities >= 0) & (identities < self.num_identities)).all(),
+        return super().invariants() | {
             "no identity has two slots": all_different(identities),
-            "every slot was used at a different time, before the clock": (
-                all_different(recency) and bool(((recency >= 0) & (recency < self.clock)).all())),
             "slots not yet taken are in the order of their numbers": (
                 self.last_used[~taken] == (slots - self.num_slots)[~taken]).all(),
-            "rows are finite": true_of_all(self.rows, torch.isfinite),
             "the table finds every identity in its slot": (table == slots[taken]).all(),
             "the table finds no other": (self.slot_of != NOT_IN_POOL).sum() == len(identities),
         }

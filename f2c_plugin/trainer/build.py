@@ -32,7 +32,7 @@ def softmax(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> nn
         schedule = Schedule.resident(margin, total_steps, pretrained=bool(cfg.get("f2c_init")))
     else:
         schedule = Schedule(margin)
-    head = FullFC(cfg["embedding_size"], cfg["num_classes"], schedule)
+    head = FullFC(cfg["embedding_size"], cfg["num_classes"], schedule, cfg.get("f2c_sub_centers", 1))
     return wrap(head.to(next(backbone.parameters()).device))
 
 

@@ -12,9 +12,12 @@ from f2c_plugin.utils.tensors import at_least_float32, hashed, true_of_all
 _BLOCK = 1 << 10  # slots whose first rows are drawn at a time, in the cache
 
 
-def first_rows_at(*reads: "tuple[ShardedRows, Tensor]") -> tuple[Tensor, ...]:
-    """Row 0 of slots (A,) of each table, (A, D) each, in one collective. The tables are split over the same ranks."""
-    rows = [table.own_rows_at(slots, 1)[0] for table, slots in reads]
+def all_rows_at(*reads: "tuple[ShardedRows, Tensor]") -> tuple[Tensor, ...]:
+    """The rows of slots (A,) of each table, one after the other, (A, R·D) each, in one collective.
+
+    The tables are split over the same ranks.
+    """
+    rows = [table.own_rows_at(slots).movedim(0, 1).flatten(1) for table, slots in reads]
     shard = reads[0][0].shard
     return shard.sum(torch.cat(rows, 1)).split([each.size(1) for each in rows], 1) if shard.world_size > 1 else tuple(rows)
 
@@ -63,6 +66,9 @@ class ShardedRows(nn.Module):
                 rows[row, start - self.first:end - self.first] = drawn.view(end - start, -1)[:, :size]
         return rows
 
+    def _are_valid(self, rows: Tensor) -> bool:
+        return true_of_all(rows, torch.isfinite)
+
     def rows_at(self, slots: Tensor, count: int | None = None) -> Tensor:
         """A copy of the first ``count`` rows of slots (A,), (count, A, D), at least float32.
 
@@ -92,14 +98,14 @@ class ShardedRows(nn.Module):
         return entry, index[entry], own.any()
 
     def write(self, slots: Tensor, values: Tensor):
-        """Set row 0 of slots (A,) to values (A, D). Entries of one slot hold the same values."""
+        """Set the rows of slots (A,) to values (R, A, D) or (A, D). Entries of one slot hold the same values."""
         if self.shard.world_size == 1:
-            self.rows[0, slots.to(self.rows.device)] = values.to(self.rows)
+            self.rows[:, slots.to(self.rows.device)] = values.to(self.rows)
             return
         entry, index, any_own = self.own_entries(slots)
-        values = values[entry].to(self.rows)
+        values = values[..., entry, :].to(self.rows)
         index, any_own = index.to(self.rows.device), any_own.to(self.rows.device)
-        self.rows[0, index] = torch.where(any_own, values, self.rows[0, index])
+        self.rows[:, index] = torch.where(any_own, values, self.rows[:, index])
 
     def _local(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Index into ``rows`` of slots (A,), and whether this rank holds them; the index of others means nothing."""
@@ -129,7 +135,7 @@ class ShardedRows(nn.Module):
             if rows.dim() != 3 or rows.size(1) != self.num_slots:
                 error_messages.append(f"{prefix}rows: size mismatch, {tuple(rows.shape)} for a pool of {self.num_slots} slots")
                 return  # and leave what is there as it is
-            if not true_of_all(rows, torch.isfinite):  # looks at all rows, so that all ranks refuse what one has to
+            if not self._are_valid(rows):  # looks at all rows, so that all ranks refuse what one has to
                 error_messages.append(f"{prefix}rows: the pool is damaged; it does not hold that rows are finite")
                 return
             state_dict = {**state_dict, prefix + "rows": rows[:, self.first:self.end]}

@@ -50,11 +50,12 @@ def batches(steps=STEPS, batch=BATCH, seed=0):
 
 @pytest.mark.parametrize("margin", MARGINS.values(), ids=MARGINS)
 @pytest.mark.parametrize("chunk_entries", [3 * BATCH, 1 << 19])
-def test_steps_equal_the_slow_reference(margin, chunk_entries, monkeypatch):
+@pytest.mark.parametrize("sub_centers", [1, 3])
+def test_steps_equal_the_slow_reference(margin, chunk_entries, sub_centers, monkeypatch):
     monkeypatch.setitem(pool_softmax.CHUNK_ENTRIES, "cpu", chunk_entries)
-    head = make_head(margin)
+    head = make_head(margin, sub_centers=sub_centers)
     slow = SlowResident(head.pool)
-    came_back = 0
+    came_back, numbers = 0, set()
     for step, (embeddings, labels) in enumerate(batches()):
         came_back += sum(identity in slow.kept and identity not in slow.slots for identity in set(labels.tolist()))
         expected = slow.step(embeddings, labels, head.schedule.margin_at(step), head.schedule.slot_rate_at(step))
@@ -63,17 +64,18 @@ def test_steps_equal_the_slow_reference(margin, chunk_entries, monkeypatch):
         gradient, = torch.autograd.grad(loss, embeddings)
         expected_gradient, = torch.autograd.grad(expected, embeddings)
         torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)
-        torch.testing.assert_close(weights_of(head.pool), torch.stack(slow.weights), rtol=0, atol=1e-10)
+        torch.testing.assert_close(weights_of(head.pool), slow.table(), rtol=0, atol=1e-10)
         head.pool.validate()
-    assert came_back > STEPS
+        numbers |= {len(weight) for weight in slow.weights}
+    assert came_back > STEPS and numbers == set(range(1, sub_centers + 1))
     by_recency = head.pool.slot_identity[head.pool.last_used.argsort()]
     assert by_recency[by_recency >= 0].tolist() == list(slow.slots)
 
 
-def run_rank(rank, world_size, folder, margin, state):
+def run_rank(rank, world_size, folder, margin, sub_centers, state):
     """Half of each batch on each of two ranks; loads ``state`` if given, and goes on with the batches from there."""
     distributed.init_process_group("gloo", f"file://{folder}/rendezvous{state is not None}", world_size=world_size, rank=rank)
-    head = make_head(MARGINS[margin])
+    head = make_head(MARGINS[margin], sub_centers=sub_centers)
     if state is not None:
         head.load_state_dict(state)
     results = []
@@ -87,13 +89,14 @@ def run_rank(rank, world_size, folder, margin, state):
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size, margin", [(2, "CosFace"), (3, "AdaFace"), (2, "SFace")])
-def test_ranks_that_share_the_slots_equal_one_rank_and_a_state_loads_on_any_number_of_them(tmp_path, world_size, margin):
-    alone = make_head(MARGINS[margin])
+@pytest.mark.parametrize("world_size, margin, sub_centers", [(2, "CosFace", 1), (3, "AdaFace", 1), (2, "SFace", 2)])
+def test_ranks_that_share_the_slots_equal_one_rank_and_a_state_loads_on_any_number_of_them(tmp_path, world_size, margin,
+                                                                                            sub_centers):
+    alone = make_head(MARGINS[margin], sub_centers=sub_centers)
     expected = [(loss := alone(*batch), torch.autograd.grad(loss, batch[0])[0]) for batch in batches()]
     state = None
     for half in range(2):
-        multiprocessing.spawn(run_rank, (world_size, tmp_path, margin, state), world_size)
+        multiprocessing.spawn(run_rank, (world_size, tmp_path, margin, sub_centers, state), world_size)
         ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world_size)]
         for step in range(STEPS // 2):
             loss, gradient = expected[half * STEPS // 2 + step]

@@ -1,6 +1,5 @@
 """The loss against explicitly built views, probe by probe and slot by slot."""
 
-import torch
 
 from tests.reference.margin import slow_image_loss
 
@@ -25,7 +24,8 @@ def slow_loss(embeddings, labels, rows, two_keys, margin, num_hard_negatives, qu
             if label >= 0:
                 positives.append(slow_image_loss(cosines, label, margin, quality))
             else:
-                kept = [cosine * 0 if margin.filter_threshold and cosine > margin.filter_threshold else cosine for cosine in cosines]
+                threshold = margin.filter_threshold or 2
+                kept = [cosine * 0 if cosine > threshold else cosine for cosine in cosines]
                 hardest = sorted(kept, key=lambda cosine: cosine.item(), reverse=True)[:num_hard_negatives]
                 negatives += [cosine.clamp_min(0) for cosine in hardest]
         if positives:

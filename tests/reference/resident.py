@@ -1,7 +1,7 @@
 """Resident classes step by step: a dict for the pool, one matrix of logits, autograd for every gradient."""
 
 import torch
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from tests.reference.margin import SlowQuality, slow_image_loss
 
@@ -11,13 +11,18 @@ class SlowResident:
 
     Args:
         pool: a ResidentPool to begin with, whole, without identities.
+
+    Attributes:
+        weights: of each slot, those of its sub-centres, (c, D).
     """
 
     def __init__(self, pool):
         self.num_identities, self.num_slots = pool.num_identities, pool.num_slots
         self.slots = {}  # identity -> slot, least recently used first
         self.free = list(range(pool.num_slots))
-        self.weights = list(pool.weights_at(torch.arange(pool.num_slots)))
+        self.sub_centers = pool.sub_centers
+        size = pool.embedding_size
+        self.weights = [row[:size].view(1, size) for row in pool.weights_at(torch.arange(pool.num_slots))]
         self.kept = {}
         self.quality = SlowQuality()
 
@@ -25,15 +30,26 @@ class SlowResident:
         """Mean loss over the batch of all ranks. The weights take their step."""
         probes = normalize(embeddings)
         first_images = self.admit(labels.tolist(), probes.detach())
-        weights = torch.stack(self.weights).requires_grad_()
-        cosine = probes @ normalize(weights).T
+        weights = [weight.requires_grad_() for weight in self.weights]
+        cosine = torch.stack([(probes @ normalize(weight).T).max(1).values for weight in weights], 1)
         ratio = (self.num_identities - 1) / (self.num_slots - 1)
         losses = [slow_image_loss(list(cosine[image]), self.slots[identity], margin, quality, ratio, image in first_images)
                   for image, (identity, quality) in enumerate(zip(labels.tolist(), self.quality(embeddings), strict=True))]
         loss = torch.stack(losses).mean()
-        gradient, = torch.autograd.grad(loss, weights, retain_graph=True)
-        self.weights = list(weights.detach() - rate * gradient)
+        gradients = torch.autograd.grad(loss, weights, retain_graph=True)
+        self.weights = [weight.detach() - rate * gradient for weight, gradient in zip(weights, gradients, strict=True)]
+        seen = {labels[image].item() for image in first_images}
+        for image, identity in enumerate(labels.tolist()):
+            slot = self.slots[identity]
+            if identity not in seen and len(self.weights[slot]) < self.sub_centers:
+                self.weights[slot] = torch.cat([self.weights[slot], 0.2 * probes[image].detach()[None]])
+            seen.add(identity)
         return loss
+
+    def table(self):
+        """Weights of all slots, (K, C·D), with 0 for sub-centres that are not there."""
+        padded = [pad(weight, (0, 0, 0, self.sub_centers - len(weight))) for weight in self.weights]
+        return torch.stack(padded).flatten(1)
 
     def admit(self, labels, features):
         """Give every identity a slot; returns which images are the first of theirs."""
@@ -53,7 +69,7 @@ class SlowResident:
                 if identity in self.kept:
                     self.weights[slot] = self.kept[identity]
                 else:
-                    self.weights[slot] = 0.2 * features[image]
+                    self.weights[slot] = 0.2 * features[image][None]
                     first_images.append(image)
             else:
                 self.slots[identity] = self.slots.pop(identity)
