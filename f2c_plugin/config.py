@@ -55,6 +55,9 @@ class F2CConfig:
             ``head = "softmax"``.
         forget_rate: share of the images that get no loss, because their labels may be wrong: those with the largest losses of
             the gallery net. Recipe "resident", which has a gallery net for it.
+        low_resolution: share of the images that the net sees at 7 to 56 pixels, in a training that draws their embeddings to
+            those of the sharp images.
+        teacher: file of a trained net whose embeddings the net is to learn, too: a ``model.pt`` or a checkpoint.
         queue_size: class weights in the queue of ``head = "dcq"``, which replaces recipe and pool rate.
         hard_negatives: h for each probe outside the pool. None derives it from the pool's size. Recipe "paper".
         pool_dtype: "float32", "bfloat16" or "float16", in which the pool keeps its rows.
@@ -83,6 +86,8 @@ class F2CConfig:
     identity_rate: float | None = None
     sub_centers: int = 1
     forget_rate: float = 0.0
+    low_resolution: float = 0.0
+    teacher: str | None = None
     queue_size: int = 8192
     hard_negatives: int | None = None
     pool_dtype: str = "float32"
@@ -111,8 +116,10 @@ class F2CConfig:
     @classmethod
     def of(cls, cfg: Config) -> "F2CConfig":
         """The settings of a config whose keys are right. Those of ``head = "dcq"`` have the recipe "dcq"."""
-        settings = {field.name: cfg[PREFIX + field.name] for field in fields(cls) if PREFIX + field.name in cfg}
-        return cls(**settings | (dict(recipe=DCQ) if cfg.get("head") == DCQ else {}))
+        settings: dict[str, Any] = {field.name: cfg[PREFIX + field.name] for field in fields(cls) if PREFIX + field.name in cfg}
+        if cfg.get("head") == DCQ:
+            settings["recipe"] = DCQ
+        return cls(**settings)
 
     @property
     def share_of_pairs(self) -> float:
@@ -197,7 +204,8 @@ _KEYS = {
     "f2c_save_every": _POSITIVE_INT_OR_NONE, "f2c_max_bad_steps": _POSITIVE_INT, "f2c_hard_negatives": _POSITIVE_INT_OR_NONE,
     "f2c_identity_rate": _Values((int, float, type(None)), lambda v: v is None or 0 <= v <= 1, "from 0 to 1, or None"),
     "f2c_queue_size": _POSITIVE_INT, "f2c_sub_centers": _POSITIVE_INT, "f2c_forget_rate": _UNIT_INTERVAL_OPEN,
-    "f2c_margin": _one_of(*MARGINS, None),
+    "f2c_margin": _one_of(*MARGINS, None), "f2c_teacher": _NAME_OR_NONE,
+    "f2c_low_resolution": _Values((int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
     "f2c_kept_weights": _one_of(*KEPT_WEIGHTS), "f2c_export": _one_of(*EXPORTS),
     "f2c_pool_dtype": _one_of(*POOL_DTYPES), "f2c_recipe": _one_of(*RECIPES),
 }

@@ -111,8 +111,7 @@ def initialize(cfg: Config, backbone: nn.Module, head: nn.Module, resumed: bool)
             own_head.put_class_weights(identities, weights)
             known[identities] = True
         taken += f", class weights of {int(known.sum()):,} identities"
-    others: Mapping[str, nn.Module] = getattr(own_head, "nets", {})
-    for net in (probe_net, *(each.net for each in others.values() if isinstance(each, GalleryNet))):
+    for net in (probe_net, *(each.net for each in own_head.modules() if isinstance(each, GalleryNet))):
         net.load_state_dict(pretrained.net)
     log.info("f2c_init=%r: taken: %s; left: %s", name, taken, ", ".join(pretrained.left) or "nothing")
 

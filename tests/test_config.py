@@ -20,8 +20,8 @@ GOOD = dict(batch_size=128, num_classes=10_000, dali=False)
 
 def test_defaults_are_what_the_readme_says():
     assert F2CConfig.read(GOOD) == F2CConfig(
-        0.1, "resident", None, False, None, "memory", 0.99, True, None, 1, 0.0, 8192, None, "float32", False, True, False,
-        "probe", None, 50)
+        0.1, "resident", None, False, None, "memory", 0.99, True, None, 1, 0.0, 0.0, None, 8192, None, "float32", False, True,
+        False, "probe", None, 50)
 
 
 @pytest.mark.parametrize("change, message", [

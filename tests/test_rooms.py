@@ -13,6 +13,7 @@ FLOORS = [
     {"config", "models"},
     {"data", "method"},
     {"build", "config_files", "evaluation", "initial"},
+    {"terms"},
     {"arcface_torch", "synthetic", "trainer"},
     {"tools"},
     {"cli", "train"},

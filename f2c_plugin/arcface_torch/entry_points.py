@@ -18,6 +18,7 @@ from f2c_plugin.config import Config, F2CConfig
 from f2c_plugin.data.from_config import record_loader, steps_per_epoch
 from f2c_plugin.data.loader import DualLoader
 from f2c_plugin.initial import initialize
+from f2c_plugin.terms import put_terms_beside
 from f2c_plugin.utils.distributed import this_rank
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ def _head(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcF
         fused=settings.fused,
         classes=(ArcFaceTorchResidentHead, ArcFaceTorchF2CHead, ArcFaceTorchDCQHead))
     assert isinstance(head, ArcFaceTorchHead)
+    put_terms_beside(cfg, backbone, head)
     head.configure(cfg, settings, total_steps)
     log.info("F²C head: a pool of %d slots for %d identities, %.1f MB on every rank; recipe %r", head.pool.num_slots,
              cfg["num_classes"], head.pool.rows.nbytes / 2**20, settings.recipe)

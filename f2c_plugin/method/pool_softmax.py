@@ -232,8 +232,8 @@ def _logits(queries: Tensor, part: Tensor, left_out: Tensor | None, chunk: slice
     if num_rows == 1:
         return logits, None, slots_last
     dim = int(slots_last)
-    logits, nearest = logits.unflatten(dim, (num_rows, -1)).max(dim)
-    return logits, nearest, slots_last
+    largest, nearest = torch.max(logits.view(*logits.shape[:dim], num_rows, -1, *logits.shape[dim + 1:]), dim)
+    return largest, nearest, slots_last
 
 
 def _of_rows(weights: Tensor, nearest: Tensor | None, num_rows: int, slots_last: bool) -> Tensor:

@@ -58,7 +58,7 @@ class _Lengths(ShardedRows):
         made[1:] = torch.inf
         return made
 
-    def _are_valid(self, rows: Tensor) -> bool:
+    def _are_valid(self, rows: Tensor) -> Tensor | bool:
         return true_of_all(rows, lambda found: found > 0)
 
 

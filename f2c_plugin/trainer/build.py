@@ -18,6 +18,7 @@ from f2c_plugin.data.loader import DualLoader
 from f2c_plugin.errors import ConfigError, VerificationSetError
 from f2c_plugin.evaluation.verification import VerificationSet
 from f2c_plugin.method.schedule import Schedule
+from f2c_plugin.terms import put_terms_beside
 from f2c_plugin.trainer.full_fc import FullFC
 from f2c_plugin.utils.registry import HEADS, SAMPLERS, load_plugin
 
@@ -33,6 +34,7 @@ def softmax(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> nn
     else:
         schedule = Schedule(margin)
     head = FullFC(cfg["embedding_size"], cfg["num_classes"], schedule, cfg.get("f2c_sub_centers", 1))
+    put_terms_beside(cfg, backbone, head)
     return wrap(head.to(next(backbone.parameters()).device))
 
 

@@ -13,6 +13,7 @@ from f2c_plugin.data.from_config import open_pack, steps_per_epoch
 from f2c_plugin.errors import ConfigError, F2CError
 from f2c_plugin.evaluation.onnx_export import require_exportable
 from f2c_plugin.models import get_model
+from f2c_plugin.terms import read_teacher
 from f2c_plugin.trainer.build import build_optimizer, head_factory, margin_loss, verification_sets
 from f2c_plugin.trainer.output import checkpoints_in
 from f2c_plugin.utils.registry import SAMPLERS, load_plugin
@@ -36,6 +37,7 @@ def check(cfg: TrainConfig, world_size: int = 1) -> None:
         (["network"], lambda: require_exportable(_on_meta(rest.network, rest.embedding_size), f"network={rest.network!r}")),
         (["margin_list"], lambda: margin_from(margin_loss(rest), None if "f2c_margin" in bad else cfg.get("f2c_margin"))),
         (["network", "embedding_size", "num_classes", "f2c_init"], lambda: _init_file(rest)),
+        (["embedding_size", "f2c_teacher"], lambda: cfg.get("f2c_teacher") and read_teacher(rest)),
         (["optimizer"], lambda: build_optimizer(rest, [torch.zeros(1)])),
         (["num_image", "batch_size"], lambda: steps_per_epoch(cfg, world_size)),
         (["rec", "num_classes", "num_image"], lambda: open_pack(cfg)),

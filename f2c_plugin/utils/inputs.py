@@ -102,17 +102,19 @@ class ImageHook:
     Args:
         backbone: called with one tensor of images, by position or by keyword, whatever else it takes.
         take: from images (B, …) to the images that the backbone is to see.
+        alone: whether there may be no other one. Of several, those made first take the images first.
     Raises:
-        ConfigError: the backbone already has such a hook.
+        ConfigError: the backbone already has a hook that is to be alone, as this one.
     """
 
-    def __init__(self, backbone: nn.Module, take: Callable[[Tensor], Tensor]):
+    def __init__(self, backbone: nn.Module, take: Callable[[Tensor], Tensor], alone: bool = True):
         hooks = cast(dict[int, Any], backbone._forward_pre_hooks)  # type: ignore[reportPrivateUsage]
         others = [each for hook in hooks.values() if isinstance(each := getattr(hook, "__self__", None), ImageHook)]
-        if any(each._take for each in others):
+        if alone and any(each._take and each._alone for each in others):
             raise ConfigError("this backbone already has an F²C head with a hook, which would embed every batch, too: call its "
                               "remove_hook() first, or build both with hook=False")
         self._take: Callable[[Tensor], Tensor] | None = take
+        self._alone = alone
         self._handle = backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ImageHook":

@@ -66,7 +66,7 @@ class ShardedRows(nn.Module):
                 rows[row, start - self.first:end - self.first] = drawn.view(end - start, -1)[:, :size]
         return rows
 
-    def _are_valid(self, rows: Tensor) -> bool:
+    def _are_valid(self, rows: Tensor) -> Tensor | bool:
         return true_of_all(rows, torch.isfinite)
 
     def rows_at(self, slots: Tensor, count: int | None = None) -> Tensor:
