@@ -264,7 +264,7 @@ def test_accuracy_equals_that_of_arcface_torch(pairs):
 def test_tar_at_far_is_the_share_of_same_pairs_above_the_threshold_that_lets_few_others_through():
     scores = np.array([0.9, 0.8, 0.5, 0.3, 0.7, 0.4, 0.2, 0.1])
     same = np.array([True] * 4 + [False] * 4)
-    result = VerificationResult(0, 0, scores, same, 0)
+    result = VerificationResult(0, 0, scores, same, 0, 0)
     assert result.tar_at_far(0.25) == 0.75 and result.tar_at_far(0.49) == 0.75 and result.tar_at_far(1.0) == 1.0
 
 
