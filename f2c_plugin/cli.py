@@ -293,7 +293,7 @@ def evaluate(args: Namespace) -> None:
     if args.quality:
         tool.write_quality(found, args.quality)
     if args.plot:
-        draw_roc({"": tool.scored_pairs(found)}, args.plot, errors=tool.error_curves(found))
+        draw_roc({"ROC": tool.scored_pairs(found)}, args.plot, errors=tool.error_curves(found))
 
 
 def checkpoint_actions(parser: ArgumentParser) -> None:
