@@ -55,7 +55,7 @@ class VerificationResult:
         - divergence: f(x) · f(y) of different pairs. Of pairs drawn at random, it estimates without bias the mean of
           μₖ · μₗ over the centres of identities, the left side of their condition (2); the lower, the further apart.
         - concentration: ‖f(x) − f(x')‖² of an image x and its mirror image x', their L_align, (4), for this augmentation.
-          Their R_ε, the share of images that lie more than ε from their mirror image, is less than concentration / ε².
+          Their R_ε, the share of images that lie more than ε from their mirror image, is at most concentration / ε².
         """
         values = {"alignment": 2 - 2 * self.scores[self.same], "divergence": self.scores[~self.same],
                   "concentration": np.array(self.concentration)}

@@ -147,8 +147,11 @@ def test_the_geometry_of_the_embeddings_is_in_the_table_and_among_the_curves(run
     with open(runs[1] / "history.jsonl", "a") as history:
         history.write('\n{"step": 9, "images": 72, "synth/accuracy": 0.8, "synth/alignment": 0.5, "synth/divergence": 0.25}')
     titles = []
-    monkeypatch.setattr("f2c_plugin.tools.report.save_figure",
-                        lambda figure, path: (titles.extend(axis.get_title() for axis in figure.axes), save_figure(figure, path))[1])
+
+    def save(figure, path):
+        titles.extend(axis.get_title() for axis in figure.axes)
+        return save_figure(figure, path)
+    monkeypatch.setattr("f2c_plugin.tools.report.save_figure", save)
     found = table(report(runs, tmp_path / "out"))
     assert found["theirs"].items() >= {"gallery_lfw: alignment": "0.812", "gallery_lfw: divergence": "-0.013",
                                        "gallery_lfw: concentration": "0.050"}.items()
