@@ -14,6 +14,7 @@ import f2c_plugin
 from f2c_plugin.arcface_torch import patching
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.index import open_index
+from f2c_plugin.data.writer import refuse_to_overwrite
 from f2c_plugin.errors import ExportError, F2CError, InputError
 from f2c_plugin.synthetic.dataset import draw_contact_sheet, power_law, write_dataset
 from f2c_plugin.tools import checkpoints, packs, repack, verification_sets
@@ -272,18 +273,27 @@ def verification_set(args: Namespace) -> None:
          argument("sets", nargs="+", metavar="set",
                   help="a verification set, .bin, or the folder of IJB-B, IJB-C or TinyFace"),
          argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net"),
-         argument("--plot", metavar="PNG", help="draw the ROC"), JSON)
+         argument("--resolutions", nargs="+", type=int, default=[], metavar="PIXELS",
+                  help="evaluate .bin sets at these resolutions, too: both images of a pair, and one against a sharp one"),
+         argument("--quality", metavar="TSV",
+                  help="write how recognizable the images of .bin sets are, and show the errors when the least recognizable "
+                       "are rejected"),
+         argument("--plot", metavar="PNG", help="draw the ROC; with --quality, the error-reject curve beside it"), JSON)
 def evaluate(args: Namespace) -> None:
     """Evaluate a model: accuracy and TAR at FAR on pairs, TAR at FAR on IJB-B and IJB-C, identification on TinyFace."""
     from f2c_plugin.tools import evaluate as tool  # doctor must run without onnx
 
+    if args.quality:
+        refuse_to_overwrite(Path(args.quality).parent, [Path(args.quality).name])
     with process_group() if "RANK" in os.environ else nullcontext():
-        found = tool.evaluate(args.model, args.sets, args.net)
+        found = tool.evaluate(args.model, args.sets, args.net, args.resolutions, bool(args.quality))
     if not found:  # rank 0 shows it
         return
     print(json.dumps([each.summary() for each in found], indent=2) if args.json else tool.table(found))
+    if args.quality:
+        tool.write_quality(found, args.quality)
     if args.plot:
-        draw_roc({"": tool.scored_pairs(found)}, args.plot)
+        draw_roc({"ROC": tool.scored_pairs(found)}, args.plot, errors=tool.error_curves(found))
 
 
 def checkpoint_actions(parser: ArgumentParser) -> None:

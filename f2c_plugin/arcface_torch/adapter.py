@@ -47,7 +47,9 @@ class ArcFaceTorchHead(PoolHead):
         """Verify the gallery net, if there is one, after arcface_torch has verified the probe net."""
         if isinstance(self.monitor, Monitor) and "gallery" in self.nets:
             results = verify({"gallery": self.nets["gallery"]}, self.verification_sets, step, self.folder)
-            self.monitor.record(step, {f"gallery_{name}": result.accuracy for name, result in results["gallery"].items()})
+            for name, result in results["gallery"].items():
+                geometry = {f"gallery_{name}/{metric}": value for metric, value in result.geometry().items()}
+                self.monitor.record(step, {f"gallery_{name}": result.accuracy, **geometry})
 
     def select_net(self) -> nn.Module:
         """Verify the nets at the end of training, and return the one whose weights become ``model.pt``."""

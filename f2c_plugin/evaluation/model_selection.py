@@ -26,8 +26,9 @@ def verify(nets: Mapping[str, nn.Module], sets: Mapping[str, VerificationSet], s
                     np.savez(file, scores=result.scores, same=result.same)
             except OSError as error:  # no reason to end a training
                 log.warning("the scores are not saved: %s", error)
-            log.info("[%s%s][%d]Accuracy-Flip: %.5f+-%.5f  TAR at FAR 1e-3: %s  XNorm: %.3f", PREFIX[which], name, step,
-                     result.accuracy, result.accuracy_std, tar_text(result.tar_at_far(1e-3)), result.embedding_norm)
+            geometry = "".join(f"  {metric}: {value:.4f}" for metric, value in result.geometry().items())
+            log.info("[%s%s][%d]Accuracy-Flip: %.5f+-%.5f  TAR at FAR 1e-3: %s  XNorm: %.3f%s", PREFIX[which], name, step,
+                     result.accuracy, result.accuracy_std, tar_text(result.tar_at_far(1e-3)), result.embedding_norm, geometry)
     return results
 
 

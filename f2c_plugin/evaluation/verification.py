@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, OtherSize, Pixels, decode_face, normalize_faces
 from f2c_plugin.errors import VerificationSetError
-from f2c_plugin.evaluation.resize import resize_short
+from f2c_plugin.evaluation.resize import at_resolution, resize_short
 from f2c_plugin.evaluation.safe_pickle import load_pickle
 from f2c_plugin.utils.atomic import written_whole
 
@@ -20,6 +20,7 @@ FOLDS = 10
 MAX_SIZE = 2048  # pixels; a small file can announce a huge picture
 FARS = 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6  # at which TAR is reported, where the pairs resolve it
 NOT_RESOLVED = "not resolved"
+GEOMETRY = "alignment", "divergence", "concentration"
 THRESHOLDS = np.arange(0, 4, 0.01)  # on squared distances of unit vectors, as in arcface_torch
 
 
@@ -32,6 +33,7 @@ class VerificationResult:
     scores: np.ndarray  # cosines, float64 (pairs,)
     same: np.ndarray  # bool (pairs,)
     embedding_norm: float  # mean over the embeddings; "XNorm" in arcface_torch
+    concentration: float  # mean squared distance of the normalised embeddings of an image and its mirror image
 
     def tar_at_far(self, far: float) -> float | None:
         """Share of same pairs accepted at the lowest threshold that accepts at most ``far`` of the different pairs.
@@ -45,10 +47,26 @@ class VerificationResult:
         scalars = {"accuracy": self.accuracy, "tar_at_far_1e-3": self.tar_at_far(1e-3)}
         return {name: value for name, value in scalars.items() if value is not None}
 
+    def geometry(self) -> dict[str, float]:
+        """Where embeddings f of norm 1 lie, after Huang et al., "Towards the Generalization of Contrastive Self-Supervised
+        Learning", arXiv 2111.00743. Means over the set; what it has no pairs for, or what is not finite, is left out.
+
+        - alignment: ‖f(x) − f(y)‖² of same pairs, the intra-class distance of their section 3; 0 if an identity is a point.
+        - divergence: f(x) · f(y) of different pairs. Of pairs drawn at random, it estimates without bias the mean of
+          μₖ · μₗ over the centres of identities, the left side of their condition (2); the lower, the further apart.
+        - concentration: ‖f(x) − f(x')‖² of an image x and its mirror image x', their L_align, (4), for this augmentation.
+          Their R_ε, the share of images that lie more than ε from their mirror image, is at most concentration / ε².
+        """
+        values = {"alignment": 2 - 2 * self.scores[self.same], "divergence": self.scores[~self.same],
+                  "concentration": np.array(self.concentration)}
+        return {name: mean for name, each in values.items() if each.size and np.isfinite(mean := float(each.mean()))}
+
     def summary(self) -> dict[str, float | None]:
         """The metrics that go into ``report.json``; None where the pairs do not resolve them."""
+        geometry = self.geometry()
         return {"accuracy": self.accuracy, "accuracy_std": self.accuracy_std, "tar_at_far_1e-3": self.tar_at_far(1e-3),
-                "tar_at_far_1e-4": self.tar_at_far(1e-4), "pairs": len(self.same)}
+                "tar_at_far_1e-4": self.tar_at_far(1e-4), **{name: geometry.get(name) for name in GEOMETRY},
+                "pairs": len(self.same)}
 
 
 class VerificationSet:
@@ -96,23 +114,34 @@ class VerificationSet:
 
         As in arcface_torch, the embedding of a face is the sum of the embeddings of the image and its mirror image.
         """
-        embeddings = embed(net, self.faces())  # (2n, 2, D)
+        return self.compare(embed(net, self.faces()))
+
+    def compare(self, embeddings: Tensor) -> VerificationResult:
+        """As ``evaluate``, from what ``embed`` makes of ``faces()``, float64 (2n, 2, D)."""
         first, second = normalize(embeddings.sum(dim=1)).view(-1, 2, embeddings.size(2)).unbind(1)  # (n, D) each
         scores = (first * second).sum(1).numpy()
         accuracy = fold_accuracies(scores, self.same)
         norm = embeddings.norm(dim=2).mean()
-        return VerificationResult(float(accuracy.mean()), float(accuracy.std()), scores, self.same, float(norm))
+        image, mirrored = normalize(embeddings, dim=2).unbind(1)  # (2n, D) each
+        concentration = (image - mirrored).square().sum(1).mean()
+        return VerificationResult(float(accuracy.mean()), float(accuracy.std()), scores, self.same, float(norm),
+                                  float(concentration))
 
 
 @torch.no_grad()
-def embed(net: nn.Module, faces: Tensor, batch_size: int = 256) -> Tensor:
-    """Embed faces, uint8 (n, 112, 112, 3) RGB, and their mirror images with the net in eval mode, float64 (n, 2, D)."""
+def embed(net: nn.Module, faces: Tensor, batch_size: int = 256, pixels: int | None = None) -> Tensor:
+    """Embed faces, uint8 (n, 112, 112, 3) RGB, and their mirror images with the net in eval mode, float64 (n, 2, D).
+
+    With ``pixels``, the faces as ``at_resolution`` shows them.
+    """
     device = next(net.parameters(), torch.empty(0)).device
     was_training = net.training
     net.eval()
     embeddings = []
     for part in faces.split(batch_size):
         images = normalize_faces(part.to(device))
+        if pixels:
+            images = at_resolution(images, pixels)
         embeddings.append(torch.stack([net(images), net(images.flip(3))], dim=1).double().cpu())
     net.train(was_training)
     return torch.cat(embeddings)
@@ -126,14 +155,17 @@ def tar_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float | None
 def tars_at_fars(scores: np.ndarray, same: np.ndarray, fars: Sequence[float]) -> list[float | None]:
     """``tar_at_far`` of each FAR."""
     different, alike = np.sort(scores[~same])[::-1], scores[same]
+    thresholds = [threshold_at_far(different, far) if len(alike) else None for far in fars]
+    return [None if threshold is None else float((alike > threshold).mean()) for threshold in thresholds]
 
-    def tar(far: float) -> float | None:
-        if far * len(different) < 1 or not len(alike):
-            return None
-        allowed = int(far * len(different))
-        threshold = different[allowed] if allowed < len(different) else -np.inf
-        return float((alike > threshold).mean())
-    return [tar(far) for far in fars]
+
+def threshold_at_far(different: np.ndarray, far: float) -> float | None:
+    """The lowest threshold that at most ``far`` of the different pairs exceed, from their falling cosines (n,); None where they
+    do not resolve it."""
+    allowed = int(far * len(different))
+    if far * len(different) < 1:
+        return None
+    return float(different[allowed]) if allowed < len(different) else -np.inf
 
 
 def tar_text(tar: float | None) -> str:

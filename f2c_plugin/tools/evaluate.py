@@ -2,18 +2,28 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from f2c_plugin.data.dataset import IMAGE_SIZE
 from f2c_plugin.errors import ExportError, F2CError, InputError
 from f2c_plugin.evaluation.ijb import TemplateResult, TemplateSet
 from f2c_plugin.evaluation.onnx_export import load_net
 from f2c_plugin.evaluation.onnx_net import OnnxNet
+from f2c_plugin.evaluation.recognizability import (
+    REJECTED,
+    UNRECOGNIZABLE,
+    Recognizability,
+    check_pairs,
+    error_reject,
+    recognizability,
+)
 from f2c_plugin.evaluation.tinyface import RANKS, IdentificationResult, IdentificationSet
-from f2c_plugin.evaluation.verification import FARS, VerificationResult, VerificationSet, tar_text
+from f2c_plugin.evaluation.verification import FARS, GEOMETRY, VerificationResult, VerificationSet, embed, tar_text
+from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.distributed import this_rank
 
 Set = VerificationSet | TemplateSet | IdentificationSet
@@ -21,18 +31,28 @@ Result = VerificationResult | TemplateResult | IdentificationResult
 
 
 class Evaluated(NamedTuple):
-    """A model on a set."""
+    """A model on a set; at a resolution, with the pixels of the first and the second image of each pair."""
 
     name: str
     result: Result
+    resolution: tuple[int, int] | None = None
+    quality: Recognizability | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name if self.resolution is None else f"{self.name}, {self.resolution[0]}/{self.resolution[1]} pixels"
 
     def summary(self) -> dict[str, object]:
         """Metrics; those that the pairs do not resolve are None."""
         found = self.result
         if not isinstance(found, VerificationResult):
             return {"set": self.name, **found.summary()}
-        return {"set": self.name, "pairs": len(found.same), "accuracy": found.accuracy, "accuracy_std": found.accuracy_std,
-                "tar_at_far": {f"{far:.0e}": found.tar_at_far(far) for far in FARS}, "embedding_norm": found.embedding_norm}
+        geometry = found.geometry()
+        return {"set": self.name, **({"resolution": self.resolution} if self.resolution else {}),
+                "pairs": len(found.same), "accuracy": found.accuracy, "accuracy_std": found.accuracy_std,
+                "tar_at_far": {f"{far:.0e}": found.tar_at_far(far) for far in FARS}, "embedding_norm": found.embedding_norm,
+                **{name: geometry.get(name) for name in GEOMETRY},
+                **({"recognizability": self.quality.summary()} if self.quality else {})}
 
 
 def load_model(path: str | Path, which: str = "probe") -> nn.Module:
@@ -56,7 +76,8 @@ def open_set(path: str | Path) -> Set:
     return TemplateSet(path) if TemplateSet.lists_in(path) else IdentificationSet(path)
 
 
-def evaluate(model: str | Path, sets: Sequence[str | Path], which: str = "probe") -> list[Evaluated]:
+def evaluate(model: str | Path, sets: Sequence[str | Path], which: str = "probe", resolutions: Sequence[int] = (),
+             quality: bool = False) -> list[Evaluated]:
     """Evaluate a model: on ``.bin`` sets, accuracy over ten folds and TAR at FAR; on IJB-B and IJB-C, TAR at FAR of pairs of
     templates; on TinyFace, the rate of identification at ranks 1, 5 and 20.
 
@@ -66,47 +87,98 @@ def evaluate(model: str | Path, sets: Sequence[str | Path], which: str = "probe"
         model: a ``model.pt``, a checkpoint, or an ``.onnx`` file.
         sets: ``.bin`` files, and folders as ``open_set`` tells them apart.
         which: "probe" or "gallery", of a checkpoint.
+        resolutions: pixels, at which ``.bin`` sets are evaluated, too: with both images of a pair so (7/7 pixels), and the
+            first so and the second as it is (7/112 pixels).
+        quality: also find how recognizable the images of ``.bin`` sets are.
     Raises:
         F2CError: the model or a set cannot be read, or the model's embeddings are not finite.
     """
     opened = [open_set(path) for path in sets]
+    if (resolutions or quality) and not all(isinstance(each, VerificationSet) for each in opened):
+        raise InputError("--resolutions and --quality: are for .bin sets, not for folders of IJB-B, IJB-C and TinyFace")
+    if wrong := [each for each in resolutions if not 0 < each <= IMAGE_SIZE]:
+        raise InputError(f"--resolutions {wrong[0]}: must be pixels from 1 to {IMAGE_SIZE}")
+    if quality:
+        for each in opened:
+            check_pairs(each.path, cast(VerificationSet, each).same)
     names = [each.path.stem if isinstance(each, VerificationSet) else each.path.resolve().name for each in opened]
     net = load_model(model, which)
     rank, _ = this_rank()
     found: list[Evaluated] = []
     for each, name in zip(opened, names, strict=True):
+        name = name if names.count(name) == 1 else str(each.path)
         if isinstance(each, VerificationSet):
-            result = None if rank else each.evaluate(net)
-            if result and not np.isfinite(result.scores).all():
-                raise F2CError(f"{model}: its embeddings of {each.path} are not finite")
+            found += [] if rank else _verified(model, net, each, name, resolutions, quality)
         else:
             embeddings = each.embed(net)
-            result = None if rank else each.score(embeddings)
-        if result:
-            found.append(Evaluated(name if names.count(name) == 1 else str(each.path), result))
+            found += [] if rank else [Evaluated(name, each.score(embeddings))]
     return found
+
+
+def _verified(model: str | Path, net: nn.Module, verification_set: VerificationSet, name: str, resolutions: Sequence[int],
+              quality: bool) -> list[Evaluated]:
+    """A net on a ``.bin`` set. It is embedded once; once more for each resolution, and for ``quality``."""
+    faces = verification_set.faces()
+
+    def embedded(pixels: int | None = None) -> Tensor:  # (2n, 2, D)
+        embeddings = embed(net, faces, pixels=pixels)
+        if not embeddings.isfinite().all():
+            raise F2CError(f"{model}: its embeddings of {verification_set.path} are not finite")
+        return embeddings
+    sharp = embedded()
+    result, found = verification_set.compare(sharp), None
+    if quality:
+        images = recognizability(sharp.sum(1), embedded(UNRECOGNIZABLE).sum(1))
+        found = error_reject(result.scores, result.same, images)
+    rows = [Evaluated(name, result, quality=found)]
+    for pixels in resolutions:
+        low = embedded(pixels)
+        rows.append(Evaluated(name, verification_set.compare(low), (pixels, pixels)))
+        low[1::2] = sharp[1::2]
+        rows.append(Evaluated(name, verification_set.compare(low), (pixels, IMAGE_SIZE)))
+    return rows
 
 
 def scored_pairs(found: Sequence[Evaluated]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{name: (cosines, whether same)} of the sets of pairs, as a panel of ``draw_roc``. Raises InputError if there is none."""
-    pairs = {name: (result.scores, result.same) for name, result in found if not isinstance(result, IdentificationResult)}
+    pairs = {each.label: (each.result.scores, each.result.same) for each in found
+             if not isinstance(each.result, IdentificationResult)}
     if not pairs:
         raise InputError("--plot: draws the ROC of pairs, and TinyFace has none")
     return pairs
 
 
+def error_curves(found: Sequence[Evaluated]) -> dict[str, np.ndarray]:
+    """{name: false non-match rates} of the sets whose images' recognizability was asked for, for ``draw_roc``."""
+    return {each.label: each.quality.fnmr for each in found if each.quality}
+
+
+def write_quality(found: Sequence[Evaluated], path: str | Path) -> None:
+    """Write how recognizable each image is: set, number of the image in it from 0, and recognizability, with tabs between."""
+    with written_whole(path) as file:
+        file.write(b"set\timage\trecognizability\n")
+        for each in found:
+            if each.quality:
+                file.writelines(f"{each.name}\t{number}\t{value:.6f}\n".encode("utf-8", "surrogateescape")
+                                for number, value in enumerate(each.quality.images))
+
+
 def table(found: Sequence[Evaluated]) -> str:
     """For people: a table for each kind of set. Of ``.bin`` sets, TAR at those FARs that one of them resolves."""
-    pairs = [(name, result) for name, result in found if isinstance(result, VerificationResult)]
+    pairs = [(each.label, each.result) for each in found if isinstance(each.result, VerificationResult)]
     fars = [far for far in FARS if any(result.tar_at_far(far) is not None for _, result in pairs)]
     tables = [[["set", "pairs", "accuracy", *(f"TAR at {far:.0e}" for far in fars)]],
               [["protocol", "set", "images", "templates", "pairs", *(f"TAR at {far:.0e}" for far in FARS)]],
-              [["protocol", "set", "probes", "gallery", *(f"rank-{rank}" for rank in RANKS)]]]
+              [["protocol", "set", "probes", "gallery", *(f"rank-{rank}" for rank in RANKS)]],
+              [["FNMR, least recognizable images rejected", "at FAR", *(f"{share:.0%}" for share in REJECTED)]]]
     for name, result in pairs:
         tars = [result.tar_at_far(far) for far in fars]
         tables[0].append([name, f"{len(result.same):,}", f"{result.accuracy:.2%} ± {result.accuracy_std:.2%}",
                           *("" if tar is None else f"{tar:.2%}" for tar in tars)])
-    for name, result in found:
+    for name, result, _, quality in found:
+        if quality:
+            rates = [quality.at(share) for share in REJECTED]
+            tables[3].append([name, f"{quality.far:.0e}", *("" if rate is None else f"{rate:.2%}" for rate in rates)])
         if isinstance(result, TemplateResult):
             tables[1].append([result.protocol, name, f"{result.images:,}", f"{result.templates:,}", f"{len(result.same):,}",
                               *map(tar_text, result.tars())])

@@ -65,18 +65,28 @@ def add_legend(figure: Any, numbers: Mapping[str, int], where: str = "lower") ->
                   loc=f"outside {where} center", ncols=columns, fontsize=9, handlelength=3)
 
 
-def draw_roc(curves: Mapping[str, Mapping[str, Scores]], path: str | Path, labels: Sequence[str] = ()) -> Path:
+def draw_roc(curves: Mapping[str, Mapping[str, Scores]], path: str | Path, labels: Sequence[str] = (),
+             errors: Mapping[str, np.ndarray] | None = None) -> Path:
     """Plot TAR against FAR where the pairs resolve it.
 
     Args:
         curves: {title of a panel: {label: (cosines of pairs (n,), whether they are the same person's, bool (n,))}}.
         path: of the picture.
         labels: in the order of their looks, if it is another than that of their first curves.
+        errors: {label: rates when 0, 1, … of all images are rejected, (images,)}, for a panel with error-reject curves, up
+            to half of the images: the rates of the few pairs that remain at last are chance.
     """
     used = dict.fromkeys(label for panel in curves.values() for label in panel)
     numbers = {label: number for number, label in enumerate(labels or used)}
-    figure, axes = panels(len(curves), 3, (5, 3.8) if len(curves) > 1 else (6, 4.2))
-    for axis, (title, panel) in zip(axes, curves.items(), strict=True):
+    count = len(curves) + bool(errors)
+    figure, axes = panels(count, 3, (5, 3.8) if count > 1 else (6, 4.2))
+    for label, rates in (errors or {}).items():
+        half = rates[:len(rates) // 2 + 1]
+        axes[-1].plot(np.arange(len(half)) / len(rates), half, drawstyle="steps-post", **look(numbers[label]))
+        axes[-1].set(title="error-reject curve", xlabel="least recognizable images rejected",
+                     ylabel="FNMR, same person refused", xlim=(0, 0.5), ylim=(0, None))
+        axes[-1].grid(alpha=0.3)
+    for axis, (title, panel) in zip(axes, curves.items(), strict=False):
         for label, (scores, same) in panel.items():
             order = np.argsort(-scores)
             far, tar = (np.cumsum(same[order] == answer) / max((same == answer).sum(), 1) for answer in (False, True))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from f2c_plugin.evaluation.verification import NOT_RESOLVED
+from f2c_plugin.evaluation.verification import GEOMETRY, NOT_RESOLVED
 from f2c_plugin.tools.findings import findings
 from f2c_plugin.tools.plotting import add_legend, draw_roc, look, panels, plain, save_figure
-from f2c_plugin.tools.runs import Run, curve_of_tar, differing_settings, distinct_names, scores_of
+from f2c_plugin.tools.runs import Run, beside, differing_settings, distinct_names, scores_of
 from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.extras import require
 
@@ -79,7 +79,8 @@ def draw_curves(runs: Sequence[Run], path: Path, against_hours: bool = False) ->
     names = {name: title for name, title in _CURVES.items() if name in ("loss", "learning_rate")}
     for accuracy in dict.fromkeys(name for run in runs for name in run.accuracies):
         names[accuracy] = f"{scores_of(accuracy)}: accuracy"
-        names[curve_of_tar(accuracy)] = f"{scores_of(accuracy)}: TAR at FAR 0.001"
+        names[beside(accuracy, "tar_at_far_1e-3")] = f"{scores_of(accuracy)}: TAR at FAR 0.001"
+        names |= {beside(accuracy, metric): f"{scores_of(accuracy)}: {metric}" for metric in GEOMETRY}
     names |= _CURVES
     names = {name: title for name, title in names.items() if any(run.series(name) for run in runs)}
     lengths = [run.clock[1][-1] if against_hours else run.images_seen for run in runs]

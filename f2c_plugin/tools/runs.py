@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from f2c_plugin.errors import ReportError
-from f2c_plugin.evaluation.verification import FARS, tar_at_far, tar_text
+from f2c_plugin.evaluation.verification import FARS, GEOMETRY, tar_at_far, tar_text
 from f2c_plugin.tools.plotting import Scores
 
 # Settings that change no result.
@@ -22,6 +22,7 @@ NO_RESULT = re.compile("output|resume|frequent|verbose|num_workers|f2c_save_ever
 _LOSS = re.compile(r"Speed ([\d.]+) samples/sec\s+Loss (\S+)\s+LearningRate (\S+).*Global Step: (\d+)")
 _MONITOR = re.compile(r"F²C step (\d+): (.*)")
 _ACCURACY = re.compile(r"\[(gallery_)?(\w+)\]\[(\d+)\]Accuracy-Flip: ([\d.]+)(?:\+-([\d.]+))?")
+_GEOMETRY = re.compile(rf"  ({'|'.join(GEOMETRY)}): (-?[\d.]+)")
 _SKIPPED = re.compile(r"step (\d+) is skipped because its gradient is not finite")
 _NOT_FINITE_LOSS = re.compile(r"the loss is \S+ at step (\d+)|Loss (?:nan|-?inf) .*Global Step: (\d+)")
 _OLD_NAMES = {"f2c/found": "f2c/pool_hit_rate"}  # names of version 0.1
@@ -106,18 +107,22 @@ class Run:
 
     def _drop_unresolved(self) -> None:
         """Version 0.1 has recorded TAR also where the pairs do not resolve it."""
-        unresolved = {curve_of_tar(name) for name in self.accuracies if (scores := self.scores.get(scores_of(name)))
-                      and tar_at_far(*scores, 1e-3) is None}
+        unresolved = {beside(name, "tar_at_far_1e-3") for name in self.accuracies
+                      if (scores := self.scores.get(scores_of(name))) and tar_at_far(*scores, 1e-3) is None}
         self.history = [{name: value for name, value in entry.items() if name not in unresolved} for entry in self.history]
 
     def _summarize(self, folder: Path) -> dict[str, str]:
         facts = {"head": self.config.get("head", ""), "network": self.config.get("network", "")}
-        accuracies = {scores_of(name): [value for _, value in self.series(name)] for name in self.accuracies}
+        accuracies = {scores_of(name): name for name in self.accuracies}
         for name in dict.fromkeys([*accuracies, *self.scores]):
-            if values := accuracies.get(name):
+            if accuracy := accuracies.get(name):
+                values = [value for _, value in self.series(accuracy)]
                 facts |= {f"{name}: last accuracy": f"{values[-1]:.2%}", f"{name}: best accuracy": f"{max(values):.2%}"}
             if name in self.scores:
                 facts |= {f"{name}: TAR at FAR {far:g}": tar_text(tar_at_far(*self.scores[name], far)) for far in FARS}
+            if accuracy:
+                facts |= {f"{name}: {metric}": f"{value:.3f}" for metric in GEOMETRY
+                          if (value := self.last(beside(accuracy, metric))) is not None}
         facts["images seen"] = f"{self.images_seen:,.0f}"
         if self.speed is not None:
             facts |= {"images/s (median)": f"{self.speed:,.0f}", "hours of training": f"{self.clock[1][-1]:.3g}"}
@@ -142,9 +147,9 @@ def scores_of(accuracy: str) -> str:
     return metric.removesuffix("accuracy") + name
 
 
-def curve_of_tar(accuracy: str) -> str:
-    """The name of TAR at FAR 1e-3 in the history, beside this accuracy."""
-    return accuracy.removesuffix("accuracy") + "tar_at_far_1e-3"
+def beside(accuracy: str, metric: str) -> str:
+    """The name in the history of another metric of the verification that has this accuracy."""
+    return accuracy.removesuffix("accuracy") + metric
 
 
 def distinct_names(folders: Sequence[str | Path]) -> list[str]:
@@ -192,6 +197,7 @@ def _history_of_log(lines: Sequence[str], total_batch_size: str) -> list[Entry]:
             entry(found[3])[name] = float(found[4])
             if found[5]:
                 entry(found[3])[f"{name}_std"] = float(found[5])
+            entry(found[3]).update({beside(name, metric): float(value) for metric, value in _GEOMETRY.findall(line)})
         elif found := _MONITOR.search(line):
             for name, value in re.findall(r"([a-zA-Z -]+?) (nan|-?[\d.]+)(?: steps)?(?:  |$)", found[2]):
                 if value != "nan":

@@ -92,7 +92,8 @@ class TrainingLog:
         for name in sets:
             scalars: dict[str, float] = {}
             for which, of_net in results.items():
-                scalars |= {f"{name}/{PREFIX[which]}{metric}": value for metric, value in of_net[name].scalars().items()}
+                metrics = of_net[name].scalars() | of_net[name].geometry()
+                scalars |= {f"{name}/{PREFIX[which]}{metric}": value for metric, value in metrics.items()}
             self._record(step, scalars)
         self.start += time.perf_counter() - begin  # verification is not training
         return results

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from f2c_plugin.arcface_torch.entry_points import f2c_dcp
 from f2c_plugin.config_files import load_config
@@ -34,6 +35,12 @@ def test_the_gallery_net_is_verified_beside_arcface_torchs_own_verification(conf
         head.verify(20)
     assert re.search(r"\[gallery_synth\]\[20\]Accuracy-Flip: 0\.\d{5}\+-0\.\d{5}", caplog.text)
     assert "[synth]" not in caplog.text and head.gallery.net.training is False
+    logged = re.search(r"concentration: (\d\.\d+)", caplog.text)
+    events = EventAccumulator("tensorboard")
+    events.Reload()
+    recorded = {name: events.Scalars(f"gallery_synth/{name}")[0] for name in ("alignment", "divergence", "concentration")}
+    assert logged and recorded["concentration"].value == pytest.approx(float(logged[1]), abs=1e-4)
+    assert [each.step for each in recorded.values()] == [20] * 3
 
 
 @pytest.mark.parametrize("export", ["probe", "gallery", "best"])

@@ -22,6 +22,7 @@ from f2c_plugin.evaluation.resize import resize_short
 from f2c_plugin.evaluation.verification import (
     VerificationResult,
     VerificationSet,
+    embed,
     fold_accuracies,
     load_bin,
     save_bin,
@@ -264,7 +265,7 @@ def test_accuracy_equals_that_of_arcface_torch(pairs):
 def test_tar_at_far_is_the_share_of_same_pairs_above_the_threshold_that_lets_few_others_through():
     scores = np.array([0.9, 0.8, 0.5, 0.3, 0.7, 0.4, 0.2, 0.1])
     same = np.array([True] * 4 + [False] * 4)
-    result = VerificationResult(0, 0, scores, same, 0)
+    result = VerificationResult(0, 0, scores, same, 0, 0)
     assert result.tar_at_far(0.25) == 0.75 and result.tar_at_far(0.49) == 0.75 and result.tar_at_far(1.0) == 1.0
 
 
@@ -305,6 +306,29 @@ def test_a_net_that_sees_the_picture_verifies_it_and_stays_in_its_mode(tmp_path)
     result = VerificationSet(tmp_path / "set.bin").evaluate(net)
     assert net.training and result.accuracy == 1.0 and result.tar_at_far(0.1) == 1.0
     assert np.allclose(result.scores[result.same], 1)
+
+
+def test_the_geometry_is_that_of_a_slow_count(tmp_path):
+    save_bin(tmp_path / "set.bin", IMAGES, [True, False, False, True])
+    verification_set = VerificationSet(tmp_path / "set.bin")
+    found = verification_set.evaluate(Colour())
+    embeddings = embed(Colour(), verification_set.faces()).numpy()
+
+    def unit(vector):
+        return vector / np.sqrt((vector ** 2).sum())
+    faces = [unit(image + mirrored) for image, mirrored in embeddings]
+    pairs = list(zip(faces[::2], faces[1::2], strict=True))
+    expected = {"alignment": np.mean([((pairs[i][0] - pairs[i][1]) ** 2).sum() for i in (0, 3)]),
+                "divergence": np.mean([pairs[i][0] @ pairs[i][1] for i in (1, 2)]),
+                "concentration": np.mean([((unit(image) - unit(mirrored)) ** 2).sum() for image, mirrored in embeddings])}
+    assert found.geometry() == pytest.approx(expected) and found.summary().items() >= found.geometry().items()
+    assert all(abs(value) > 1e-3 for value in expected.values())
+    for same, lacking in (True, "divergence"), (False, "alignment"):
+        save_bin(tmp_path / "set.bin", IMAGES, [same] * 4)
+        result = VerificationSet(tmp_path / "set.bin").evaluate(Colour())
+        assert lacking not in result.geometry() and len(result.geometry()) == 2 and result.summary()[lacking] is None
+    broken = VerificationResult(0, 0, np.full(4, np.nan), np.array(SAME), 0, np.nan)
+    assert broken.geometry() == {}
 
 
 def test_load_bin_returns_the_same_as_load_bin_of_arcface_torch(tmp_path):

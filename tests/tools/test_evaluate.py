@@ -14,15 +14,18 @@ import pytest
 import torch
 from onnx import helper
 from torch import nn
+from torch.nn.functional import normalize
 
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import normalize_faces
-from f2c_plugin.errors import ExportError, F2CError, InputError
+from f2c_plugin.errors import ExportError, F2CError, InputError, VerificationSetError
 from f2c_plugin.evaluation.onnx_net import OnnxNet
+from f2c_plugin.evaluation.recognizability import recognizability
+from f2c_plugin.evaluation.resize import at_resolution
 from f2c_plugin.evaluation.tinyface import IdentificationResult
-from f2c_plugin.evaluation.verification import VerificationSet, embed, tar_at_far
+from f2c_plugin.evaluation.verification import VerificationSet, embed, save_bin, tar_at_far
 from f2c_plugin.tools import plotting
-from f2c_plugin.tools.evaluate import Evaluated, evaluate, scored_pairs, table
+from f2c_plugin.tools.evaluate import Evaluated, evaluate, load_model, scored_pairs, table
 from tests.protocol_sets import write_ijb, write_tinyface
 from tests.runs import history, run
 
@@ -66,6 +69,64 @@ def test_the_table_and_the_curve_show_what_the_pairs_resolve(trained, faces, tmp
     assert len({tuple(row.split()[2:]) for row in rows}) == 1 and (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_set_at_lower_resolutions_has_rows_for_both_images_so_and_for_one_against_a_sharp_one(trained, faces, capsys):
+    command = ["evaluate", str(trained / "model.pt"), str(faces / "synth.bin"), "--resolutions", "7", "112"]
+    cli([*command, "--json"])
+    sharp, *rows = json.loads(capsys.readouterr().out)
+    assert "resolution" not in sharp and [row["resolution"] for row in rows] == [[7, 7], [7, 112], [112, 112], [112, 112]]
+    figures = "accuracy", "alignment", "divergence"
+    for row in rows[2:]:
+        assert [row[name] for name in figures] == pytest.approx([sharp[name] for name in figures], abs=1e-5)
+    net, verification_set = load_model(trained / "model.pt"), VerificationSet(faces / "synth.bin")
+    images = at_resolution(normalize_faces(verification_set.faces()), 7)
+    with torch.no_grad():
+        low = normalize(net.eval()(images) + net(images.flip(3))).double()
+    whole = normalize(embed(net, verification_set.faces()).sum(1))
+    same = verification_set.same
+    for row, second in zip(rows, (low, whole), strict=False):
+        distances = (low[::2] - second[1::2]).square().sum(1)
+        assert row["alignment"] == pytest.approx(float(distances[same].mean()), abs=1e-5)
+    assert rows[0]["alignment"] != pytest.approx(sharp["alignment"], abs=1e-3)
+    cli(command)
+    assert [line.rsplit(" pixels ")[0] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        f"synth, {first}/{second}" for first, second in ((7, 7), (7, 112), (112, 112), (112, 112))]
+
+
+def test_how_recognizable_images_are_is_written_and_the_errors_without_the_least_are_shown(trained, faces, tmp_path, capsys):
+    out = tmp_path / "quality.tsv"
+    command = ["evaluate", str(trained / "model.pt"), str(faces / "synth.bin"), "--quality", str(out)]
+    cli([*command, "--json", "--plot", str(tmp_path / "roc.png")])
+    found = json.loads(capsys.readouterr().out)[0]["recognizability"]
+    head, *rows = [line.split("\t") for line in out.read_text().splitlines()]
+    assert head == ["set", "image", "recognizability"] and [row[:2] for row in rows] == [["synth", str(i)] for i in range(120)]
+    net, images = load_model(trained / "model.pt"), VerificationSet(faces / "synth.bin").faces()
+    expected = recognizability(embed(net, images).sum(1), embed(net, images, pixels=4).sum(1))
+    np.testing.assert_allclose([float(row[2]) for row in rows], expected, atol=1e-6)
+    assert found["mean"] == pytest.approx(expected.mean()) and found["far"] == 0.1  # of 30 different pairs
+    result, = evaluate(trained / "model.pt", [faces / "synth.bin"])
+    assert found["fnmr_at_rejected"]["0"] == pytest.approx(1 - result.result.tar_at_far(0.1))
+    assert list(found["fnmr_at_rejected"]) == ["0", "0.01", "0.02", "0.05", "0.1", "0.2", "0.3", "0.5"]
+    with pytest.raises(SystemExit, match="quality.tsv exists and is not overwritten"):
+        cli(command)
+    out.unlink()
+    cli(command)
+    title, row = capsys.readouterr().out.splitlines()[3:]
+    assert title.split()[-9:] == ["FAR", "0%", "1%", "2%", "5%", "10%", "20%", "30%", "50%"]
+    assert row.split()[:3] == ["synth", "1e-01", f"{found['fnmr_at_rejected']['0']:.2%}"]
+
+
+def test_resolutions_and_recognizability_are_refused_where_they_cannot_be_found(trained, faces, tmp_path):
+    with pytest.raises(InputError, match="--resolutions 113: must be pixels from 1 to 112"):
+        evaluate(trained / "model.pt", [faces / "synth.bin"], resolutions=[7, 113])
+    with pytest.raises(InputError, match="--resolutions and --quality: are for .bin sets"):
+        evaluate(trained / "model.pt", [write_tinyface(tmp_path / "tinyface")], quality=True)
+    images = VerificationSet(faces / "synth.bin").images
+    for same, found in ([True] + [False] * 9, "1 same and 9 different"), ([False] * 10, "0 same and 10 different"):
+        save_bin(tmp_path / "few.bin", images[:20], same)
+        with pytest.raises(VerificationSetError, match=f"few.bin: {found} pairs: the error-reject curve needs one same pair"):
+            evaluate(trained / "model.pt", [tmp_path / "few.bin"], quality=True)
+
+
 def test_an_onnx_net_embeds_as_the_insightface_package_does(trained, faces):
     images = VerificationSet(faces / "synth.bin").faces(6)
     ours = embed(OnnxNet(trained / "model.onnx"), images)[:, 0].numpy()
@@ -85,6 +146,17 @@ def test_the_drawn_roc_has_the_corners_of_the_whole_one_and_few_points(tmp_path,
     assert len(far) < 4 * same.sum()
     for at in (0.001, 0.01, 0.1, 0.5, 1.0):
         assert tar[np.flatnonzero(far <= at)[-1]] == pytest.approx(tar_at_far(scores, same, at))
+
+
+def test_the_error_reject_curve_is_drawn_beside_the_roc_up_to_half_of_the_images(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: drawn.extend(figure.axes))
+    pairs = {name: (np.linspace(1, 0, 4), np.arange(4) < 2) for name in ("a", "b")}
+    plotting.draw_roc({"ROC": pairs}, tmp_path / "roc.png", errors={"b": np.linspace(0.7, 0, 8)})
+    roc, errors = drawn
+    line, = errors.lines
+    np.testing.assert_allclose(line.get_xydata(), [(k / 8, 0.7 - k / 10) for k in range(5)])
+    assert len(roc.lines) == 2 and line.get_color() == roc.lines[1].get_color() != roc.lines[0].get_color()
 
 
 def graph(path, *nodes, batch="N", shape=(3, 112, 112), out=("M", "D")):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from f2c_plugin.errors import ReportError
+from f2c_plugin.tools.plotting import save_figure
 from f2c_plugin.tools.report import Run, report
 from f2c_plugin.tools.runs import distinct_names
 
@@ -137,6 +138,25 @@ def test_the_table_has_a_row_for_each_run_with_the_settings_that_differ(runs, tm
                                       "pool: evictions per step": "3.0", ": images/s (median)": "99"}.items()
     assert found["lr0.1"].items() >= {"pool: hit rate": "", ": peak memory of rank 0, MB": "1,234"}.items()
     assert "synth: TAR at FAR 0.01" in found["lr0.1"] and "synth: TAR at FAR 0.001" not in found["lr0.1"]  # of 200 pairs
+
+
+def test_the_geometry_of_the_embeddings_is_in_the_table_and_among_the_curves(runs, tmp_path, monkeypatch):
+    line = "2026-11-22 12:25:44,000 [gallery_lfw][20]Accuracy-Flip: 0.7+-0.02  TAR at FAR 1e-3: not resolved  XNorm: 9.9"
+    with open(runs[0] / "training.log", "a") as log:
+        log.write(f"{line}  alignment: 0.8125  divergence: -0.0125  concentration: 0.0500\n")
+    with open(runs[1] / "history.jsonl", "a") as history:
+        history.write('\n{"step": 9, "images": 72, "synth/accuracy": 0.8, "synth/alignment": 0.5, "synth/divergence": 0.25}')
+    titles = []
+
+    def save(figure, path):
+        titles.extend(axis.get_title() for axis in figure.axes)
+        return save_figure(figure, path)
+    monkeypatch.setattr("f2c_plugin.tools.report.save_figure", save)
+    found = table(report(runs, tmp_path / "out"))
+    assert found["theirs"].items() >= {"gallery_lfw: alignment": "0.812", "gallery_lfw: divergence": "-0.013",
+                                       "gallery_lfw: concentration": "0.050"}.items()
+    assert found["<ours>"]["synth: divergence"] == "0.250" and "synth: concentration" not in found["<ours>"]
+    assert {"gallery_lfw: concentration", "synth: alignment"} <= set(titles) and "lfw: alignment" not in titles
 
 
 def test_the_best_accuracy_is_marked(runs, tmp_path):

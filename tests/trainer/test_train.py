@@ -45,6 +45,11 @@ def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, faces,
     scalars = set(events.Tags()["scalars"])
     assert {"loss", "f2c/pool_hit_rate", "synth/accuracy"} <= scalars and ("synth/gallery_accuracy" in scalars) == is_paper
     assert len(events.Scalars("loss")) == len(steps)
+    geometry = {f"synth/{which}{name}" for name in ("alignment", "divergence", "concentration")
+                for which in ("", *["gallery_"] * is_paper)}
+    last = [entry for entry in entries if "synth/accuracy" in entry][-1]
+    assert geometry <= scalars and geometry <= last.keys()
+    assert last["synth/alignment"] == summary["verification"]["alignment"]
 
     net = get_model("tiny", 32)
     net.load_state_dict(torch.load("out/model.pt"), strict=True)
