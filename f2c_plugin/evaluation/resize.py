@@ -1,11 +1,9 @@
-"""Resizes pictures: as ``mxnet.image.resize_short`` does, by OpenCV's bicubic interpolation; and to lower resolutions."""
+"""Resizes pictures as ``mxnet.image.resize_short`` does, which is OpenCV's bicubic interpolation."""
 
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, Pixels
 
@@ -23,21 +21,6 @@ def resize_short(image: Pixels) -> Pixels:
     rows = _weights(height, IMAGE_SIZE * height // short) @ image.reshape(height, -1)  # (H', W · 3)
     columns = _weights(width, IMAGE_SIZE * width // short) @ rows.reshape(-1, width, 3)  # (H', W', 3)
     return np.rint(columns / _ONE**2).clip(0, 255).astype(np.uint8)
-
-
-def at_resolution(images: Tensor, pixels: int) -> Tensor:
-    """Faces as a camera of fewer pixels would see them: averaged to ``pixels`` × ``pixels``, and back by OpenCV's bicubic.
-
-    Works on the device of the images. 112 pixels change nothing.
-
-    Args:
-        images: float (B, 3, H, W) in [-1, 1].
-        pixels: 1 to H.
-    Returns:
-        Of the same shape and dtype, in [-1, 1].
-    """
-    small = adaptive_avg_pool2d(images, pixels)  # (B, 3, pixels, pixels); means over whole pixels
-    return interpolate(small, images.shape[2:], mode="bicubic", align_corners=False).clamp(-1, 1)
 
 
 @lru_cache(maxsize=8)

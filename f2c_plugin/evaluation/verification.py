@@ -12,9 +12,10 @@ from torch.nn.functional import normalize
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, OtherSize, Pixels, decode_face, normalize_faces
 from f2c_plugin.errors import VerificationSetError
-from f2c_plugin.evaluation.resize import at_resolution, resize_short
+from f2c_plugin.evaluation.resize import resize_short
 from f2c_plugin.evaluation.safe_pickle import load_pickle
 from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.utils.resolution import at_resolution
 
 FOLDS = 10
 MAX_SIZE = 2048  # pixels; a small file can announce a huge picture

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from f2c_plugin.evaluation.resize import at_resolution
+from f2c_plugin.utils.resolution import at_resolution
 
 
 @pytest.mark.parametrize("pixels", [4, 7, 14, 28, 56])
