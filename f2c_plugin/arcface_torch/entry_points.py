@@ -1,5 +1,5 @@
-"""The factories behind the entry points: of ``f2c_dcp`` (head) and ``f2c_dual`` (loader), which read arcface_torch's config, and
-of the backbones that arcface_torch does not have."""
+"""The factories behind the entry points ``f2c_dcp`` (head) and ``f2c_dual`` (loader), which read arcface_torch's config, and of
+the backbones that arcface_torch does not have."""
 
 import logging
 from collections.abc import Callable

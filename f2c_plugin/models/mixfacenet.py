@@ -91,5 +91,6 @@ class MixFaceNet(LightNet):
                 channels = stage.outputs
         features = nn.BatchNorm1d(num_features)
         features.weight.requires_grad = False
-        super().__init__(body, [convolution(channels, 1024), convolution(1024, 1024, 7, groups=1024, padding=0, activation=None),
-                                nn.Flatten(), nn.Linear(1024, num_features, bias=False), features], fp16)
+        super().__init__(body, [convolution(channels, 1024),
+                                convolution(1024, 1024, 7, groups=1024, padding=0, activation=None), nn.Flatten(),
+                                nn.Linear(1024, num_features, bias=False), features], fp16)
