@@ -58,7 +58,7 @@ def networks() -> list[str]:
 def get_model(name: str, num_features: int = 512, fp16: bool = False) -> nn.Module:
     """A new net, from images (B, 3, 112, 112) in [-1, 1] to embeddings, float32 (B, num_features).
 
-    With fp16, all but the last two layers run under autocast. The factory of another package is called as arcface_torch calls
+    With fp16, all but the last layers run under autocast. The factory of another package is called as arcface_torch calls
     its own: ``factory(dropout=0.0, fp16=…, num_features=…)``. Raises ConfigError if there is no such name.
     """
     if name in NETWORKS:

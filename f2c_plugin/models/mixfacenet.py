@@ -48,36 +48,36 @@ def _swish(_: int) -> nn.Module:
     return nn.SiLU()
 
 
-class _Mixed(nn.Module):
-    """Equal shares of the channels, each through a depthwise convolution of another size."""
-
-    def __init__(self, channels: int, kernels: int, stride: int):
-        super().__init__()
-        share = channels // kernels
-        self.shares = nn.ModuleList(nn.Conv2d(share, share, size, stride, size // 2, groups=share, bias=False)
-                                    for size in range(3, 3 + 2 * kernels, 2))
+class _Mixed(nn.ModuleList):
+    """Equal shares of the channels, each through a convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shares = x.chunk(len(self.shares), 1)
-        return torch.cat([convolve(share) for convolve, share in zip(self.shares, shares, strict=True)], 1)
+        return torch.cat([convolve(share) for convolve, share in zip(self, x.chunk(len(self), 1), strict=True)], 1)
+
+
+def _depthwise(channels: int, kernels: int, stride: int) -> nn.Module:
+    share = channels // kernels
+    convolutions = [nn.Conv2d(share, share, size, stride, size // 2, groups=share, bias=False)
+                    for size in range(3, 3 + 2 * kernels, 2)]
+    return _Mixed(convolutions) if kernels > 1 else convolutions[0]
 
 
 def _block(inputs: int, stride: int, stage: Stage, activation: Activation) -> Residual:
-    """MobileNetV2's bottleneck with depthwise kernels of several sizes, and squeeze-and-excitation where it is wide."""
+    """MobileNetV2's bottleneck with depthwise kernels of several sizes, and squeeze-and-excitation of the wide features."""
     width = inputs * stage.widening
     excited = [SqueezeExcitation(width, inputs // stage.squeeze, activation)] if stage.squeeze else []
     return Residual(convolution(inputs, width, groups=stage.groups[0], activation=activation),
-                    normalized(_Mixed(width, stage.kernels, stride), width, activation), *excited,
+                    normalized(_depthwise(width, stage.kernels, stride), width, activation), *excited,
                     convolution(width, stage.outputs, groups=stage.groups[1], activation=None),
                     shortcut=stride == 1 and inputs == stage.outputs)
 
 
 class MixFaceNet(LightNet):
-    """Without the channel shuffle of ShuffleMixFaceNet, whose parameters are the same, so that no file tells which it is of.
+    """Without the channel shuffle of ShuffleMixFaceNet, whose parameters are the same: no file would say which net it holds.
 
     Args:
         channels: of the first convolution.
-        stages: of blocks, those with squeeze-and-excitation with Swish instead of PReLU.
+        stages: of blocks. Those with squeeze-and-excitation have Swish, the others PReLU.
         num_features: D.
         fp16: whether all but the last layers run under autocast.
     """
