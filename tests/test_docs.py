@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from f2c_plugin.cli import COMMANDS
 from f2c_plugin.config import PREFIX, F2CConfig, known_keys
+from f2c_plugin.models import get_model
+from f2c_plugin.tools.net_costs import count
 from f2c_plugin.tools.plan import Plan
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +57,15 @@ def test_the_memory_in_the_readme_is_what_plan_says():
             for written, size in zip([*f2c.split(", "), partial_fc], expected, strict=True):
                 rounding = 0.5 / 10 ** len(written.partition(".")[2])  # of the last digit
                 assert abs(float(written) - size / 2**30) <= rounding, (identities, gpus, written, size / 2**30)
+
+
+def test_parameters_and_operations_of_light_networks_are_those_that_plan_counts():
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "docs/config.md").read_text(), re.M)
+    assert [name for name, *_ in rows] == ["mbf", "mbf_large", "mixfacenet_s", "mixfacenet_m", "vargfacenet"]
+    for name, millions, mflops in rows:
+        with torch.device("meta"):
+            parameters = sum(each.numel() for each in get_model(name).parameters())
+        assert (f"{parameters / 1e6:.2f}", f"{count(name, 512, 2, False).forward_flops / 2e6:.1f}") == (millions, mflops), name
 
 
 def test_the_site_is_built_without_a_warning_and_has_every_key_and_command(tmp_path):

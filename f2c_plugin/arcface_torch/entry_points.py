@@ -1,6 +1,8 @@
-"""The factories behind the entry points ``f2c_dcp``, ``dcq`` (heads) and ``f2c_dual`` (loader), from arcface_torch's config."""
+"""The factories behind the entry points ``f2c_dcp`` and ``dcq`` (heads) and ``f2c_dual`` (loader), which read arcface_torch's
+config, and of the backbones that arcface_torch does not have."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from f2c_plugin.config import Config, F2CConfig
 from f2c_plugin.data.from_config import record_loader, steps_per_epoch
 from f2c_plugin.data.loader import DualLoader
 from f2c_plugin.initial import initialize
+from f2c_plugin.models import get_model
 from f2c_plugin.terms import put_terms_beside
 from f2c_plugin.utils.distributed import this_rank
 
@@ -67,3 +70,11 @@ f2c_dcp.without_init = _head  # type: ignore[attr-defined]  # for loops that loa
 def f2c_dual(cfg: Any, local_rank: int) -> DualLoader:
     """Loader factory, group ``arcface_torch.samplers``. The batches are on the GPU, if any. Raises ConfigError, RecordError."""
     return record_loader(cfg, local_rank, F2CConfig.read(cfg, this_rank()[1]).share_of_pairs)
+
+
+def _backbone(name: str) -> Callable[..., nn.Module]:
+    """Backbone factory, group ``arcface_torch.backbones``. Like most of arcface_torch's, these nets have no dropout."""
+    return lambda num_features=512, fp16=False, dropout=0.0: get_model(name, num_features, fp16)
+
+
+mixfacenet_s, mixfacenet_m, vargfacenet = map(_backbone, ("mixfacenet_s", "mixfacenet_m", "vargfacenet"))

@@ -86,10 +86,10 @@ class Monitor:
         if not slots_learn:
             stay = pool.num_slots / max(values["evictions"], 1e-9)
             self._warn("stay", values["pool_fill"] == 1 and stay < SHORT_STAY,
-                       f"identities stay in the pool for only {stay:.1f} steps before they are evicted: raise f2c_pool_rate")
+                       f"identities stay in the pool for only {stay:.1f} steps before they are evicted: raise {pool.size_key}")
             self._warn("age", values["age"] > max(STALE_SHARE * self.total_steps, STALE_STEPS),
                        f"the features in the pool are {values['age']:.0f} steps old on average, of {self.total_steps} in all, "
-                       "and the net has changed since: lower f2c_pool_rate")
+                       f"and the net has changed since: lower {pool.size_key}")
         if not math.isnan(values["positive_cosine"]):
             self._best_cosine = max(self._best_cosine, values["positive_cosine"])
             self._warn("cosine", values["positive_cosine"] < self._best_cosine - COSINE_FALL,

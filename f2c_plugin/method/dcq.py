@@ -22,6 +22,8 @@ class ClassQueue(SlotTable):
     Args: as of ``SlotTable``, with one row a slot. All ranks hold all of it.
     """
 
+    size_key = "f2c_queue_size"
+
     def __init__(self, size: int, num_identities: int, embedding_size: int, seed: int = 0,
                  dtype: torch.dtype = torch.float32):
         super().__init__(1, size, num_identities, embedding_size, seed, dtype)

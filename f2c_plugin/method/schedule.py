@@ -38,9 +38,9 @@ class Schedule:
     momentum: float = 0.99
 
     @classmethod
-    def resident(cls, margin: Margin, total_steps: int, pretrained: bool = False) -> "Schedule":
+    def resident(cls, margin: Margin, total_steps: int, pretrained: bool = False, momentum: float = 0.99) -> "Schedule":
         """The ramp, for a run of ``total_steps`` from a pretrained net or from scratch."""
-        return cls(margin, total_steps, ramp_steps=max(1.0, (0.3 if pretrained else 0.7) * total_steps))
+        return cls(margin, total_steps, ramp_steps=max(1.0, (0.3 if pretrained else 0.7) * total_steps), momentum=momentum)
 
     @classmethod
     def paper(cls, margin: Margin, momentum: float = 0.99) -> "Schedule":
@@ -53,7 +53,7 @@ class Schedule:
         """The schedule of a recipe. Raises ConfigError unless it is "resident", "paper" or "dcq"."""
         if recipe not in ("resident", "paper", "dcq"):
             raise ConfigError(f"recipe={recipe!r}: must be 'resident', 'paper' or 'dcq'")
-        return cls.resident(margin, total_steps, pretrained) if recipe == "resident" else cls.paper(margin, momentum)
+        return cls.resident(margin, total_steps, pretrained, momentum) if recipe == "resident" else cls.paper(margin, momentum)
 
     def margin_at(self, step: int) -> Margin:
         """Scale and margin of a step, counted from 0."""

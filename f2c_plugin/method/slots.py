@@ -46,12 +46,14 @@ class SlotTable(ShardedRows):
             the lowest slot the earliest, so "least recently used" is the one rule for both.
         clock: int64 () images seen so far.
         fused: whether the passes over the slots may use the fused kernels.
+        size_key: the config key that decides how many there are.
     """
 
     slot_identity: Tensor
     last_used: Tensor
     clock: Tensor
     fused: bool = True
+    size_key = "f2c_pool_rate"
 
     def __init__(self, num_rows: int, num_slots: int, num_identities: int, embedding_size: int, seed: int = 0,
                  dtype: torch.dtype = torch.float32, shard: Shard = WHOLE):

@@ -1,7 +1,8 @@
 """Backbones by name.
 
 IResNets, MobileFaceNets and vision transformers have the names, shapes and parameter names of arcface_torch, so a
-``model.pt`` of one loads in the other with ``strict=True``. ``small`` and ``tiny`` are for CPUs: demo, tests and benchmarks.
+``model.pt`` of one loads in the other with ``strict=True``. MixFaceNets and VarGFaceNet are here only, and arcface_torch gets
+them from here. ``small`` and ``tiny`` are for CPUs: demo, tests and benchmarks.
 Other packages offer backbones in the entry point group ``arcface_torch.backbones``.
 """
 
@@ -12,8 +13,10 @@ from torch import nn
 
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.models.iresnet import IResNet
+from f2c_plugin.models.mixfacenet import MEDIUM, SMALL, MixFaceNet
 from f2c_plugin.models.mobilefacenet import MobileFaceNet
 from f2c_plugin.models.plain import PlainNet
+from f2c_plugin.models.vargfacenet import VarGFaceNet
 from f2c_plugin.models.vit import VisionTransformer
 from f2c_plugin.utils.registry import BACKBONES, installed, load_plugin
 
@@ -35,6 +38,7 @@ def _vit(dim: int, depth: int, drop_path: float, mask_ratio: float) -> Factory:
 NETWORKS: dict[str, Factory] = {
     "r18": _iresnet(2, 2, 2, 2), "r34": _iresnet(3, 4, 6, 3), "r50": _iresnet(3, 4, 14, 3),
     "r100": _iresnet(3, 13, 30, 3), "r200": _iresnet(6, 26, 60, 6),
+    "mixfacenet_s": partial(MixFaceNet, 16, SMALL), "mixfacenet_m": partial(MixFaceNet, 24, MEDIUM), "vargfacenet": VarGFaceNet,
     "mbf": partial(MobileFaceNet, (1, 4, 6, 2), 2), "mbf_large": partial(MobileFaceNet, (2, 8, 12, 4), 4),
     "vit_t": _vit(256, 12, 0.1, 0.1), "vit_t_dp005_mask0": _vit(256, 12, 0.05, 0.0),
     "vit_s": _vit(512, 12, 0.1, 0.1), "vit_s_dp005_mask_0": _vit(512, 12, 0.05, 0.0), "vit_b": _vit(512, 24, 0.1, 0.1),
@@ -54,7 +58,7 @@ def networks() -> list[str]:
 def get_model(name: str, num_features: int = 512, fp16: bool = False) -> nn.Module:
     """A new net, from images (B, 3, 112, 112) in [-1, 1] to embeddings, float32 (B, num_features).
 
-    With fp16, all but the last two layers run under autocast. The factory of another package is called as arcface_torch calls
+    With fp16, all but the last layers run under autocast. The factory of another package is called as arcface_torch calls
     its own: ``factory(dropout=0.0, fp16=…, num_features=…)``. Raises ConfigError if there is no such name.
     """
     if name in NETWORKS:

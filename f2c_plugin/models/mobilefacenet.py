@@ -5,40 +5,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-
-class _Row(nn.Module):
-    """Modules in a row, called ``layers`` in arcface_torch."""
-
-    def __init__(self, *modules: nn.Module):
-        super().__init__()
-        self.layers = nn.Sequential(*modules)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+from f2c_plugin.models.blocks import Residual, Row, convolution
 
 
-def _convolution(inputs: int, outputs: int, size: int = 1, stride: int = 1, groups: int = 1, padding: int | None = None,
-                 linear: bool = False) -> _Row:
-    """Convolution, batch norm and, unless ``linear``, PReLU."""
-    padding = size // 2 if padding is None else padding
-    convolution = nn.Conv2d(inputs, outputs, size, stride, padding, groups=groups, bias=False)
-    return _Row(convolution, nn.BatchNorm2d(outputs), *([] if linear else [nn.PReLU(outputs)]))
-
-
-class _Bottleneck(_Row):
+def _bottleneck(inputs: int, outputs: int, width: int, stride: int, shortcut: bool) -> Residual:
     """Widens to ``width`` channels, filters each by itself, and narrows without an activation (MobileNetV2's)."""
-
-    def __init__(self, inputs: int, outputs: int, width: int, stride: int, shortcut: bool):
-        super().__init__(_convolution(inputs, width), _convolution(width, width, 3, stride, groups=width),
-                         _convolution(width, outputs, linear=True))
-        self.shortcut = shortcut
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x) if self.shortcut else self.layers(x)
+    return Residual(convolution(inputs, width), convolution(width, width, 3, stride, groups=width),
+                    convolution(width, outputs, activation=None), shortcut=shortcut)
 
 
-def _residual(channels: int, count: int, width: int) -> _Row:
-    return _Row(*(_Bottleneck(channels, channels, width, stride=1, shortcut=True) for _ in range(count)))
+def _residual(channels: int, count: int, width: int) -> Row:
+    return Row(*(_bottleneck(channels, channels, width, stride=1, shortcut=True) for _ in range(count)))
 
 
 class MobileFaceNet(nn.Module):
@@ -57,14 +34,14 @@ class MobileFaceNet(nn.Module):
         narrow, wide = 64 * scale, 128 * scale
         at_56, at_28, at_14, at_7 = blocks
         self.layers = nn.ModuleList([
-            _convolution(3, narrow, 3, stride=2),
-            _convolution(narrow, narrow, 3, groups=64) if at_56 == 1 else _residual(narrow, at_56, 128),
-            _Bottleneck(narrow, narrow, 128, stride=2, shortcut=False), _residual(narrow, at_28, 128),
-            _Bottleneck(narrow, wide, 256, stride=2, shortcut=False), _residual(wide, at_14, 256),
-            _Bottleneck(wide, wide, 512, stride=2, shortcut=False), _residual(wide, at_7, 256)])
-        self.conv_sep = _convolution(wide, 512)
-        self.features = _Row(_convolution(512, 512, 7, groups=512, padding=0, linear=True), nn.Flatten(),
-                             nn.Linear(512, num_features, bias=False), nn.BatchNorm1d(num_features))
+            convolution(3, narrow, 3, stride=2),
+            convolution(narrow, narrow, 3, groups=64) if at_56 == 1 else _residual(narrow, at_56, 128),
+            _bottleneck(narrow, narrow, 128, stride=2, shortcut=False), _residual(narrow, at_28, 128),
+            _bottleneck(narrow, wide, 256, stride=2, shortcut=False), _residual(wide, at_14, 256),
+            _bottleneck(wide, wide, 512, stride=2, shortcut=False), _residual(wide, at_7, 256)])
+        self.conv_sep = convolution(wide, 512)
+        self.features = Row(convolution(512, 512, 7, groups=512, padding=0, activation=None), nn.Flatten(),
+                            nn.Linear(512, num_features, bias=False), nn.BatchNorm1d(num_features))
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

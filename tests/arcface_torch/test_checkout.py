@@ -22,6 +22,7 @@ from f2c_plugin.models import get_model
 from f2c_plugin.synthetic.dataset import write_dataset
 from f2c_plugin.tools.report import Run
 from tests.arcface_torch.killed import die_at_change, tree
+from tests.models.light import LIGHT
 from tests.trainer.test_checkpoint import equal
 
 pytestmark = pytest.mark.host
@@ -257,10 +258,27 @@ from backbones import get_model
 net = get_model("pixels", dropout=0.0, fp16=False, num_features=64)
 print(type(net).__name__, net.dense[2].out_features)
 get_model("r51")"""
+    path = os.pathsep.join([str(other_package), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", script], cwd=patched, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(other_package)})
+                          env={**os.environ, "PYTHONPATH": path})
     assert done.stdout == "Pixels 64\n"
-    assert done.stderr.strip().endswith("ValueError: 'r51' is none of the installed arcface_torch.backbones: pixels")
+    assert done.stderr.strip().endswith("ValueError: 'r51' is none of the installed arcface_torch.backbones: mixfacenet_m, "
+                                        "mixfacenet_s, pixels, vargfacenet")
+
+
+def test_the_light_backbones_of_this_package_are_some_of_arcface_torch(patched, tmp_path):
+    for name in LIGHT:
+        torch.save(get_model(name, 64).state_dict(), tmp_path / f"{name}.pt")
+    script = f"""
+import torch
+from backbones import get_model
+get_model("mixfacenet_s", fp16=False)  # as arcface_torch's inference.py calls it
+for name in {LIGHT}:
+    net = get_model(name, dropout=0.0, fp16=True, num_features=64)
+    net.load_state_dict(torch.load(r"{tmp_path}/" + name + ".pt"))
+    print(name, net.fp16, *net(torch.randn(2, 3, 112, 112)).shape)"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=patched, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{name} True 2 64" for name in LIGHT], done.stderr
 
 
 def test_a_vision_transformer_without_timm_names_the_command_that_installs_it(patched):

@@ -1,5 +1,6 @@
 """Resident classes against a slow reference, on one rank and over gloo."""
 
+import math
 import os
 import pickle
 from copy import deepcopy
@@ -271,3 +272,44 @@ def test_main_memory_is_taken_as_weights_come():
     kept.write(identities, weights)
     assert torch.equal(kept.rows[0, identities], weights)
     assert resident_bytes() - before < 20 << 20  # 400 weights; in huge pages it would be all of it
+
+
+def test_images_of_which_the_gallery_net_makes_the_largest_losses_have_none():
+    """With a share that grows with the margin; their class weights do not learn from them either."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, SIZE)).double()
+    head = build_head(net, NUM_IDENTITIES, STEPS, embedding_size=SIZE, margin=MARGINS["CosFace"], num_slots=NUM_SLOTS,
+                      pool_dtype=torch.float64, forget_rate=0.5, momentum=0.9, hook=True)
+    head.pool.rows.copy_(normalize(head.pool.rows, dim=2))
+    gallery, forgotten = deepcopy(net), []
+    for step, (_, labels) in enumerate(batches()):
+        images = torch.randn(BATCH, 3, 2, 2, dtype=torch.float64)
+        if step:
+            with torch.no_grad():
+                for mine, theirs in zip(gallery.parameters(), net.parameters(), strict=True):
+                    mine.copy_(0.9 * mine + 0.1 * theirs)
+        margin, rate = head.schedule.margin_at(step), head.schedule.slot_rate_at(step)
+        judge = SlowResident(head.pool)
+        judge.slots = dict.fromkeys(head.pool.slot_identity[head.pool.last_used.argsort()].tolist())
+        judge.slots = {identity: head.pool.lookup(torch.tensor([identity])).item() for identity in judge.slots if identity >= 0}
+        judge.free = [slot for slot in range(NUM_SLOTS) if slot not in judge.slots.values()]
+        judge.kept = {identity: row[None] for identity, row in enumerate(head.pool.kept.rows[0]) if row.any()}
+        learner = deepcopy(judge)
+        embeddings = net(images)
+        losses = judge.losses(gallery(images.flip(-1)).detach(), labels, margin, normalize(embeddings).detach())
+        counted = torch.stack(losses).argsort()[:math.ceil((1 - 0.5 * min(1, step / (0.7 * STEPS))) * BATCH - 1e-9)]
+        own = learner.losses(embeddings, labels, margin, normalize(embeddings).detach())
+        expected = torch.stack(own)[counted].mean()
+        loss = head(embeddings, labels)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
+        learner.learn(expected, rate)
+        torch.testing.assert_close(weights_of(head.pool), learner.table(), rtol=0, atol=1e-10)
+        gradient, = torch.autograd.grad(loss, embeddings, retain_graph=True)
+        forgotten.append((gradient == 0).all(1).sum().item())
+        net.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter -= 0.05 * parameter.grad
+    assert forgotten[0] <= 3 and min(forgotten[-9:]) >= BATCH // 2  # beside first images, of which the loss has no gradient
+    assert head.nets.keys() == {"probe", "gallery"}

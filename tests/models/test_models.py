@@ -1,14 +1,19 @@
 """Backbones by name: those here, and those of other packages."""
 
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 
+from f2c_plugin.cli import main as cli
+from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.errors import ConfigError, ExportError
 from f2c_plugin.evaluation.onnx_export import export_checked, load_net
 from f2c_plugin.models import NETWORKS, get_model, networks
 from f2c_plugin.trainer.output import write_states
+from tests.models.light import LIGHT, PUBLISHED, parameters_and_operations
 from tests.runs import history, run
 
 
@@ -21,7 +26,37 @@ def test_nets_have_as_many_parameters_as_those_of_arcface_torch(name, millions):
     assert count / 1e6 == pytest.approx(millions, rel=0.005)
 
 
-@pytest.mark.parametrize("name", ["mbf", "mbf_large", "vit_t", "vit_t_dp005_mask0", "tiny"])
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_nets_have_the_parameters_and_operations_of_their_papers(name):
+    millions, counted, mflops = PUBLISHED[name]
+    parameters, operations = parameters_and_operations(name, counted)
+    assert (f"{parameters / 1e6:.2f}", f"{operations / 1e6:.1f}") == (millions, mflops)
+
+
+def test_vargfacenet_is_of_the_size_and_its_embedding_of_the_bytes_in_its_paper():
+    with torch.device("meta"):
+        net = get_model("vargfacenet")
+    assert 19.5 < sum(each.nbytes for each in net.parameters()) / 2**20 < 20
+    weights = [each.weight for each in net.embedding.modules() if isinstance(each, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert f"{sum(each.nbytes for each in weights) / 2**20:.2f}" == "5.78"
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_a_light_net_embeds_alike_in_either_memory_format(name):
+    torch.manual_seed(0)
+    net, images = get_model(name, 24), torch.randn(4, 3, 112, 112)
+    embeddings = net(images)
+    embeddings[:, 0].exp().sum().backward()
+    first = next(net.parameters())
+    gradient, first.grad = first.grad, None
+    net.to(memory_format=torch.channels_last)
+    again = net(images.contiguous(memory_format=torch.channels_last))
+    again[:, 0].exp().sum().backward()
+    torch.testing.assert_close(again, embeddings, rtol=1e-3, atol=1e-3)
+    assert torch.nn.functional.cosine_similarity(first.grad.flatten(), gradient.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("name", ["mbf", "mbf_large", "vit_t", "vit_t_dp005_mask0", "tiny", *LIGHT])
 @pytest.mark.parametrize("fp16", [False, True])
 def test_a_net_embeds_a_batch_in_float32(name, fp16):
     net = get_model(name, 24, fp16)
@@ -44,6 +79,30 @@ def test_a_mobile_net_is_loaded_and_exported_for_one_face_and_for_many(name, tmp
     for some in images[:1], images:
         with torch.no_grad():
             np.testing.assert_allclose(session.run(None, {"data": some.numpy()})[0], loaded(some), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("keys", [dict(network="vit_64", f2c_recipe="paper", save_all_states=True),
+                                  dict(network="vit_64_mask0", fp16=True, optimizer="adamw", lr=0.001),
+                                  *(dict(network=name, save_all_states=True) for name in LIGHT)], ids=str)
+def test_a_training_leaves_nets_for_the_insightface_package(shorts, few_faces, config, keys):
+    model_zoo = pytest.importorskip("insightface.model_zoo", reason="NOT LOADED BY INSIGHTFACE: pip install insightface")
+    if keys["network"] in LIGHT:
+        keys = keys | few_faces
+    run(config(**keys, num_epoch=1))
+    exports = {"model.onnx": load_net("out/model.pt")}
+    if "save_all_states" in keys:
+        checkpoint = str(max(Path("out").glob("checkpoint_*.pt")))
+        for which in ("probe", "gallery") if "f2c_recipe" in keys else ("probe",):
+            cli(["export", checkpoint, f"out/{which}.onnx", "--net", which])
+            exports[f"{which}.onnx"] = load_net(checkpoint, which)
+    faces = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), np.uint8)  # RGB
+    for name, net in exports.items():
+        recognizer = model_zoo.get_model(f"out/{name}", providers=["CPUExecutionProvider"])
+        with torch.no_grad():
+            expected = net(normalize_faces(torch.from_numpy(faces))).numpy()
+        for some in faces[:1], faces:
+            embeddings = recognizer.get_feat([np.ascontiguousarray(face[:, :, ::-1]) for face in some])  # takes BGR
+            np.testing.assert_allclose(embeddings, expected[:len(some)], rtol=1e-3, atol=1e-3)
 
 
 def test_a_backbone_of_another_package_trains_and_is_loaded_and_exported(other_package, config):

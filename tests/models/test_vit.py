@@ -1,21 +1,17 @@
 """Vision transformers: what they compute, what is random in training, and all that is done with a trained one."""
 
 import logging
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import multiprocessing, nn
 
-from f2c_plugin.cli import main as cli
 from f2c_plugin.config_files import load_config
-from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.errors import ConfigError, ExportError
 from f2c_plugin.evaluation.onnx_export import export_checked, load_net
 from f2c_plugin.method.gallery import GalleryNet
-from f2c_plugin.models import NETWORKS, get_model
+from f2c_plugin.models import get_model
 from f2c_plugin.models.vit import VisionTransformer
 from f2c_plugin.trainer.build import wrap
 from f2c_plugin.trainer.check import check
@@ -37,13 +33,6 @@ def short(dim=64, drop_path=0.0, mask_ratio=0.0, **keys):
             if value.is_floating_point():
                 value += 0.3 * torch.randn_like(value) if not name.endswith("running_var") else torch.rand_like(value)
     return net
-
-
-@pytest.fixture
-def shorts(monkeypatch):
-    """Three short nets by name. The first two have the same parameters, of other shapes."""
-    for name, dim, mask_ratio in ("vit_32", 32, 0.1), ("vit_64", 64, 0.1), ("vit_64_mask0", 64, 0.0):
-        monkeypatch.setitem(NETWORKS, name, partial(VisionTransformer, dim, 2, 0.1, mask_ratio, checkpointing=True))
 
 
 @pytest.mark.parametrize("heads", [2, 8])
@@ -139,27 +128,6 @@ def test_two_ranks_have_the_same_gradients_with_masks_and_without(tmp_path):
         one, other = (torch.load(tmp_path / f"{mask_ratio}_{rank}.pt") for rank in (0, 1))
         assert {name for name, gradient in one.items() if gradient is None} == ({"mask_token"} if not mask_ratio else set())
         assert all(torch.equal(one[name], other[name]) for name in one if one[name] is not None)
-
-
-@pytest.mark.parametrize("keys", [dict(network="vit_64", f2c_recipe="paper", save_all_states=True),
-                                  dict(network="vit_64_mask0", fp16=True, optimizer="adamw", lr=0.001)], ids=str)
-def test_a_training_leaves_nets_for_the_insightface_package(shorts, config, keys):
-    model_zoo = pytest.importorskip("insightface.model_zoo", reason="NOT LOADED BY INSIGHTFACE: pip install insightface")
-    run(config(**keys, num_epoch=1))
-    exports = {"model.onnx": load_net("out/model.pt")}
-    if "save_all_states" in keys:
-        checkpoint = str(max(Path("out").glob("checkpoint_*.pt")))
-        for which in "probe", "gallery":
-            cli(["export", checkpoint, f"out/{which}.onnx", "--net", which])
-            exports[f"{which}.onnx"] = load_net(checkpoint, which)
-    faces = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), np.uint8)  # RGB
-    for name, net in exports.items():
-        recognizer = model_zoo.get_model(f"out/{name}", providers=["CPUExecutionProvider"])
-        with torch.no_grad():
-            expected = net(normalize_faces(torch.from_numpy(faces))).numpy()
-        for some in faces[:1], faces:
-            embeddings = recognizer.get_feat([np.ascontiguousarray(face[:, :, ::-1]) for face in some])  # takes BGR
-            np.testing.assert_allclose(embeddings, expected[:len(some)], rtol=1e-3, atol=1e-3)
 
 
 def test_a_training_starts_from_a_pretrained_one(shorts, config, caplog):

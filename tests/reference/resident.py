@@ -28,23 +28,29 @@ class SlowResident:
 
     def step(self, embeddings, labels, margin, rate):
         """Mean loss over the batch of all ranks. The weights take their step."""
-        probes = normalize(embeddings)
-        first_images = self.admit(labels.tolist(), probes.detach())
-        weights = [weight.requires_grad_() for weight in self.weights]
-        cosine = torch.stack([(probes @ normalize(weight).T).max(1).values for weight in weights], 1)
-        ratio = (self.num_identities - 1) / (self.num_slots - 1)
-        losses = [slow_image_loss(list(cosine[image]), self.slots[identity], margin, quality, ratio, image in first_images)
-                  for image, (identity, quality) in enumerate(zip(labels.tolist(), self.quality(embeddings), strict=True))]
-        loss = torch.stack(losses).mean()
-        gradients = torch.autograd.grad(loss, weights, retain_graph=True)
-        self.weights = [weight.detach() - rate * gradient for weight, gradient in zip(weights, gradients, strict=True)]
-        seen = {labels[image].item() for image in first_images}
+        loss = torch.stack(self.losses(embeddings, labels, margin)).mean()
+        self.learn(loss, rate)
+        seen = {labels[image].item() for image in self.first_images}
         for image, identity in enumerate(labels.tolist()):
             slot = self.slots[identity]
             if identity not in seen and len(self.weights[slot]) < self.sub_centers:
-                self.weights[slot] = torch.cat([self.weights[slot], 0.2 * probes[image].detach()[None]])
+                self.weights[slot] = torch.cat([self.weights[slot], 0.2 * normalize(embeddings[image].detach()[None])])
             seen.add(identity)
         return loss
+
+    def losses(self, embeddings, labels, margin, entering=None):
+        """Loss of each image, after its identity has a slot. Class weights begin with ``entering`` or the embeddings."""
+        probes = normalize(embeddings)
+        self.first_images = self.admit(labels.tolist(), probes.detach() if entering is None else entering)
+        self.leaves = [weight.detach().requires_grad_() for weight in self.weights]
+        cosine = torch.stack([(probes @ normalize(weight).T).max(1).values for weight in self.leaves], 1)
+        ratio = (self.num_identities - 1) / (self.num_slots - 1)
+        return [slow_image_loss(list(cosine[image]), self.slots[identity], margin, quality, ratio, image in self.first_images)
+                for image, (identity, quality) in enumerate(zip(labels.tolist(), self.quality(embeddings), strict=True))]
+
+    def learn(self, loss, rate):
+        gradients = torch.autograd.grad(loss, self.leaves, retain_graph=True)
+        self.weights = [weight.detach() - rate * gradient for weight, gradient in zip(self.leaves, gradients, strict=True)]
 
     def table(self):
         """Weights of all slots, (K, C·D), with 0 for sub-centres that are not there."""

@@ -25,7 +25,7 @@ def test_state_and_products_are_those_of_the_net():
     assert costs.images == 4 * 2 * 3 * 112 * 112
 
 
-@pytest.mark.parametrize("network", ["r18", "mbf", "small"])
+@pytest.mark.parametrize("network", ["r18", "mbf", "mixfacenet_s", "vargfacenet", "small"])
 def test_the_peak_is_what_autograd_saves_of_real_tensors_and_little_more(network):
     net = get_model(network, 512)
     state = {each.untyped_storage().data_ptr() for each in net.state_dict().values()}
