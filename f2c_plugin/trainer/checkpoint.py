@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from f2c_plugin.config import Config, TrainConfig, with_defaults
+from f2c_plugin.config import DCQ, Config, TrainConfig, with_defaults
 from f2c_plugin.data.identities import IdentityIndex
 from f2c_plugin.data.sampler import DualSampler, Position
 from f2c_plugin.errors import CheckpointError, ConfigError, TrainingDiverged
@@ -34,7 +34,8 @@ _PACK_SAMPLES = 1 << 12  # images that identify a pack
 
 # A checkpoint with another value of one of these, or of another pack, does not fit.
 SAME_TRAINING = ("head", "network", "embedding_size", "num_classes", "num_image", "optimizer", "f2c_pool_rate",
-                 "f2c_margin", "f2c_recipe")
+                 "f2c_margin", "f2c_recipe", "f2c_sub_centers", "f2c_forget_rate", "f2c_low_resolution", "f2c_teacher",
+                 "f2c_queue_size")
 # Other changes are reported, margin_list and lr among them, except those that change nothing in the training.
 NOT_REPORTED = ("resume", "output", "rec", "val_targets", "frequent", "verbose", "num_workers", "save_all_states",
                 "f2c_save_every")
@@ -148,7 +149,8 @@ class Checkpoints:
     def _compare(self, saved: dict[str, Any], path: Path) -> None:
         """Compare the settings, by value: a key that is not set has its default. Lists were not kept up to version 0.2."""
         settings = saved["settings"]
-        if any(name.startswith("gallery.") for name in saved["head"]):  # of version 0.2, which had another default
+        is_paper = any(name.startswith("gallery.") for name in saved["head"]) and "pool.lengths.rows" not in saved["head"]
+        if is_paper and settings.get("head") != DCQ:  # of version 0.2, which had another default
             settings = {"f2c_recipe": "ramp", **settings}
         before, now = ({key: list(value) if isinstance(value, tuple) else value for key, value in with_defaults(each).items()}
                        for each in (settings, self.settings))

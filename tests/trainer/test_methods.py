@@ -1,0 +1,68 @@
+"""The neighbours of F²C in whole trainings: each learns, is checked with its pack, and goes on after a break bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from f2c_plugin.utils.safe_load import load_states
+from tests.runs import losses, refusal, run
+from tests.trainer.test_checkpoint import checkpoints, equal
+
+KEYS = dict(num_epoch=2, frequent=1, save_all_states=True, val_targets=[])
+METHODS = {
+    "DCQ": dict(head="dcq", f2c_queue_size=24, f2c_pool_rate=0.1, margin_list=(1.0, 0.0, 0.3)),
+    "DCQ, SFace": dict(head="dcq", f2c_queue_size=24, f2c_margin="sface", margin_list=(1.0, 0.9, 1.2)),
+    "SFace": dict(f2c_margin="sface", margin_list=(1.0, 0.9, 1.2)),
+    "SFace, as published": dict(f2c_margin="sface", margin_list=(1.0, 0.9, 1.2), f2c_recipe="paper"),
+    "SFace, full FC": dict(f2c_margin="sface", margin_list=(1.0, 0.9, 1.2), head="softmax"),
+    "ArcFace by name": dict(f2c_margin="arcface", margin_list=(1.0, 0.3, 0.0)),
+    "sub-centres": dict(f2c_sub_centers=3), "sub-centres, full FC": dict(f2c_sub_centers=3, head="softmax"),
+    "small loss": dict(f2c_forget_rate=0.3, f2c_export="gallery"),
+    "low resolution": dict(f2c_low_resolution=0.5), "low resolution, full FC": dict(f2c_low_resolution=0.5, head="softmax"),
+    "low resolution, DCQ": dict(f2c_low_resolution=0.5, head="dcq", f2c_queue_size=24),
+    "all of the pool": dict(f2c_sub_centers=2, f2c_forget_rate=0.3, f2c_low_resolution=0.5, f2c_margin="adaface"),
+}
+
+
+@pytest.mark.parametrize("keys", METHODS.values(), ids=METHODS)
+def test_a_training_that_is_resumed_in_its_middle_ends_bit_for_bit_as_without_a_break(config, keys):
+    keys = KEYS | keys
+    run(config(**keys))
+    whole, model = losses(), torch.load("out/model.pt")
+    assert len(set(whole.values())) == len(whole)
+    middle, end = checkpoints()
+    end.unlink()
+    run(config(resume=True, **keys))
+    assert losses() == whole and equal(torch.load("out/model.pt"), model)
+
+
+def test_a_student_learns_the_teachers_embeddings_and_the_teacher_is_in_no_checkpoint(config):
+    run(config(output="teacher", num_epoch=6, val_targets=[]))
+    keys = KEYS | dict(num_epoch=6, save_all_states=False, f2c_teacher="teacher/model.pt")
+    distilled, alone = {}, {}
+    for head in "f2c_dcp", "softmax":
+        run(config(head=head, output=head, **keys))
+        run(config(head=head, output=f"{head} alone", **keys | dict(f2c_teacher=None)))
+        distilled[head], alone[head] = (torch.load(f"{folder}/model.pt") for folder in (head, f"{head} alone"))
+        assert not equal(distilled[head], alone[head])
+    saved = config(output="saved", **keys | dict(save_all_states=True, num_epoch=1))
+    run(saved)
+    assert not [name for name in load_states(checkpoints("saved")[-1])["head"] if "distillation" in name]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(f2c_teacher="nowhere.pt"), "f2c_teacher: nowhere.pt"),
+    (dict(head="dcq", f2c_queue_size=3), "f2c_queue_size=3: a gathered batch brings 6 class weights"),
+    (dict(f2c_margin="sface"), r"f2c_margin='sface': takes its a and b from the second and third number of margin_list=\(1.0, "
+                               r"0.0, 0.2\): set margin_list=\(1.0, 0.9, 1.2\)"),
+    (dict(f2c_recipe="paper", f2c_sub_centers=2), "f2c_sub_centers=2: only the recipe 'resident' has it"),
+    (dict(head="dcq", f2c_forget_rate=0.2), "f2c_forget_rate=0.2: only the recipe 'resident' has it"),
+    (dict(f2c_forget_rate=1.0), "f2c_forget_rate=1.0: must be from 0 to below 1"),
+    (dict(f2c_low_resolution=2), "f2c_low_resolution=2: must be from 0 to 1"),
+    (dict(head="dcq", batch_size=13), "batch_size=13: .* make it even"),
+])
+def test_what_does_not_fit_is_refused_before_the_first_step(config, change, message):
+    found = refusal(config(**change))
+    assert pytest.importorskip("re").search(message, found), found
+    assert not list(Path().glob("out/*.pt"))
