@@ -81,8 +81,8 @@ class Cleaned:
         given = "The threshold was given."
         yield (f"Each identity is split into up to {SUB_CENTRES} sub-centres; the one with most images is dominant, and images "
                "are judged by their cosine to it (sub-center ArcFace, ECCV 2020, section 3.4). " + (
-                   given if self.j is None else "The threshold is where cosines to the own centre and to that of another, "
-                   f"random identity separate best: of the latter, {self.j:.1%} more are below it. Wrong labels do not move it."))
+                   given if self.j is None else "The threshold is where cosines to the own centre and to that of a random "
+                   f"other identity separate best: of the latter, {self.j:.1%} more are below. Wrong labels do not move it."))
         yield ("Identities are compared by their dominant centres. " + (
             given if self.j_same is None else "The threshold is where cosines of the two halves of an identity and of "
             f"identities to the nearest other one separate best: of the latter, {self.j_same:.1%} more are below it."))
@@ -177,8 +177,8 @@ def _separating(judged: _Judged, model: str | Path) -> tuple[float, float]:
     least, j = separation(judged.own, judged.other)
     if j < _LEAST_J:
         raise InputError(f"{model}: does not separate the identities: at the best threshold, {least:.3f}, the share of images "
-                         f"below it is only {j:.2f} larger for other identities' centres than for the own, not {_LEAST_J}: take "
-                         "a better model, or give --least")
+                         f"below it is only {j:.2f} larger for other identities' centres than for the own, not {_LEAST_J}: "
+                         "take a better model, or give --least")
     return least, j
 
 

@@ -14,7 +14,7 @@ def sub_centres(unit: Float32s, most: int = SUB_CENTRES) -> Float32s:
 
     It starts with the image nearest to the mean, and each time the one that is farthest from those before.
     """
-    seeds = [int(np.argmax(unit @ unit.sum(0)))]
+    seeds = [int(np.argmax(np.round(unit @ unit.mean(0), 5)))]  # of two images, the first
     while len(seeds) < min(most, len(unit)):
         seeds.append(int(np.argmin((unit @ unit[seeds].T).max(1))))
     centres = unit[seeds]
