@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import simplejpeg
 
 from f2c_plugin.cli import main as cli
 from f2c_plugin.errors import F2CError, InputError, OverwriteError
@@ -31,7 +32,8 @@ def noisy(tmp_path_factory):
     labels[wrong] = 10 * ((true[wrong] + rng.integers(1, PEOPLE, len(wrong))) % PEOPLE)
     images = [(label, face(rng, codes(rng, 1, people[person], 0.5)[0]))
               for label, person in zip(labels.tolist(), true, strict=True)]
-    images += [(BROKEN, images[0][1][:-300]), (10, images[0][1][:-300])]
+    small = simplejpeg.encode_jpeg(np.zeros((64, 64, 3), np.uint8))
+    images += [(BROKEN, images[0][1][:-300]), (10, images[0][1][:-300]), (10, small)]
     folder = write_pack(tmp_path_factory.mktemp("noisy") / "pack", images)
     return folder, dict(enumerate(images, 1)), {int(each) + 1 for each in wrong}
 
@@ -48,10 +50,10 @@ def test_wrong_labels_are_found_listed_and_left_out(noisy, net, tmp_path, capsys
     lines = table(out / "clean.tsv")
     far = {int(key) for reason, _, key, _ in lines if reason == "far"}
     assert len(far & wrong) >= 0.95 * len(far) and len(far & wrong) >= 0.95 * len(wrong)  # precision and recall
-    assert [line[1:3] for line in lines if line[0] == "unreadable"] == [["10", "302"], [str(BROKEN), "301"]]
+    assert [line[1:3] for line in lines if line[0] == "unreadable"] == [["10", "302"], [str(BROKEN), "301"], ["", "303"]]
     assert ["no image left", str(BROKEN), "", ""] in lines
-    assert all(images[int(key)][0] == int(identity) for _, identity, key, _ in lines if key)
-    gone = far | {301, 302}
+    assert all(images[int(key)][0] == int(identity) for _, identity, key, _ in lines if identity and key)
+    gone = far | {301, 302, 303}
     numbers = {int(old): int(new) for new, _, old in table(out / "identities.tsv")}
     kept = {}
     for key, (identity, image) in images.items():
@@ -77,13 +79,17 @@ def test_the_page_shows_the_decisions(noisy, net, tmp_path):
     page = (tmp_path / "out/clean.html").read_text()
     assert page.count("image/png") == 1 and page.count("image/jpeg") == 3 * 12 * 2 + 2  # two of an image; of two identities
     assert "Wrong labels do not move it" in page and "May be one person's</h2>\n<p>0, 1000: " in page
+    farthest, nearest, kept, _ = ([float(each.split(":")[0]) for each in part.split("<p>")[1:]] if number < 3 else part
+                                  for number, part in enumerate(page.split("<h2>")[1:]))
+    assert farthest == sorted(farthest) and nearest == sorted(nearest)[::-1] and kept == sorted(kept)
+    assert max(farthest) < min(nearest) and max(nearest) < min(kept)
     assert page.index("the farthest") < page.index("nearest to the threshold") < page.index("Kept: the nearest")
 
 
 def test_thresholds_that_are_given_count_and_the_result_as_json(noisy, net, tmp_path, capsys):
     cli(["clean", str(noisy[0]), str(net), str(tmp_path / "all"), "--least", "-1", "--least-same", "1", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert (found["far"], found["unreadable"], found["images"], found["same"]) == (0, 2, 300, [])
+    assert (found["far"], found["unreadable"], found["images"], found["same"]) == (0, 3, 300, [])
     assert (found["least"], found["j"], found["least_same"], found["emptied"]) == (-1, None, 1, [BROKEN])
     none = clean(noisy[0], net, tmp_path / "few", least=0.9)
     assert none.images + none.far == 300 and none.far > 100

@@ -58,6 +58,21 @@ def test_the_share_is_exact_and_no_identity_is_lost(repetitive, net, tmp_path, k
         tmp_path / "out/train.rec").read_bytes()
 
 
+def test_what_contributes_most_stays_and_images_that_no_threshold_tells_apart_fill_the_share(net, tmp_path):
+    rng = np.random.default_rng(1)
+    images, others = [], set()
+    for identity, code in enumerate(codes(rng, 4)):
+        other = face(rng, codes(rng, 1, code, 1.0)[0])
+        images += [(identity, each) for each in [face(rng, code)] * 3 + [other] + [face(rng, code)] * 2]
+        others.add(other)
+    pack = write_pack(tmp_path / "pack", images)
+    thin(pack, net, tmp_path / "few", 4 / 24)
+    assert {image for images in read_pack(tmp_path / "few").values() for image in images} == others
+    thin(pack, net, tmp_path / "half", 0.5)
+    kept = [image for images in read_pack(tmp_path / "half").values() for image in images]
+    assert len(kept) == 12 and others < {*kept}
+
+
 def test_a_trained_net_thins_too_and_what_cannot_be_decoded_is_left_out(repetitive, tmp_path, capsys):
     torch.save(get_model("tiny", 8).state_dict(), tmp_path / "model.pt")
     whole = [(identity, image) for identity, images in read_pack(repetitive[0]).items() for image in images]
