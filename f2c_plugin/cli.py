@@ -222,6 +222,33 @@ def filter_(args: Namespace) -> None:
 
 
 @command(argument("source", help="folder of train.rec and train.idx"),
+         argument("model", help="an .onnx file, a model.pt, or a checkpoint, to embed the images with"),
+         argument("out", help="folder to write train.rec, train.idx, property, identities.tsv, clean.html (the report), "
+                              "clean.tsv (all that was found) and same.tsv (for merge --same) into"),
+         argument("--least", type=float, metavar="COSINE", help="of an image to the dominant centre of its identity; default: "
+                                                                "where the cosines separate from those to other identities"),
+         argument("--least-same", type=float, metavar="COSINE", help="of two identities that are listed as one person's; "
+                                                                     "default: where the halves of an identity separate from "
+                                                                     "the nearest other identity"), JSON)
+def clean(args: Namespace) -> None:
+    """Write a pack without the images that do not show their identity, and list the identities that may be one person's."""
+    from f2c_plugin.tools.clean import clean as clean_pack  # doctor must run without onnx
+
+    _show(args, clean_pack(args.source, args.model, args.out, args.least, args.least_same))
+
+
+@command(argument("source", help="folder of train.rec and train.idx"),
+         argument("model", help="an .onnx file, a model.pt, or a checkpoint, to embed the images with"),
+         argument("out", help="folder to write train.rec, train.idx, property and identities.tsv into"),
+         argument("--keep", type=float, default=0.6, metavar="SHARE", help="of the images; default: %(default)s"), JSON)
+def thin(args: Namespace) -> None:
+    """Write a part of a pack that stands for the whole, chosen after Face-NMS."""
+    from f2c_plugin.tools.thin import thin as thin_pack  # doctor must run without onnx
+
+    _show(args, thin_pack(args.source, args.model, args.out, args.keep))
+
+
+@command(argument("source", help="folder of train.rec and train.idx"),
          argument("labels", help="a list like im2rec's .lst: record number, tab, identity in each line"),
          argument("out", help="folder to write train.rec, train.idx and property into"), JSON)
 def convert(args: Namespace) -> None:

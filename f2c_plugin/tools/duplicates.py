@@ -2,8 +2,7 @@
 
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,12 +14,12 @@ from torch import nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from f2c_plugin.data.dataset import IMAGE_SIZE, RecordDataset
+from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.recordio import Float32s, Int64s
 from f2c_plugin.data.writer import refuse_to_overwrite
-from f2c_plugin.errors import F2CError, InputError, RecordError
-from f2c_plugin.evaluation.verification import embed
+from f2c_plugin.errors import F2CError, InputError
 from f2c_plugin.tools.evaluate import load_model
+from f2c_plugin.tools.pack_embeddings import unit_embeddings
 from f2c_plugin.tools.packs import spread
 from f2c_plugin.utils.atomic import naming, written_whole
 
@@ -38,6 +37,10 @@ class Suggested(NamedTuple):
     identity: int
     name: str
     cosine: float
+
+    def line(self) -> bytes:
+        """In the list that ``repack.merge`` takes."""
+        return "\t".join(map(str, self)).encode() + b"\n"
 
 
 @dataclass
@@ -114,42 +117,43 @@ def find_duplicates(folders: Sequence[str | Path], model: str | Path, out: str |
                     file.write(centres.tobytes())
                     bar.update(len(centres))
             file.flush()
-        group, cosines = _groups(np.memmap(file, np.float32, "r").reshape(starts[-1], -1), least)
-    found = np.flatnonzero(cosines)
-    found = found[np.argsort(group[found], kind="stable")]
-    names = np.unique(group[found], return_inverse=True)[1] + 1
-    same: list[Suggested] = []
-    for each, name in zip(found.tolist(), names.tolist(), strict=True):
-        pack = int(np.searchsorted(starts, each, "right"))
-        identity = int(packs[pack - 1].index.numbers[each - starts[pack - 1]])
-        same.append(Suggested(pack, identity, f"same-{name}", round(float(cosines[each]), 4)))
+        centres = np.memmap(file, np.float32, "r").reshape(starts[-1], -1)
+
+        def place(each: int) -> tuple[int, int]:
+            pack = int(np.searchsorted(starts, each, "right"))
+            return pack, int(packs[pack - 1].index.numbers[each - starts[pack - 1]])
+        same = suggestions(centres, least, place)
     with written_whole(out) as file:
-        file.writelines("\t".join(map(str, each)).encode() + b"\n" for each in same)
+        file.writelines(map(Suggested.line, same))
     return Duplicates(out, list(map(Path, folders)), int(starts[-1]), unreadable, same)
 
 
 def _centres(pack: RecordDataset, net: nn.Module) -> Iterator[Float32s]:
     """The centres of the identities in the order of ``index.numbers``, float32 (up to _BATCH, D) at a time; 0 of those without
     a readable image."""
-    size = embed(net, torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)).size(2)
     index = pack.index
     for start in range(0, len(index.numbers), _BATCH):
-        bounds = index.starts[start:start + _BATCH + 1].tolist()
-        faces: list[np.ndarray] = []
-        owners: list[int] = []
-        for owner, (first, end) in enumerate(pairwise(bounds)):
-            for position in index.grouped[first + spread(end - first, _IMAGES)].tolist():
-                with suppress(RecordError):
-                    faces.append(pack.face(position))
-                    owners.append(owner)
-        centres = torch.zeros(len(bounds) - 1, size, dtype=torch.float64)
-        if faces:
-            unit = normalize(embed(net, torch.from_numpy(np.stack(faces))).sum(1))  # (n, D)
-            centres.index_add_(0, torch.tensor(owners), unit)
-        yield normalize(centres).float().numpy()
+        chosen = [index.grouped[first + spread(end - first, _IMAGES)]
+                  for first, end in pairwise(index.starts[start:start + _BATCH + 1].tolist())]
+        unit = torch.from_numpy(unit_embeddings(pack, net, np.concatenate(chosen))).double()  # (n, D)
+        owners = torch.arange(len(chosen)).repeat_interleave(torch.tensor([*map(len, chosen)]))
+        yield normalize(unit.new_zeros(len(chosen), unit.size(1)).index_add_(0, owners, unit)).float().numpy()
 
 
-def _groups(centres: Float32s, least: float) -> tuple[Int64s, Float32s]:
+def suggestions(centres: Float32s, least: float, place: Callable[[int], tuple[int, int]]) -> list[Suggested]:
+    """The identities whose centres (n, D) have a cosine of ``least`` or more to another's, group by group.
+
+    ``place`` gives the pack and the identity of each centre.
+    """
+    group, cosines = groups(centres, least)
+    found = np.flatnonzero(cosines)
+    found = found[np.argsort(group[found], kind="stable")]
+    names = np.unique(group[found], return_inverse=True)[1] + 1
+    return [Suggested(*place(each), f"same-{name}", round(float(cosines[each]), 4))
+            for each, name in zip(found.tolist(), names.tolist(), strict=True)]
+
+
+def groups(centres: Float32s, least: float) -> tuple[Int64s, Float32s]:
     """Of centres (n, D): the first centre of each one's group, int64 (n,), and its largest cosine to another, float32 (n,); 0
     if none is ``least`` or more."""
     parents = array("q", range(len(centres)))

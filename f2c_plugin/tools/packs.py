@@ -3,6 +3,7 @@
 import os
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 import simplejpeg
 from tqdm import tqdm
 
-from f2c_plugin.data.dataset import IMAGE_SIZE, RecordDataset, decode_face
+from f2c_plugin.data.dataset import IMAGE_SIZE, Pixels, RecordDataset, decode_face
+from f2c_plugin.data.identities import Ints
 from f2c_plugin.data.recordio import Buffer, Int64s, RecordFile, read_idx, unpack_image_record
 from f2c_plugin.data.tail import images_per_identity, large_identities, many_alone
 from f2c_plugin.errors import InputError, OverwriteError, RecordError
@@ -179,11 +181,15 @@ def draw_sheet(dataset: RecordDataset, path: str | Path, identity: int | None = 
     else:
         chosen = np.random.default_rng().permutation(len(index.numbers))[:rows]
         grid = [index.grouped[index.starts[i]:index.starts[i + 1]][:columns] for i in chosen]
+    with written_whole(path) as file:
+        pillow.fromarray(contact_sheet(dataset, grid)).save(file, form)
+
+
+def contact_sheet(dataset: RecordDataset, grid: Sequence[Ints]) -> Pixels:
+    """The images at rows of positions, uint8 (H, W, 3). Images that cannot be decoded stay gray."""
     sheet = np.full((len(grid), IMAGE_SIZE, max(map(len, grid)), IMAGE_SIZE, 3), 128, np.uint8)
     for row, positions in enumerate(grid):
         for column, position in enumerate(positions):
             with suppress(RecordError):
                 sheet[row, :, column] = dataset.face(int(position))
-    with written_whole(path) as file:
-        pillow.fromarray(sheet.reshape(len(grid) * IMAGE_SIZE, -1, 3)).save(file, form)
-
+    return sheet.reshape(len(grid) * IMAGE_SIZE, -1, 3)

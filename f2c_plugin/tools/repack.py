@@ -208,6 +208,17 @@ def filtered(source: str | Path, out: str | Path, min_images: int = 1, max_image
     return found
 
 
+def write_kept(source: str | Path, folder: Path, kept: NDArray[np.bool_], numbers: Int64s) -> None:
+    """Write a pack of the images that are kept, bool (images,), and the list of its identities, into ``folder``.
+
+    ``numbers`` (identities,), in the order of ``index.numbers``, are the identities' new numbers, or −1 of those without an
+    image.
+    """
+    packs = _Packs([source])
+    images = packs.named([numbers])
+    packs.write(folder, images.chosen(kept[images.position]), [numbers])
+
+
 def _write_chosen(packs: _Packs, out: Path, folder: Path, chosen: NDArray[np.bool_]) -> Repacked:
     """The chosen identities (identities,) of the only pack, written into ``folder``, which becomes ``out``."""
     number_of = [np.where(chosen, chosen.cumsum() - 1, -1)]

@@ -156,20 +156,30 @@ def _page(runs: Sequence[Run], sentences: Sequence[str], pictures: dict[str, Pat
     keys = sorted({key for run in runs for key in run.config})
     parts.append("<details>\n<summary>All settings</summary>\n"
                  f"{_table(runs, keys, _setting)}\n</details>")
+    return html_page(title, "\n".join(parts))
+
+
+def html_page(title: str, body: str) -> str:
+    """A page of its own, without a network; both are HTML."""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8" /><meta name="viewport" content="width=device-width" /><title>{title}</title>
 <style>
 {_STYLE}
 </style>
 </head><body><h1>{title}</h1>
-{chr(10).join(parts)}
+{body}
 </body></html>
 """
 
 
 def _picture(path: Path, kind: str = "") -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<div class="wide {kind}"><img alt="{path.stem}" src="data:image/png;base64,{data}" /></div>'
+    return f'<div class="wide {kind}">{html_image(path.stem, path.read_bytes())}</div>'
+
+
+def html_image(name: str, encoded: bytes) -> str:
+    """A PNG or JPEG within the page."""
+    form = "png" if encoded[:4] == b"\x89PNG" else "jpeg"
+    return f'<img alt="{name}" src="data:image/{form};base64,{base64.b64encode(encoded).decode()}" />'
 
 
 def _setting(run: Run, key: str) -> str:

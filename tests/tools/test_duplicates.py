@@ -13,7 +13,7 @@ from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.writer import RecordWriter, pack_image_record, write_insightface_pack
 from f2c_plugin.errors import F2CError, InputError, OverwriteError
 from f2c_plugin.tools import duplicates
-from f2c_plugin.tools.duplicates import _groups, find_duplicates
+from f2c_plugin.tools.duplicates import find_duplicates, groups
 from f2c_plugin.tools.repack import merge
 
 
@@ -103,7 +103,7 @@ def test_blocks_of_any_size_give_the_groups_of_all_pairs(monkeypatch, block):
     points = (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
     cosines = points @ points.T - 2 * np.eye(40)
     alike = np.linalg.matrix_power((cosines >= 0.95) + np.eye(40), 40) > 0  # connected
-    group, largest = _groups(points, 0.95)
+    group, largest = groups(points, 0.95)
     assert group.tolist() == alike.argmax(1).tolist() and 5 < len({*group.tolist()}) < 39
     assert largest == pytest.approx(np.where(cosines.max(1) >= 0.95, cosines.max(1), 0), abs=1e-6)
 
