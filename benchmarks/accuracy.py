@@ -97,7 +97,8 @@ def train_one(arguments: argparse.Namespace, world: World, run: Run, folder: Pat
     if world.unseen:
         dataset = RecordDataset(world.unseen)
         faces, identity = dataset.faces(np.arange(len(dataset)))
-        embeddings = torch.nn.functional.normalize(embed(load_net(folder / "model.pt"), faces).sum(1)).float()
+        found = embed(load_net(folder / "model.pt"), faces, pixels=arguments.pixels)
+        embeddings = torch.nn.functional.normalize(found.sum(1)).float()
         result |= comparison.pair_metrics(embeddings, identity.numpy())
     for name in world.val_targets[:1]:
         verified = [entry for entry in history if f"{name}/accuracy" in entry]
@@ -141,6 +142,7 @@ def main() -> None:
     parser.set_defaults(passes=[3.0])
     parser.add_argument("--data", type=Path, metavar="PACK", help="to train on; without it, synthetic faces are drawn")
     parser.add_argument("--unseen", type=Path, metavar="PACK", help="of identities that are in no training set")
+    parser.add_argument("--pixels", type=int, help="resolution of the unseen images; by default as they are")
     parser.add_argument("--val-targets", nargs="*", metavar="NAME", help="verification sets; by default all that the pack has")
     parser.add_argument("--pairs", type=int, default=6000, help="of the verification set, if it is drawn")
     parser.add_argument("--network", default="tiny", help="backbone")
@@ -151,6 +153,8 @@ def main() -> None:
         if not (world.val_targets or world.unseen):
             parser.error(f"--data {arguments.data}: has no verification set, so --unseen is needed")
         setting = comparison.setting_of(arguments) | {"network": arguments.network} | world.setting()
+        if arguments.pixels:
+            setting["pixels"] = arguments.pixels
         compared = comparison.Comparison(arguments, variants, setting, len(world.dataset),
                                          lambda run, folder: train_one(arguments, world, run, folder))
         if arguments.child:

@@ -42,16 +42,27 @@ from f2c_plugin.trainer import build
 from f2c_plugin.utils.atomic import written_whole
 
 FARS = "1e-2", "1e-3", "1e-4"
-FULL_FC, PARTIAL_FC, F2C = "softmax", "partial_fc", "f2c_dcp"  # heads
+FULL_FC, PARTIAL_FC, F2C, DCQ = "softmax", "partial_fc", "f2c_dcp", "dcq"  # heads
 FORWARD, FORWARD_AND_BACKWARD = 1, 3  # units of compute an image
 
 Keys = dict[str, Any]  # of a config
 Result = dict[str, Any]
 
 
+# What the neighbours of F²C add to a head; the first three also to the full FC layer.
+METHODS: dict[str, Keys] = {
+    "SFace": dict(f2c_margin="sface", margin_list=(1.0, 0.9, 1.2)), "sub-centres": dict(f2c_sub_centers=3),
+    "low resolution": dict(f2c_low_resolution=0.5), "small loss": dict(f2c_forget_rate=0.2),
+    "small loss, sub-centres": dict(f2c_forget_rate=0.2, f2c_sub_centers=3),
+    "filter": dict(interclass_filtering_threshold=0.4)}
+OF_FULL_FC = list(METHODS)[:3]
+
+
 def variants_at(rates: Iterable[float]) -> dict[str, Keys]:
     """Config keys of all variants, by name; of those with a pool or a sample rate, one for each rate."""
-    variants: dict[str, Keys] = {"full FC": dict(head=FULL_FC), "full FC, with the ramp": dict(head=FULL_FC, softmax_ramp=True)}
+    ramped = dict(head=FULL_FC, softmax_ramp=True)
+    variants: dict[str, Keys] = {"full FC": dict(head=FULL_FC), "full FC, with the ramp": ramped}
+    variants |= {f"full FC, with the ramp, {name}": ramped | METHODS[name] for name in OF_FULL_FC}
     for rate in rates:
         partial_fc, f2c = dict(head=PARTIAL_FC, sample_rate=rate), dict(head=F2C, f2c_pool_rate=rate)
         variants |= {
@@ -59,14 +70,19 @@ def variants_at(rates: Iterable[float]) -> dict[str, Keys]:
             f"Partial FC {rate:g}, with the ramp": partial_fc | dict(softmax_ramp=True),
             f"F²C {100 * rate:g} %": f2c | dict(f2c_recipe="resident"),
             f"F²C {100 * rate:g} %, as published": f2c | dict(f2c_recipe="paper"),
-            f"F²C {100 * rate:g} %, as published, not symmetric": f2c | dict(f2c_recipe="paper", f2c_symmetric=False)}
+            f"F²C {100 * rate:g} %, as published, not symmetric": f2c | dict(f2c_recipe="paper", f2c_symmetric=False),
+            **{f"F²C {100 * rate:g} %, {name}": f2c | keys for name, keys in METHODS.items()},
+            f"DCQ {100 * rate:g} %": dict(head=DCQ, f2c_pool_rate=rate)}
     return variants
 
 
 def units(keys: Keys) -> float:
     """Compute of a variant's step over the images of its batch."""
+    if keys["head"] == DCQ:
+        return (FORWARD_AND_BACKWARD + FORWARD) / 2
     if keys.get("f2c_recipe") != "paper":
-        return FORWARD_AND_BACKWARD
+        twin = keys.get("f2c_forget_rate") or keys.get("f2c_low_resolution")
+        return FORWARD_AND_BACKWARD + (FORWARD if twin else 0)
     # The gallery net embeds what the probe net embeds; if not symmetric, each of them one half of the batch.
     return (FORWARD_AND_BACKWARD + FORWARD) * (1 if keys.get("f2c_symmetric", True) else 1 / 2)
 
@@ -213,6 +229,8 @@ def config(arguments: argparse.Namespace, run: Run, num_classes: int, **others: 
     keys = variants_at(arguments.pool_rate)[run.variant]
     if "f2c_pool_rate" in keys:
         keys["f2c_pool_rate"] = min(1.0, max(keys["f2c_pool_rate"], arguments.batch_size / num_classes))
+    if keys["head"] == DCQ:  # with as many class weights as a pool of this rate has
+        keys["f2c_queue_size"] = slots_for(keys["f2c_pool_rate"], num_classes)
     return TrainConfig(DEFAULTS | dict(
         num_classes=num_classes, num_image=run.steps * arguments.batch_size, num_epoch=1, batch_size=arguments.batch_size,
         embedding_size=arguments.embedding_size, lr=run.lr, seed=run.seed, scale=arguments.scale,

@@ -344,7 +344,8 @@ def test_images_of_an_identity_are_alike_and_those_of_unseen_identities_are_othe
     assert (unit[0] @ unit[1].T).max() < 0.9 and (unit[0] @ unit[0].T - np.eye(500)).max() > 0.9
 
 
-@pytest.mark.parametrize("variant", [FULL_FC, "F²C 100 %", PAPER, PAPER + ", not symmetric"])
+@pytest.mark.parametrize("variant", [FULL_FC, "F²C 100 %", PAPER, PAPER + ", not symmetric", "DCQ 100 %",
+                                     "F²C 100 %, small loss", "F²C 100 %, sub-centres"])
 def test_the_units_of_compute_are_what_a_step_does(comparison, monkeypatch, variant):
     vectors = importlib.import_module("vectors")
     counted = {"probe": 0, "gallery": 0}

@@ -31,7 +31,7 @@ def test_a_training_that_is_resumed_in_its_middle_ends_bit_for_bit_as_without_a_
     run(config(**keys))
     whole, model = losses(), torch.load("out/model.pt")
     assert len(set(whole.values())) == len(whole)
-    middle, end = checkpoints()
+    _, end = checkpoints()
     end.unlink()
     run(config(resume=True, **keys))
     assert losses() == whole and equal(torch.load("out/model.pt"), model)
