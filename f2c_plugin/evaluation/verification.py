@@ -12,15 +12,12 @@ from torch.nn.functional import normalize
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, OtherSize, Pixels, decode_face, normalize_faces
 from f2c_plugin.errors import VerificationSetError
+from f2c_plugin.evaluation.accuracy import FOLDS, fold_accuracies, tar_at_far
 from f2c_plugin.evaluation.resize import resize_short
 from f2c_plugin.evaluation.safe_pickle import load_pickle
 from f2c_plugin.utils.atomic import written_whole
 
-FOLDS = 10
 MAX_SIZE = 2048  # pixels; a small file can announce a huge picture
-FARS = 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6  # at which TAR is reported, where the pairs resolve it
-NOT_RESOLVED = "not resolved"
-THRESHOLDS = np.arange(0, 4, 0.01)  # on squared distances of unit vectors, as in arcface_torch
 
 
 @dataclass
@@ -116,37 +113,6 @@ def embed(net: nn.Module, faces: Tensor, batch_size: int = 256) -> Tensor:
         embeddings.append(torch.stack([net(images), net(images.flip(3))], dim=1).double().cpu())
     net.train(was_training)
     return torch.cat(embeddings)
-
-
-def tar_at_far(scores: np.ndarray, same: np.ndarray, far: float) -> float | None:
-    """As ``VerificationResult.tar_at_far``, from cosines (n,) and labels, bool (n,)."""
-    return tars_at_fars(scores, same, [far])[0]
-
-
-def tars_at_fars(scores: np.ndarray, same: np.ndarray, fars: Sequence[float]) -> list[float | None]:
-    """``tar_at_far`` of each FAR."""
-    different, alike = np.sort(scores[~same])[::-1], scores[same]
-
-    def tar(far: float) -> float | None:
-        if far * len(different) < 1 or not len(alike):
-            return None
-        allowed = int(far * len(different))
-        threshold = different[allowed] if allowed < len(different) else -np.inf
-        return float((alike > threshold).mean())
-    return [tar(far) for far in fars]
-
-
-def tar_text(tar: float | None) -> str:
-    """A TAR for tables and logs."""
-    return NOT_RESOLVED if tar is None else f"{tar:.2%}"
-
-
-def fold_accuracies(scores: np.ndarray, same: np.ndarray) -> np.ndarray:
-    """Accuracy of each of 10 consecutive folds at the best threshold of the other nine, from cosines (n,) and labels (n,)."""
-    correct = ((2 - 2 * scores)[:, None] < THRESHOLDS) == same[:, None]  # (n, thresholds)
-    total = correct.sum(0)
-    folds = [(fold.sum(0), len(fold)) for fold in np.array_split(correct, min(FOLDS, len(same)))]
-    return np.array([inside[np.argmax(total - inside)] / size for inside, size in folds])
 
 
 def load_bin(path: str | Path, image_size: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE)) -> tuple[list[Tensor], list[bool]]:

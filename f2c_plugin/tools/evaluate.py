@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from f2c_plugin.errors import ExportError, F2CError, InputError
+from f2c_plugin.evaluation.accuracy import FARS, tar_text
 from f2c_plugin.evaluation.ijb import TemplateResult, TemplateSet
 from f2c_plugin.evaluation.onnx_export import load_net
 from f2c_plugin.evaluation.onnx_net import OnnxNet
 from f2c_plugin.evaluation.tinyface import RANKS, IdentificationResult, IdentificationSet
-from f2c_plugin.evaluation.verification import FARS, VerificationResult, VerificationSet, tar_text
+from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet
 from f2c_plugin.utils.distributed import this_rank
 
 Set = VerificationSet | TemplateSet | IdentificationSet

@@ -18,9 +18,10 @@ from torch import nn
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.errors import ExportError, F2CError, InputError
+from f2c_plugin.evaluation.accuracy import tar_at_far
 from f2c_plugin.evaluation.onnx_net import OnnxNet
 from f2c_plugin.evaluation.tinyface import IdentificationResult
-from f2c_plugin.evaluation.verification import VerificationSet, embed, tar_at_far
+from f2c_plugin.evaluation.verification import VerificationSet, embed
 from f2c_plugin.tools import plotting
 from f2c_plugin.tools.evaluate import Evaluated, evaluate, scored_pairs, table
 from tests.protocol_sets import write_ijb, write_tinyface
