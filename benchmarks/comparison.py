@@ -36,7 +36,7 @@ from f2c_plugin.build import margin_from
 from f2c_plugin.config import DEFAULTS, MARGINS, TrainConfig, slots_for
 from f2c_plugin.data.from_config import steps_per_epoch
 from f2c_plugin.errors import F2CError
-from f2c_plugin.evaluation.verification import tar_at_far
+from f2c_plugin.evaluation.accuracy import tar_at_far
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.trainer import build
 from f2c_plugin.utils.atomic import written_whole

@@ -35,7 +35,8 @@ from worlds import unseen
 
 from f2c_plugin.data.dataset import IMAGE_SIZE
 from f2c_plugin.errors import F2CError, InputError, OverwriteError, RecordError, VerificationSetError
-from f2c_plugin.evaluation.verification import FOLDS, save_bin
+from f2c_plugin.evaluation.accuracy import FOLDS
+from f2c_plugin.evaluation.verification import save_bin
 from f2c_plugin.tools.align import QUALITY, aligned, detector, opencv_without_threads
 from f2c_plugin.tools.image_files import storable
 from f2c_plugin.tools.pack import pack

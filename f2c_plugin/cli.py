@@ -1,4 +1,8 @@
-"""The command ``f2c-plugin``: ``@command`` adds a function and its arguments to ``COMMANDS``."""
+"""The command ``f2c-plugin``: ``@command`` adds a function and its arguments to ``COMMANDS``.
+
+Each imports its own tools: PyTorch takes seconds, for which nobody who asks for --help should wait, and doctor must run without
+onnx.
+"""
 
 import json
 import os
@@ -12,22 +16,7 @@ from typing import Any, Protocol
 
 import f2c_plugin
 from f2c_plugin.arcface_torch import patching
-from f2c_plugin.data.dataset import RecordDataset
-from f2c_plugin.data.index import open_index
-from f2c_plugin.data.writer import refuse_to_overwrite
 from f2c_plugin.errors import ExportError, F2CError, InputError
-from f2c_plugin.synthetic.dataset import draw_contact_sheet, power_law, write_dataset
-from f2c_plugin.tools import checkpoints, packs, repack, verification_sets
-from f2c_plugin.tools.align import align as align_faces
-from f2c_plugin.tools.convert import convert as convert_pack
-from f2c_plugin.tools.doctor import examine
-from f2c_plugin.tools.pack import pack as pack_images
-from f2c_plugin.tools.pack_sources import source_of
-from f2c_plugin.tools.plan import Plan
-from f2c_plugin.tools.plotting import draw_roc
-from f2c_plugin.tools.report import report as write_report
-from f2c_plugin.tools.unpack import unpack as unpack_pack
-from f2c_plugin.trainer.rendezvous import process_group
 from f2c_plugin.utils.terminal import printed, tolerate_any_terminal
 
 Run = Callable[[Namespace], None]
@@ -101,6 +90,8 @@ def fetch_host(args: Namespace) -> None:
          argument("--dataset", help="folder of a pack to examine"))
 def doctor(args: Namespace) -> None:
     """Show the installed packages and the state of a checkout and a dataset."""
+    from f2c_plugin.tools.doctor import examine
+
     if not examine(args.checkout, args.dataset):
         sys.exit(1)
 
@@ -110,6 +101,10 @@ def doctor(args: Namespace) -> None:
          argument("--verify", action="store_true", help="decode every image and list the unusable records"), JSON)
 def index(args: Namespace) -> None:
     """Index a pack, so that training starts at once, and summarize it."""
+    from f2c_plugin.data.dataset import RecordDataset
+    from f2c_plugin.data.index import open_index
+    from f2c_plugin.tools import packs
+
     damaged: dict[int, str] = {}
     if args.verify:
         number, damaged = packs.verify(args.folder)
@@ -134,6 +129,9 @@ def index(args: Namespace) -> None:
          argument("--out", default="sheet.png", metavar="PNG", help="file to write; default: %(default)s"))
 def inspect(args: Namespace) -> None:
     """Draw a contact sheet of a pack: one identity, one image, or random identities."""
+    from f2c_plugin.data.dataset import RecordDataset
+    from f2c_plugin.tools import packs
+
     packs.draw_sheet(RecordDataset(args.folder, skip_damaged=True), args.out, args.identity, args.image)
     print(args.out)
 
@@ -141,6 +139,8 @@ def inspect(args: Namespace) -> None:
 @command(argument("folder", help="folder of train.rec"), JSON)
 def reindex(args: Namespace) -> None:
     """Make the missing train.idx of a pack from its train.rec."""
+    from f2c_plugin.tools import packs
+
     records, path = packs.reindex(args.folder), Path(args.folder, "train.idx")
     _print(args, f"{path}: {records} records", out=path, records=records)
 
@@ -153,6 +153,8 @@ def reindex(args: Namespace) -> None:
                        "default: that of a model pack in ~/.insightface/models"), JSON)
 def align(args: Namespace) -> None:
     """Align the faces of photos to arcface_torch's template, in images of 112×112 pixels."""
+    from f2c_plugin.tools.align import align as align_faces
+
     _show(args, align_faces(args.photos, args.out, args.detector))
 
 
@@ -173,6 +175,9 @@ def align(args: Namespace) -> None:
                        "needs Pillow in training"), JSON)
 def pack(args: Namespace) -> None:
     """Write a pack from images of 112×112 pixels in folders, a list, tar files or a dataset."""
+    from f2c_plugin.tools.pack import pack as pack_images
+    from f2c_plugin.tools.pack_sources import source_of
+
     source = source_of(args.sources, args.root, args.image_key, args.label_key)
     _show(args, pack_images(source, args.out, args.resize, args.quality))
 
@@ -185,6 +190,8 @@ def pack(args: Namespace) -> None:
          argument("--drop-duplicates", action="store_true", help="leave out images that an identity has twice"), JSON)
 def merge(args: Namespace) -> None:
     """Write the images of several packs into one."""
+    from f2c_plugin.tools import repack
+
     _show(args, repack.merge(args.folders, args.out, args.same, args.drop_duplicates))
 
 
@@ -194,7 +201,7 @@ def merge(args: Namespace) -> None:
          argument("--least", type=float, default=0.6, metavar="COSINE", help="of two identities; default: %(default)s"), JSON)
 def duplicates(args: Namespace) -> None:
     """List the identities that may be one person's by the cosine of their centres. Merges nothing."""
-    from f2c_plugin.tools.duplicates import find_duplicates  # doctor must run without onnx
+    from f2c_plugin.tools.duplicates import find_duplicates
 
     _show(args, find_duplicates(args.folders, args.model, args.out, args.least))
 
@@ -207,6 +214,8 @@ def duplicates(args: Namespace) -> None:
          argument("--seed", type=int, default=0, help="of the choice; default: %(default)s"), JSON)
 def split(args: Namespace) -> None:
     """Write a pack as two, with other identities in each."""
+    from f2c_plugin.tools import repack
+
     _show(args, *repack.split(args.source, args.train, args.unseen, args.identities, args.seed, args.min_images))
 
 
@@ -218,6 +227,8 @@ def split(args: Namespace) -> None:
          argument("--without", metavar="LIST", help="file of identities, one in each line: not these"), JSON)
 def filter_(args: Namespace) -> None:
     """Write some identities of a pack into another, numbered anew."""
+    from f2c_plugin.tools import repack
+
     _show(args, repack.filtered(args.source, args.out, args.min_images, args.max_images, args.only, args.without))
 
 
@@ -232,7 +243,7 @@ def filter_(args: Namespace) -> None:
                                                                      "the nearest other identity"), JSON)
 def clean(args: Namespace) -> None:
     """Write a pack without the images that do not show their identity, and list the identities that may be one person's."""
-    from f2c_plugin.tools.clean import clean as clean_pack  # doctor must run without onnx
+    from f2c_plugin.tools.clean import clean as clean_pack
 
     _show(args, clean_pack(args.source, args.model, args.out, args.least, args.least_same))
 
@@ -243,7 +254,7 @@ def clean(args: Namespace) -> None:
          argument("--keep", type=float, default=0.6, metavar="SHARE", help="of the images; default: %(default)s"), JSON)
 def thin(args: Namespace) -> None:
     """Write a part of a pack that stands for the whole, chosen after Face-NMS."""
-    from f2c_plugin.tools.thin import thin as thin_pack  # doctor must run without onnx
+    from f2c_plugin.tools.thin import thin as thin_pack
 
     _show(args, thin_pack(args.source, args.model, args.out, args.keep))
 
@@ -253,6 +264,8 @@ def thin(args: Namespace) -> None:
          argument("out", help="folder to write train.rec, train.idx and property into"), JSON)
 def convert(args: Namespace) -> None:
     """Write a pack again with the identities of a list, exact also beyond 2**24."""
+    from f2c_plugin.tools.convert import convert as convert_pack
+
     images, identities = convert_pack(args.source, args.labels, args.out)
     _print(args, f"{args.out}: {images} images of {identities} identities", out=args.out, images=images, identities=identities)
 
@@ -262,6 +275,8 @@ def convert(args: Namespace) -> None:
          argument("--skip-damaged", action="store_true", help="leave out records that cannot be used"), JSON)
 def unpack(args: Namespace) -> None:
     """Write the images of a pack into folders, as they are stored."""
+    from f2c_plugin.tools.unpack import unpack as unpack_pack
+
     _show(args, unpack_pack(args.source, args.out, args.skip_damaged))
 
 
@@ -270,7 +285,7 @@ def unpack(args: Namespace) -> None:
          argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net"))
 def export(args: Namespace) -> None:
     """Write a trained net as ONNX for the insightface package."""
-    from f2c_plugin.evaluation.onnx_export import embedding_size, export_checked, load_net  # doctor must run without onnx
+    from f2c_plugin.evaluation.onnx_export import embedding_size, export_checked, load_net
 
     if os.path.realpath(args.model) == os.path.realpath(args.out):
         raise ExportError(f"{args.out} is the trained model itself and is not overwritten: name another file")
@@ -289,6 +304,8 @@ def export(args: Namespace) -> None:
          argument("--resize", action="store_true", help="also take images of other sizes from folders, as pack does"))
 def verification_set(args: Namespace) -> None:
     """Write a verification set: pairs of images, the same person's or not."""
+    from f2c_plugin.tools import verification_sets
+
     source = verification_sets.source_of(args.source, args.resize)
     pairs = (verification_sets.listed_pairs(args.list) if args.list else
              verification_sets.drawn_pairs(source.identities(), args.pairs, args.seed))
@@ -308,9 +325,13 @@ def verification_set(args: Namespace) -> None:
          argument("--plot", metavar="PNG", help="draw the ROC; with --quality, the error-reject curve beside it"), JSON)
 def evaluate(args: Namespace) -> None:
     """Evaluate a model: accuracy and TAR at FAR on pairs, TAR at FAR on IJB-B and IJB-C, identification on TinyFace."""
-    from f2c_plugin.tools import evaluate as tool  # doctor must run without onnx
+    from f2c_plugin.tools import evaluate as tool
+    from f2c_plugin.tools.plotting import draw_roc
+    from f2c_plugin.trainer.rendezvous import process_group
 
     if args.quality:
+        from f2c_plugin.data.writer import refuse_to_overwrite
+
         refuse_to_overwrite(Path(args.quality).parent, [Path(args.quality).name])
     with process_group() if "RANK" in os.environ else nullcontext():
         found = tool.evaluate(args.model, args.sets, args.net, args.resolutions, bool(args.quality))
@@ -336,6 +357,8 @@ def checkpoint_actions(parser: ArgumentParser) -> None:
 @command(checkpoint_actions)
 def checkpoint(args: Namespace) -> None:
     """Summarize checkpoints, or convert arcface_torch's to another number of ranks."""
+    from f2c_plugin.tools import checkpoints
+
     if args.action == "merge":
         print(*checkpoints.merge(args.folder, args.out, args.ranks), sep="\n")
     else:
@@ -357,7 +380,9 @@ def checkpoint(args: Namespace) -> None:
          argument("--plot", metavar="PNG", help="draw memory and time against the number of identities"), JSON)
 def plan(args: Namespace) -> None:
     """Estimate memory and time of a training step with F²C, Partial FC and the full FC layer."""
-    from f2c_plugin.tools import plan_step  # PyTorch's tensors without values take seconds to load
+    from f2c_plugin.data.dataset import RecordDataset
+    from f2c_plugin.tools import plan_step
+    from f2c_plugin.tools.plan import Plan
 
     if (args.pack is None) == (args.identities is None):
         raise InputError("name a pack or --identities N, one of them")
@@ -381,6 +406,8 @@ def plan(args: Namespace) -> None:
          argument("--out", metavar="DIR", help="folder to write report.html and PNGs into; default: the first folder"))
 def report(args: Namespace) -> None:
     """Plot training runs and write a page that compares them."""
+    from f2c_plugin.tools.report import report as write_report
+
     print(write_report(args.folders, args.out))
 
 
@@ -393,6 +420,8 @@ def report(args: Namespace) -> None:
          argument("--processes", type=int, help="default: one per CPU"))
 def synth(args: Namespace) -> None:
     """Draw a pack of synthetic faces and a verification set."""
+    from f2c_plugin.synthetic.dataset import draw_contact_sheet, power_law, write_dataset
+
     folder = Path(args.folder)
     images = args.images_per_identity
     if args.long_tail:

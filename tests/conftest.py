@@ -42,7 +42,8 @@ def few_threads():
 
 # Files that take minutes come first, so that no process is left alone with one of them at the end.
 SLOWEST = ("trainer/test_checkpoint.py", "test_examples.py", "trainer/test_kills.py", "trainer/test_two_nodes.py",
-           "trainer/test_signals.py", "test_tutorial.py", "method/test_head.py", "trainer/test_train.py", "test_fuzz.py")
+           "trainer/test_signals.py", "test_tutorial.py", "method/test_head.py", "trainer/test_train.py", "test_fuzz.py",
+           "arcface_torch/test_checkout.py", "tools/test_report.py", "models/test_vit.py", "tools/test_align.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import multiprocessing
+from torch.distributed import TCPStore
 
 from f2c_plugin import train
 from f2c_plugin.config_files import load_config
@@ -15,6 +18,10 @@ from f2c_plugin.trainer.loop import train as run_training
 from f2c_plugin.trainer.rendezvous import process_group
 
 IDENTITIES, IMAGES = 12, 10
+
+# One process imports PyTorch, which takes ten seconds of a CPU, and is forked for each that ``on_ranks`` starts.
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["torch._dynamo", "torch.utils.tensorboard", "onnxruntime", "pytest", "f2c_plugin.trainer.loop"])
 
 
 def history(folder="out"):
@@ -52,8 +59,32 @@ def start(path, ranks=1, launcher=("--standalone",), start_new_session=False):
                             preexec_fn=hear_interrupts, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def on_ranks(function, arguments, ranks):
+    """Call ``function(rank, *arguments)`` in a process for each rank, which finds the others as if torchrun had started it."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
+                                    TORCHELASTIC_USE_AGENT_STORE="True")
+    multiprocessing.start_processes(_on_rank, (function, arguments, environment, os.getcwd()), ranks, start_method="forkserver")
+
+
+def _on_rank(rank, function, arguments, environment, folder):
+    os.chdir(folder)
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    function(rank, *arguments)
+
+
+def run_on(ranks, path):
+    """A training by one rank, in this process, or by several, without torchrun, which ``launch`` starts."""
+    run(path) if ranks == 1 else on_ranks(_train, (path,), ranks)
+
+
+def _train(_, path):
+    train.main([path])
+
+
 def launch(path, ranks=1):
-    """What a training that ends well has printed."""
+    """What a training that ends well has printed; with several ranks they are torchrun's."""
     process = start(path, ranks)
     try:
         printed, _ = process.communicate(timeout=300)

@@ -119,6 +119,13 @@ def given(tmp_path, faces, monkeypatch):
             "synth": ["synth", "given", "--identities", "2", "--images-per-identity", "1", "--pairs", "2", "--processes", "1"]}
 
 
+@pytest.mark.parametrize("command", ["plan --help", "report given"])
+def test_who_asks_for_help_or_a_report_does_not_wait_for_pytorch(command, given):
+    script = without(["torch"]) + f"from f2c_plugin.cli import main; main({command.split()})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
 WRITTEN = {"plan": ["plan.png"], "index": ["plot.png"], "inspect": ["sheet.png"], "export": ["model.onnx"],
            "report": ["curves.png", "scores.png", "roc.png", "report.html"],
            "synth": ["property", "synth.bin", "contact_sheet.png", "train.idx"]}

@@ -7,7 +7,6 @@ from copy import deepcopy
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import distributed, nn
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import f2c_plugin
 from f2c_plugin import F2CHead, Margin, build_head
 from f2c_plugin.errors import ConfigError, InputError
+from tests.runs import on_ranks
 
 NUM_IDENTITIES, BATCH, EMBEDDING_SIZE = 30, 12, 6
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -392,7 +392,7 @@ def run_rank(rank, world_size, folder):
 
 
 def test_on_two_ranks_a_wrapped_backbone_works_by_argument_and_by_hook_and_the_pools_stay_equal(tmp_path):
-    multiprocessing.spawn(run_rank, (2, tmp_path), nprocs=2)
+    on_ranks(run_rank, (2, tmp_path), 2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     losses = [losses for rank in ranks for losses, _, _ in rank.values()]
     assert all(each == losses[0] for each in losses[:4]) and all(each == losses[4] for each in losses[4:])

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from f2c_plugin.data.dataset import IMAGE_SIZE, Pixels, decode_image
 from f2c_plugin.data.template import TEMPLATE, turn_from_template
 from f2c_plugin.errors import VerificationSetError
+from f2c_plugin.evaluation.accuracy import FARS, tars_at_fars
 from f2c_plugin.evaluation.pooling import pooled
-from f2c_plugin.evaluation.verification import FARS, tars_at_fars
 
 _PIXELS = np.arange(IMAGE_SIZE) + 1j * np.arange(IMAGE_SIZE)[:, None]
 _CHUNK = 8192  # pairs scored at a time

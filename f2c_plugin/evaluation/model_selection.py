@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet, tar_text
+from f2c_plugin.evaluation.accuracy import tar_text
+from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet
 from f2c_plugin.utils.atomic import written_whole
 
 log = logging.getLogger(__name__)

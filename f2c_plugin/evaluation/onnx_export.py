@@ -14,7 +14,7 @@ from torch import nn
 from f2c_plugin.data.dataset import IMAGE_SIZE, normalize_faces
 from f2c_plugin.errors import CheckpointError, ExportError, F2CError
 from f2c_plugin.evaluation.verification import embed
-from f2c_plugin.models import get_model, networks
+from f2c_plugin.models import get_model, get_model_on_meta, networks
 from f2c_plugin.utils.atomic import naming, written_whole
 from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.finite import not_finite, some
@@ -74,8 +74,7 @@ def _network_of(state: dict[str, Any]) -> tuple[str, list[str]]:
     """
     wrong: dict[str, list[str]] = {}
     for network in networks():
-        with torch.device("meta"):
-            expected = get_model(network, embedding_size(state)).state_dict()
+        expected = get_model_on_meta(network, embedding_size(state)).state_dict()
         if expected.keys() == state.keys():
             wrong[network] = [name for name, value in expected.items() if getattr(state[name], "shape", None) != value.shape]
             if not wrong[network]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from f2c_plugin.errors import VerificationSetError
-from f2c_plugin.evaluation.verification import threshold_at_far
+from f2c_plugin.evaluation.accuracy import threshold_at_far
 
 UNRECOGNIZABLE = 4  # pixels, of images that nobody recognizes
 REJECTED = 0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5  # shares of images at which errors are reported

@@ -8,8 +8,11 @@ Other packages offer backbones in the entry point group ``arcface_torch.backbone
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.models.iresnet import IResNet
@@ -66,3 +69,20 @@ def get_model(name: str, num_features: int = 512, fp16: bool = False) -> nn.Modu
     if name not in networks():
         raise ConfigError(f"network={name!r}: must be one of {', '.join(networks())}")
     return load_plugin(BACKBONES, name)(dropout=0.0, fp16=fp16, num_features=num_features)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves tensors as they are where a net would draw their first values."""
+
+    def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is Tensor.normal_ or getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def get_model_on_meta(name: str, num_features: int = 512) -> nn.Module:
+    """A net on the meta device: its tensors have shapes, but no values. Raises ConfigError if there is no such name."""
+    # Normal values on the meta device would import PyTorch's compiler, which takes seconds.
+    with torch.device("meta"), _Undrawn():
+        return get_model(name, num_features)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from f2c_plugin.data.dataset import IMAGE_SIZE
 from f2c_plugin.errors import ExportError, F2CError, InputError
+from f2c_plugin.evaluation.accuracy import FARS, GEOMETRY, tar_text
 from f2c_plugin.evaluation.ijb import TemplateResult, TemplateSet
 from f2c_plugin.evaluation.onnx_export import load_net
 from f2c_plugin.evaluation.onnx_net import OnnxNet
@@ -22,7 +23,7 @@ from f2c_plugin.evaluation.recognizability import (
     recognizability,
 )
 from f2c_plugin.evaluation.tinyface import RANKS, IdentificationResult, IdentificationSet
-from f2c_plugin.evaluation.verification import FARS, GEOMETRY, VerificationResult, VerificationSet, embed, tar_text
+from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet, embed
 from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.distributed import this_rank
 

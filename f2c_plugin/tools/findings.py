@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from f2c_plugin.evaluation.verification import FOLDS, fold_accuracies
+from f2c_plugin.evaluation.accuracy import FOLDS, fold_accuracies
 from f2c_plugin.tools.runs import Run, differing_settings, scores_of
 
 SLOW = 0.8  # of the fastest run's images per second

@@ -14,7 +14,7 @@ from f2c_plugin.config import F2CConfig
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.loss import default_hard_negatives
 from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES, are_kept, num_parts
-from f2c_plugin.models import get_model, networks
+from f2c_plugin.models import get_model_on_meta, networks
 
 EMBEDDING_SIZE = 512
 SIMILAR = 1.25  # ratio of memory within which two heads are about equal
@@ -76,9 +76,7 @@ class Plan:
         """The gallery net's parameters and buffers; 0 without one."""
         if self.is_resident:
             return 0
-        with torch.device("meta"):
-            net = get_model(self.network, EMBEDDING_SIZE)
-        return sum(tensor.nbytes for tensor in net.state_dict().values())
+        return sum(tensor.nbytes for tensor in get_model_on_meta(self.network, EMBEDDING_SIZE).state_dict().values())
 
     def working_memory(self, device: str = "cuda") -> int:
         """What a step of the F²C head takes for a while.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from f2c_plugin.evaluation.verification import GEOMETRY, NOT_RESOLVED
+from f2c_plugin.evaluation.accuracy import GEOMETRY, NOT_RESOLVED
 from f2c_plugin.tools.findings import findings
 from f2c_plugin.tools.plotting import add_legend, draw_roc, look, panels, plain, save_figure
 from f2c_plugin.tools.runs import Run, beside, differing_settings, distinct_names, scores_of

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from f2c_plugin.errors import ReportError
-from f2c_plugin.evaluation.verification import FARS, GEOMETRY, tar_at_far, tar_text
+from f2c_plugin.evaluation.accuracy import FARS, GEOMETRY, tar_at_far, tar_text
 from f2c_plugin.tools.plotting import Scores
 
 # Settings that change no result.

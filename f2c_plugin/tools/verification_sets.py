@@ -11,7 +11,8 @@ import numpy as np
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.writer import refuse_to_overwrite
 from f2c_plugin.errors import InputError, RecordError, VerificationSetError
-from f2c_plugin.evaluation.verification import FOLDS, save_bin
+from f2c_plugin.evaluation.accuracy import FOLDS
+from f2c_plugin.evaluation.verification import save_bin
 from f2c_plugin.tools.image_files import IMAGE_SUFFIXES, storable
 from f2c_plugin.tools.pack_sources import walk
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from f2c_plugin import initial
 from f2c_plugin.build import margin_from
@@ -12,7 +11,7 @@ from f2c_plugin.config import DEFAULTS, TrainConfig, bad_keys, problems
 from f2c_plugin.data.from_config import open_pack, steps_per_epoch
 from f2c_plugin.errors import ConfigError, F2CError
 from f2c_plugin.evaluation.onnx_export import require_exportable
-from f2c_plugin.models import get_model
+from f2c_plugin.models import get_model_on_meta
 from f2c_plugin.terms import read_teacher
 from f2c_plugin.trainer.build import build_optimizer, head_factory, margin_loss, verification_sets
 from f2c_plugin.trainer.output import checkpoints_in
@@ -34,7 +33,8 @@ def check(cfg: TrainConfig, world_size: int = 1) -> None:
     attempts: list[tuple[list[str], Callable[[], Any]]] = [
         (["head"], lambda: head_factory(cfg.head)),
         (["sampler"], lambda: cfg.sampler and load_plugin(SAMPLERS, cfg.sampler)),
-        (["network"], lambda: require_exportable(_on_meta(rest.network, rest.embedding_size), f"network={rest.network!r}")),
+        (["network"], lambda: require_exportable(get_model_on_meta(rest.network, rest.embedding_size),
+                                                 f"network={rest.network!r}")),
         (["margin_list"], lambda: margin_from(margin_loss(rest), None if "f2c_margin" in bad else cfg.get("f2c_margin"))),
         (["network", "embedding_size", "num_classes", "f2c_init"], lambda: _init_file(rest)),
         (["embedding_size", "f2c_teacher"], lambda: cfg.get("f2c_teacher") and read_teacher(rest)),
@@ -53,11 +53,6 @@ def check(cfg: TrainConfig, world_size: int = 1) -> None:
         raise ConfigError("\n".join(found))
 
 
-def _on_meta(network: str, embedding_size: int) -> nn.Module:
-    with torch.device("meta"):
-        return get_model(network, embedding_size)
-
-
 def _init_file(cfg: TrainConfig) -> None:
     if cfg.get("f2c_init") and not checkpoints_in(cfg.output):  # a training that resumes does not need it
-        initial.read(cfg, _on_meta(cfg.network, cfg.embedding_size))
+        initial.read(cfg, get_model_on_meta(cfg.network, cfg.embedding_size))

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,25 @@ def device() -> Path:
     return made
 
 
-def counts(script: str = "count", **case: Any) -> dict[str, Any]:
-    """What ``count.py``, or the other script, counts in a step, see there."""
+@cache
+def server() -> subprocess.Popen[str]:
+    """``serve.py``, until this process ends."""
     environment = os.environ | {"LD_PRELOAD": str(device()), "LD_LIBRARY_PATH": str(Path(torch.__file__).parent / "lib"),
                                 "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", f"tests.cuda_stand_in.{script}", json.dumps(case)],
-                          env=environment, capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    return json.loads(done.stdout)
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-m", "tests.cuda_stand_in.serve"], env=environment, text=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+@cache
+def _answer(case: str) -> str:
+    process = server()
+    print(case, file=process.stdin, flush=True)
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def counts(script: str = "count", **case: Any) -> dict[str, Any]:
+    """What ``count.py``, or the other script, counts in a step, see there. The same case is counted once."""
+    counted = json.loads(_answer(json.dumps({"script": script, **case})))
+    assert "error" not in counted, counted["error"]
+    return counted

@@ -1,6 +1,6 @@
-"""Counts what a training step asks of a GPU: python -m tests.cuda_stand_in.count JSON, in a process with the stand-in.
+"""Counts what a training step asks of a GPU, in a process with the stand-in: see `serve.py`.
 
-The JSON has the keys of a config, and "ranks". Prints JSON, of a step after the first two:
+A case has the keys of a config, and "ranks". Of a step after the first two, this is counted:
     kernels: {"head": …, "gallery net": …} operations that launch one.
     collectives: of the head's kernels, those that wait for other ranks.
     mixed: operations over tensors of both devices, each a wait.
@@ -12,9 +12,6 @@ The JSON has the keys of a config, and "ranks". Prints JSON, of a step after the
 """
 
 import collections
-import json
-import os
-import sys
 import types
 from importlib.metadata import entry_points
 from typing import Any
@@ -122,8 +119,8 @@ def call(replay: Replay, inputs: Any, numbers: Any, *_: Any) -> Any:
     return replay.function(*inputs, *torch.empty(len(numbers), dtype=torch.float64).unbind())
 
 
-def main() -> None:
-    case = dict(fp16=True, ranks=1, autocast="float16", f2c_pool_dtype="float16") | json.loads(sys.argv[1])
+def main(case: dict[str, Any]) -> dict[str, Any]:
+    case = dict(fp16=True, ranks=1, autocast="float16", f2c_pool_dtype="float16") | case
     ranks, autocast, slots = case.pop("ranks"), getattr(torch, case.pop("autocast")), case.pop("slots", 200_000)
     if ranks > 1:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -157,15 +154,9 @@ def main() -> None:
             loss = head(embeddings, labels)
             torch.autograd.grad(loss, embeddings)
         counter.__exit__(None, None, None)
-    print(json.dumps({
+    return {
         "kernels": counter.kernels, "collectives": counter.collectives,
         "mixed": counter.mixed, "reads": counter.reads, "strided": counter.strided,
         "bytes_per_slot": round(counter.bytes / (slots / ranks)), "peak": counter.memory.peak - state,
         "pool": sum(tensor.nbytes for name, tensor in head.pool.named_buffers() if not name.startswith("kept.")),
-        "most": dict(counter.operations.most_common(15))}))
-
-
-if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)  # PyTorch's end would wait for a device
+        "most": dict(counter.operations.most_common(15))}

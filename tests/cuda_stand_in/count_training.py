@@ -1,15 +1,12 @@
-"""What the loader and a whole step of the built-in trainer ask of a GPU: python -m tests.cuda_stand_in.count_training JSON
+"""What the loader and a whole step of the built-in trainer ask of a GPU, in a process with the stand-in: see `serve.py`.
 
-In a process with the stand-in. The JSON has the keys of a config. Prints JSON, of the third step:
+A case has the keys of a config. Of the third step, this is counted:
     mixed, reads: as of `count.py`, in the step.
     settled: how often the trainer has asked whether a step was bad.
     loader: the copies between devices of a batch, and whether each waits.
 """
 
 import itertools
-import json
-import os
-import sys
 from typing import Any
 from unittest import mock
 
@@ -69,10 +66,10 @@ def loaded(cfg: TrainConfig) -> tuple[list[bool], list[tuple[Tensor, Tensor]]]:
     return copies.found, found
 
 
-def main() -> None:
+def main(case: dict[str, Any]) -> dict[str, Any]:
     cfg = TrainConfig(DEFAULTS | dict(
         head="f2c_dcp", network="counted", num_classes=100_000, num_image=10 * BATCH, embedding_size=512, batch_size=BATCH,
-        num_epoch=1, rec=".", val_targets=[], seed=0, f2c_pool_rate=0.1, margin_list=(1.0, 0.0, 0.4)) | json.loads(sys.argv[1]))
+        num_epoch=1, rec=".", val_targets=[], seed=0, f2c_pool_rate=0.1, margin_list=(1.0, 0.0, 0.4)) | case)
     NETWORKS["counted"] = lambda num_features, fp16: Net()
     asked = 0
 
@@ -98,10 +95,4 @@ def main() -> None:
                 COUNTER.part = "step"
             train_step(state, images, labels)
         COUNTER.__exit__(None, None, None)
-    print(json.dumps(dict(mixed=COUNTER.mixed, reads=COUNTER.reads, settled=asked, loader=copies, kernels=COUNTER.kernels)))
-
-
-if __name__ == "__main__":
-    main()
-    sys.stdout.flush()
-    os._exit(0)  # PyTorch's end would wait for a device
+    return dict(mixed=COUNTER.mixed, reads=COUNTER.reads, settled=asked, loader=copies, kernels=COUNTER.kernels)

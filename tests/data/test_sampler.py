@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.utils.data import DataLoader
 
 from f2c_plugin.data.identities import IdentityIndex
 from f2c_plugin.data.sampler import DualSampler, ShuffledPairs, ShuffledPasses
 from f2c_plugin.errors import InputError
+from tests.runs import on_ranks
 
 LABELS = [7, 0, 7, 3, 3, 0, 0, 9, 3, 7] * 5 + [4]
 
@@ -307,7 +308,7 @@ def write_batches(rank, folder):
 
 
 def test_ranks_come_from_the_process_group_unless_given(tmp_path):
-    multiprocessing.spawn(write_batches, (tmp_path,), nprocs=2)
+    on_ranks(write_batches, (tmp_path,), 2)
     for rank in range(2):
         from_group, given = torch.load(tmp_path / f"{rank}.pt")
         assert from_group == list(DualSampler.from_labels(LABELS, 8, 2 / 3, seed=3, rank=rank, world_size=2))

@@ -14,9 +14,10 @@ from skimage.transform import SimilarityTransform
 
 from f2c_plugin.data.template import TEMPLATE
 from f2c_plugin.errors import F2CError, VerificationSetError
+from f2c_plugin.evaluation.accuracy import FARS
 from f2c_plugin.evaluation.ijb import Crop, TemplateSet, aligned_crop, warped
 from f2c_plugin.evaluation.onnx_export import export_checked
-from f2c_plugin.evaluation.verification import FARS, embed
+from f2c_plugin.evaluation.verification import embed
 from tests.protocol_sets import write_ijb
 
 

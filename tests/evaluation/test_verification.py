@@ -17,17 +17,10 @@ from PIL import Image
 from torch import nn
 
 from f2c_plugin.errors import VerificationSetError
+from f2c_plugin.evaluation.accuracy import fold_accuracies, tar_at_far
 from f2c_plugin.evaluation.model_selection import select_net, verify
 from f2c_plugin.evaluation.resize import resize_short
-from f2c_plugin.evaluation.verification import (
-    VerificationResult,
-    VerificationSet,
-    embed,
-    fold_accuracies,
-    load_bin,
-    save_bin,
-    tar_at_far,
-)
+from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet, embed, load_bin, save_bin
 from f2c_plugin.tools.report import Run
 from tests.runs import refusal
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import distributed, nn
 
 from f2c_plugin import Margin, SFace, build_head
 from f2c_plugin.errors import ConfigError, PoolStateError
 from f2c_plugin.method.dcq import ClassQueue
 from tests.reference.dcq import SlowDCQ
+from tests.runs import on_ranks
 
 NUM_IDENTITIES, QUEUE, BATCH, STEPS, SIZE = 9, 14, 12, 12, 6
 COSFACE = Margin(50.0, additive=0.3)
@@ -97,7 +97,7 @@ def test_two_ranks_equal_one(tmp_path):
         probes = net(images.chunk(2)[1])
         loss = alone(probes, labels, images=images)
         expected.append((loss.detach(), torch.autograd.grad(loss, probes)[0]))
-    multiprocessing.spawn(run_rank, (tmp_path,), 2)
+    on_ranks(run_rank, (tmp_path,), 2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for step, (loss, gradient) in enumerate(expected):
         torch.testing.assert_close(sum(results[step][0] for results, _ in ranks) / 2, loss, rtol=0, atol=1e-10)

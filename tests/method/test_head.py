@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import distributed, nn
 
 from f2c_plugin.errors import InputError
@@ -13,6 +12,7 @@ from f2c_plugin.method.pool import DynamicClassPool
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.utils.distributed import WHOLE, Shard
 from tests.reference.head import SlowHead
+from tests.runs import on_ranks
 
 MARGIN = Margin(scale=16.0, angular=0.3)
 ADAFACE = Margin(scale=16.0, additive=0.3, adaptive=True)
@@ -233,7 +233,7 @@ def move(net):
 
 
 def test_two_ranks_keep_equal_pools_and_those_of_one_rank_fed_the_gathered_batches(tmp_path):
-    multiprocessing.spawn(run_rank, (2, tmp_path), nprocs=2)
+    on_ranks(run_rank, (2, tmp_path), 2)
     (trained_0, by_rule_0), (trained_1, by_rule_1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for step_0, step_1 in zip(trained_0 + by_rule_0, trained_1 + by_rule_1, strict=True):
         assert all(torch.equal(step_0[name], step_1[name]) for name in step_0)
@@ -282,7 +282,7 @@ def run_sharded_rank(rank, world_size, symmetric, folder):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_sharded_pool_gives_the_loss_and_gradient_of_the_replicated_one_and_resumes_on_any_number_of_ranks(
         tmp_path, world_size, symmetric):
-    multiprocessing.spawn(run_sharded_rank, (world_size, symmetric, tmp_path), nprocs=world_size)
+    on_ranks(run_sharded_rank, (world_size, symmetric, tmp_path), world_size)
     state = torch.load(tmp_path / "state.pt")
     assert state["pool.rows"].shape == (2, 17, 6)
     for others in 1, 2, 4:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import distributed, nn
 from torch.nn.functional import normalize
 
@@ -18,6 +17,7 @@ from f2c_plugin.method import pool_softmax
 from f2c_plugin.method.kept_weights import KeptWeights
 from f2c_plugin.utils.tensors import rounded_at_random
 from tests.reference.resident import SlowResident
+from tests.runs import on_ranks
 
 NUM_IDENTITIES, NUM_SLOTS, BATCH, STEPS, SIZE = 40, 14, 12, 30, 6
 MARGINS = {"CosFace": Margin(16.0, additive=0.3), "ArcFace": Margin(16.0, angular=0.4),
@@ -97,7 +97,7 @@ def test_ranks_that_share_the_slots_equal_one_rank_and_a_state_loads_on_any_numb
     expected = [(loss := alone(*batch), torch.autograd.grad(loss, batch[0])[0]) for batch in batches()]
     state = None
     for half in range(2):
-        multiprocessing.spawn(run_rank, (world_size, tmp_path, margin, sub_centers, state), world_size)
+        on_ranks(run_rank, (world_size, tmp_path, margin, sub_centers, state), world_size)
         ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(world_size)]
         for step in range(STEPS // 2):
             loss, gradient = expected[half * STEPS // 2 + step]

@@ -1,5 +1,7 @@
 """Backbones by name: those here, and those of other packages."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.errors import ConfigError, ExportError
 from f2c_plugin.evaluation.onnx_export import export_checked, load_net
-from f2c_plugin.models import NETWORKS, get_model, networks
+from f2c_plugin.models import NETWORKS, get_model, get_model_on_meta, networks
 from f2c_plugin.trainer.output import write_states
 from tests.models.light import LIGHT, PUBLISHED, parameters_and_operations
 from tests.runs import history, run
@@ -21,8 +23,7 @@ from tests.runs import history, run
                                             ("vit_t", 19.14), ("vit_s", 76.02), ("vit_b", 113.8),
                                             ("vit_l_dp005_mask_005", 255.7), ("vit_h", 756.4)])  # counted in its nets
 def test_nets_have_as_many_parameters_as_those_of_arcface_torch(name, millions):
-    with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in get_model(name).parameters())
+    count = sum(parameter.numel() for parameter in get_model_on_meta(name).parameters())
     assert count / 1e6 == pytest.approx(millions, rel=0.005)
 
 
@@ -64,6 +65,14 @@ def test_a_net_embeds_a_batch_in_float32(name, fp16):
     assert embeddings.shape == (3, 24) and embeddings.dtype == torch.float32
     embeddings.sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters() if parameter.requires_grad)
+
+
+def test_a_net_is_found_without_pytorchs_compiler(tmp_path):
+    """Its import takes longer than that of the rest of PyTorch."""
+    write_states(get_model("tiny", 8).state_dict(), tmp_path / "model.pt")  # the last of the nets that are tried
+    script = ("import sys; from f2c_plugin.evaluation.onnx_export import load_net;"
+              "print(load_net(sys.argv[1]).training, 'torch._dynamo' in sys.modules)")
+    assert subprocess.check_output([sys.executable, "-c", script, tmp_path / "model.pt"]) == b"False False\n"
 
 
 @pytest.mark.parametrize("name", ["mbf", "mbf_large"])

@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import nn
 
 from f2c_plugin.config_files import load_config
 from f2c_plugin.errors import ConfigError, ExportError
 from f2c_plugin.evaluation.onnx_export import export_checked, load_net
 from f2c_plugin.method.gallery import GalleryNet
-from f2c_plugin.models import get_model
+from f2c_plugin.models import get_model, get_model_on_meta
 from f2c_plugin.models.vit import VisionTransformer
 from f2c_plugin.trainer.build import wrap
 from f2c_plugin.trainer.check import check
 from f2c_plugin.trainer.output import write_states
 from tests.reference.vit import slow_embeddings
-from tests.runs import refusal, run
+from tests.runs import on_ranks, refusal, run
 
 IMAGES = torch.randn(4, 3, 112, 112, generator=torch.Generator().manual_seed(0))
 NAMES = ["vit_t", "vit_t_dp005_mask0", "vit_s", "vit_s_dp005_mask_0", "vit_b", "vit_b_dp005_mask_005",
@@ -102,8 +102,7 @@ def test_the_gallery_net_drops_and_masks_nothing():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nets_have_the_settings_that_their_names_have_in_arcface_torch(name):
-    with torch.device("meta"):
-        net = get_model(name)
+    net = get_model_on_meta(name)
     dim, depth = {"t": (256, 12), "s": (512, 12), "b": (512, 24), "l": (768, 24), "h": (1024, 48)}[name[4]]
     assert net.pos_embed.shape == (1, 144, dim) and len(net.blocks) == depth and net.checkpointing == (depth >= 24)
     assert net.blocks[-1].drop_path == (0.05 if "dp005" in name else 0.1)
@@ -123,7 +122,7 @@ def ddp_step(rank, folder):
 
 
 def test_two_ranks_have_the_same_gradients_with_masks_and_without(tmp_path):
-    multiprocessing.spawn(ddp_step, (tmp_path,), nprocs=2)
+    on_ranks(ddp_step, (tmp_path,), 2)
     for mask_ratio in 0.0, 0.1:
         one, other = (torch.load(tmp_path / f"{mask_ratio}_{rank}.pt") for rank in (0, 1))
         assert {name for name, gradient in one.items() if gradient is None} == ({"mask_token"} if not mask_ratio else set())
@@ -152,7 +151,5 @@ def test_a_net_too_large_for_an_onnx_file_is_refused_before_it_is_trained_or_exp
     problem = "its weights take 2.8 GiB, and an ONNX file holds less than 2 GiB: choose a smaller net"
     with pytest.raises(ConfigError, match=f"network='vit_h': {problem}"):
         check(load_config(config(network="vit_h")))
-    with torch.device("meta"):
-        net = get_model("vit_h")
     with pytest.raises(ExportError, match=f"model.onnx: not written: {problem}"):
-        export_checked(net, tmp_path / "model.onnx")
+        export_checked(get_model_on_meta("vit_h"), tmp_path / "model.onnx")

@@ -19,13 +19,14 @@ from torch.nn.functional import normalize
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.errors import ExportError, F2CError, InputError, VerificationSetError
+from f2c_plugin.evaluation.accuracy import tar_at_far
 from f2c_plugin.evaluation.onnx_net import OnnxNet
 from f2c_plugin.evaluation.recognizability import recognizability
-from f2c_plugin.evaluation.resize import at_resolution
 from f2c_plugin.evaluation.tinyface import IdentificationResult
-from f2c_plugin.evaluation.verification import VerificationSet, embed, save_bin, tar_at_far
+from f2c_plugin.evaluation.verification import VerificationSet, embed, save_bin
 from f2c_plugin.tools import plotting
 from f2c_plugin.tools.evaluate import Evaluated, evaluate, load_model, scored_pairs, table
+from f2c_plugin.utils.resolution import at_resolution
 from tests.protocol_sets import write_ijb, write_tinyface
 from tests.runs import history, run
 

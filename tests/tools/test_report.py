@@ -5,6 +5,9 @@ import json
 import re
 import shutil
 import subprocess
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -30,10 +33,9 @@ Training: 2026-11-22 12:25:44,000-[gallery_lfw][20]Accuracy-Flip: 0.63250+-0.020
 """
 
 
-@pytest.fixture
-def runs(tmp_path):
+def write_runs(folder):
     """A run of arcface_torch, and one of the built-in trainer, whose name must not become an HTML tag."""
-    theirs, ours = tmp_path / "theirs", tmp_path / "<ours>"
+    theirs, ours = folder / "theirs", folder / "<ours>"
     theirs.mkdir()
     ours.mkdir()
     (theirs / "training.log").write_text(ARCFACE_TORCH_LOG)
@@ -47,6 +49,20 @@ def runs(tmp_path):
     same = np.arange(400) % 2 == 0
     np.savez(ours / "synth_scores.npz", scores=rng.normal(same * 0.5, 0.2), same=same)
     return theirs, ours
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return write_runs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """(the page of both runs, what was printed), for tests that change neither: drawing takes seconds."""
+    folder = tmp_path_factory.mktemp("compared")
+    with redirect_stdout(StringIO()) as printed:
+        page = report(write_runs(folder), folder / "out")
+    return page, printed.getvalue()
 
 
 def test_a_run_of_arcface_torch_is_read_from_its_log(runs):
@@ -93,8 +109,8 @@ def test_a_folder_without_a_run_is_refused_with_what_to_give(tmp_path):
         Run.read(tmp_path)
 
 
-def test_the_page_compares_runs_and_holds_its_pictures(runs, tmp_path):
-    page = report(runs, tmp_path / "out")
+def test_the_page_compares_runs_and_holds_its_pictures(compared):
+    page, _ = compared
     text = page.read_text()
     assert len(re.findall('src="data:image/png;base64,', text)) == 4 and "http" not in text
     assert "<h1>theirs, &lt;ours&gt;</h1>" in text and "75.00%" in text and "softmax" in text and "1,234" in text
@@ -205,9 +221,10 @@ def test_tar_in_an_old_history_is_not_drawn_where_the_pairs_do_not_resolve_it(ru
     assert Run.read(runs[1]).series("synth/tar_at_far_1e-3") == [(72, 0.5)]
 
 
-def test_what_stands_out_is_on_the_page_and_in_the_terminal(runs, tmp_path, capsys):
+def test_what_stands_out_is_on_the_page_and_in_the_terminal(compared, runs, tmp_path):
+    page, printed = compared
     sentence = "The runs have seen different numbers of images, from 64 (<ours>) to 320 (theirs)"
-    assert html.escape(sentence) in report(runs, tmp_path / "out").read_text() and sentence in capsys.readouterr().out
+    assert html.escape(sentence) in page.read_text() and sentence in printed
     assert "<h2>What stands out</h2>\n<ul>\n<li>Nothing.</li>" in report([runs[1]], tmp_path / "one").read_text()
 
 
@@ -227,9 +244,10 @@ def shown(page, tmp_path, script):
     return json.loads(html.unescape(title[1]))
 
 
-def test_a_real_browser_shows_it(runs, tmp_path):
+def test_a_real_browser_shows_it(compared, tmp_path):
+    page = Path(shutil.copy(compared[0], tmp_path))
     # An image that was not decoded has no size.
-    widths = shown(report(runs, tmp_path / "out"), tmp_path, "[...document.images].map(image => image.naturalWidth)")
+    widths = shown(page, tmp_path, "[...document.images].map(image => image.naturalWidth)")
     assert len(widths) == 4 and all(width > 500 for width in widths)
 
 

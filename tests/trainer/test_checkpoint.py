@@ -25,7 +25,7 @@ from f2c_plugin.trainer.rendezvous import process_group
 from f2c_plugin.trainer.signals import Stopped
 from f2c_plugin.utils.distributed import Shard
 from f2c_plugin.utils.safe_load import load_states
-from tests.runs import IDENTITIES, IMAGES, history, launch, losses, refusal, run, start
+from tests.runs import IDENTITIES, IMAGES, history, losses, on_ranks, refusal, run, run_on, start
 
 POOLS = [{}, dict(f2c_recipe="paper"), dict(f2c_recipe="paper", f2c_shard_pool=True)]
 
@@ -68,10 +68,6 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_goes_on_bit_for_bit(config, ran
 def test_what_is_due_within_a_step_of_the_optimizer_is_saved_after_it(config, keys, steps):
     run(config(num_epoch=2, gradient_acc=3, val_targets=[], **keys))
     assert [load_states(file)["step"] for file in checkpoints()] == steps
-
-
-def run_on(ranks, path):
-    run(path) if ranks == 1 else launch(path, ranks)
 
 
 def run_with_a_signal(path, monkeypatch, number, step):
@@ -192,12 +188,8 @@ def test_the_passes_go_on_where_a_checkpoint_says_if_pairs_have_become_fewer(con
     assert 2 * again["position"][1] + again["position"][2] == 2 * position[1] + position[2]
 
 
-def load_on_a_rank(rank, world_size, config_path, folder):
+def load_on_a_rank(rank, config_path, folder):
     """What every part has loaded, written down by rank 0."""
-    torch.set_num_threads(1)
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=os.environ["TEST_PORT"])
-
     def keep(self, begin=Checkpoints.begin):
         begin(self)
         states = {name: part.state_dict() for name, part in self.parts.items()}
@@ -209,20 +201,13 @@ def load_on_a_rank(rank, world_size, config_path, folder):
 
 
 @pytest.mark.parametrize("keys", POOLS, ids=str)
-def test_pool_gallery_and_optimizer_are_whole_on_every_rank_of_another_number(config, tmp_path, keys, monkeypatch):
-    import socket
-
-    from torch import multiprocessing
-
+def test_pool_gallery_and_optimizer_are_whole_on_every_rank_of_another_number(config, tmp_path, keys):
     path = config(batch_size=4, num_epoch=1, val_targets=[], f2c_save_every=100, **keys)
-    launch(path, 2)
+    run_on(2, path)
     Path(path).write_text(Path(path).read_text() + "\nconfig.resume = True")
     saved = load_states(checkpoints()[0])
     for world_size in 1, 3:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            monkeypatch.setenv("TEST_PORT", str(free.getsockname()[1]))
-        multiprocessing.spawn(load_on_a_rank, (world_size, path, tmp_path), nprocs=world_size)
+        on_ranks(load_on_a_rank, (path, tmp_path), world_size)
         for rank in range(world_size):
             loaded = torch.load(tmp_path / f"loaded_{rank}.pt")
             assert equal(loaded["backbone"], saved["backbone"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from f2c_plugin.utils.safe_load import load_states
-from tests.runs import launch, losses
+from tests.runs import losses, run_on
 from tests.trainer.test_checkpoint import checkpoints, equal
 
 EVERY = 5  # steps between two checkpoints
@@ -73,7 +73,7 @@ def wait(until, torchrun, otherwise):
 def test_a_training_whose_ranks_are_killed_ends_as_an_undisturbed_one(config, tmp_path, external, in_saves, shard_pool, epochs):
     keys = dict(batch_size=6, num_epoch=epochs, frequent=1, val_targets=[], f2c_save_every=EVERY, lr=0.01,
                 f2c_shard_pool=shard_pool)
-    launch(config(output="whole", **keys), ranks=2)
+    run_on(2, config(output="whole", **keys))
     path = config(**keys)
     for i in range(in_saves):
         (tmp_path / f"save_{i}").touch()

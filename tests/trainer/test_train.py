@@ -16,7 +16,7 @@ from f2c_plugin.models import get_model
 from f2c_plugin.tools.report import report
 from f2c_plugin.trainer.logger import TrainingLog
 from f2c_plugin.utils.safe_load import load_states
-from tests.runs import IDENTITIES, history, launch, refusal, run
+from tests.runs import IDENTITIES, history, launch, refusal, run, run_on
 
 
 @pytest.mark.parametrize("ranks, keys", [(1, {}), (2, {}), (1, dict(f2c_recipe="paper")),
@@ -24,7 +24,10 @@ from tests.runs import IDENTITIES, history, launch, refusal, run
 def test_a_run_leaves_a_model_its_export_its_history_and_a_report(config, faces, ranks, keys):
     is_paper = "f2c_recipe" in keys
     path = config(head="f2c_dcp", f2c_pool_rate=1.0, batch_size=12 // ranks, num_workers=1, save_all_states=True, **keys)
-    launch(path, ranks)
+    if is_paper and ranks == 2:
+        run_on(ranks, path)
+    else:
+        launch(path, ranks)
     summary = json.loads(Path("out/report.json").read_text())
     assert summary["head"] == "f2c_dcp" and summary["images_seen"] == 2 * 120 and 100 < summary["peak_mb"] < 10_000
     assert 0 <= summary["verification"]["accuracy"] <= 1 and summary["verification"]["tar_at_far_1e-3"] is None  # 30 pairs

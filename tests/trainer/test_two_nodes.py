@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from f2c_plugin.utils.safe_load import load_states
-from tests.runs import launch, losses
+from tests.runs import losses, run_on
 from tests.trainer.test_checkpoint import checkpoints, equal
 
 # torchrun's agents share a store by default, and one that joins later waits for its address in vain (torch 2.13).
@@ -91,7 +91,7 @@ def assert_same_training():
 
 def test_two_nodes_train_as_one_and_one_that_goes_away_and_comes_back_resumes(config, nodes):
     keys = dict(batch_size=6, num_epoch=60, frequent=1, val_targets=[], f2c_save_every=20, lr=0.01)
-    launch(config(output="whole", **keys), ranks=2)
+    run_on(2, config(output="whole", **keys))
     path, store = config(**keys), store_at(nodes[0])
     running = [node.start(path, store, restarts=3) for node in nodes]
     while not Path("out/history.jsonl").is_file() or len(losses()) < 45:

@@ -4,6 +4,7 @@ import torch
 from torch import distributed
 
 from f2c_plugin.utils.distributed import Shard, gather, recording
+from tests.runs import on_ranks
 
 
 def _of_two_ranks(rank, store, folder):
@@ -24,7 +25,7 @@ def _of_two_ranks(rank, store, folder):
 
 
 def test_recorded_collectives_are_called_again_on_the_same_tensors(tmp_path):
-    torch.multiprocessing.spawn(_of_two_ranks, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    on_ranks(_of_two_ranks, (str(tmp_path / "store"), str(tmp_path)), 2)
     for rank in range(2):
         count, found = torch.load(tmp_path / f"{rank}.pt")
         assert count == 2

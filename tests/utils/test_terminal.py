@@ -13,10 +13,11 @@ from tests.conftest import FIXTURES
 
 MODULE = [sys.executable, "-m", "f2c_plugin"]
 PLAN = ["plan", "--identities", "1000000", "--network", "r18"]
+INDEX = ["index", str(FIXTURES / "insightface")]
 
 
 @pytest.mark.parametrize("command", [PLAN, ["doctor", "--dataset", str(FIXTURES / "insightface")], ["plan", "--help"],
-                                     ["index", str(FIXTURES / "insightface")]], ids=lambda command: " ".join(command[:1]))
+                                     INDEX], ids=lambda command: " ".join(command[:1]))
 def test_characters_that_the_terminal_lacks_are_escaped(command, monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -40,7 +41,7 @@ def test_a_process_with_an_ascii_terminal_reads_and_writes_utf_8(environment, tm
     assert "läuft" in page and "F²C" in page
 
 
-@pytest.mark.parametrize("command", [PLAN, ["--help"]], ids=lambda command: command[0])
+@pytest.mark.parametrize("command", [INDEX, ["--help"]], ids=lambda command: command[0])
 def test_a_pipe_that_its_reader_has_closed_ends_the_command_quietly(command):
     reader, writer = os.pipe()
     os.close(reader)
@@ -75,6 +76,6 @@ def test_a_report_is_written_though_its_summary_is_not_read(tmp_path, monkeypatc
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="NOT TRIED ON A FULL DISK: needs /dev/full")
 def test_output_that_finds_no_room_is_an_error_in_one_line():
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*MODULE, *PLAN], stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([*MODULE, *INDEX], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
-    assert done.stderr == "f2c-plugin plan: [Errno 28] No space left on device: 'standard output'\n"
+    assert done.stderr == "f2c-plugin index: [Errno 28] No space left on device: 'standard output'\n"
