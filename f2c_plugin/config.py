@@ -220,7 +220,11 @@ def problems(cfg: Config, world_size: int = 1) -> list[str]:
         found.append(f"warmup_epoch={good['warmup_epoch']}: is more than num_epoch={good['num_epoch']}: lower it")
     if good.get(f"{PREFIX}init_classes") and not cfg.get(f"{PREFIX}init"):
         found.append(f"{PREFIX}init_classes=True: needs a checkpoint that has class weights: set {PREFIX}init, or leave it out")
-    if cfg.get("head") != "softmax":  # F²C may be installed under another name than f2c_dcp
+    if cfg.get("head") == "softmax":
+        found += [f"{key}={good[key]!r}: head='softmax' has no gallery net: leave it out"
+                  for key, default in ((f"{PREFIX}export", "probe"), (f"{PREFIX}forget_rate", 0))
+                  if good.get(key, default) != default]
+    else:  # F²C may be installed under another name than f2c_dcp
         found += _problems_together(good, not bad.keys().isdisjoint(_TOGETHER), world_size)
     return found
 

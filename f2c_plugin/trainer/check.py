@@ -37,7 +37,7 @@ def check(cfg: TrainConfig, world_size: int = 1) -> None:
                                                  f"network={rest.network!r}")),
         (["margin_list"], lambda: margin_from(margin_loss(rest), None if "f2c_margin" in bad else cfg.get("f2c_margin"))),
         (["network", "embedding_size", "num_classes", "f2c_init"], lambda: _init_file(rest)),
-        (["embedding_size", "f2c_teacher"], lambda: cfg.get("f2c_teacher") and read_teacher(rest)),
+        (["f2c_teacher"], lambda: cfg.get("f2c_teacher") and read_teacher(rest)),
         (["optimizer"], lambda: build_optimizer(rest, [torch.zeros(1)])),
         (["num_image", "batch_size"], lambda: steps_per_epoch(cfg, world_size)),
         (["rec", "num_classes", "num_image"], lambda: open_pack(cfg)),
