@@ -37,7 +37,8 @@ def test_the_wheel_carries_configs_patches_and_all_code(wheel):
 
 def test_the_wheel_announces_the_entry_points(wheel):
     text = wheel.read(next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))).decode()
-    assert "[arcface_torch.heads]\ndcq = " in text and "\nf2c_dcp = " in text and "[arcface_torch.samplers]\nf2c_dual = " in text
+    assert "[arcface_torch.heads]\ndcq = " in text and "\nf2c_dcp = " in text
+    assert "[arcface_torch.samplers]\nf2c_dual = " in text
     for name in "mixfacenet_s", "mixfacenet_m", "vargfacenet":
         assert f"\n{name} = " in text.split("[arcface_torch.backbones]")[1].split("[")[0]
 

@@ -136,6 +136,24 @@ def test_class_weights_that_learn_train_save_and_resume(patched, packs):
     assert resumed["state_dict_softmax_fc"]["_extra_state"] == resumed["global_step"]
 
 
+@pytest.mark.parametrize("name, keys", [
+    ("dcq", dict(head="dcq", f2c_queue_size=40, margin_list=(1.0, 0.0, 0.3))),
+    ("neighbours", dict(head="f2c_dcp", f2c_pool_rate=0.6, f2c_margin="sface", margin_list=(1.0, 0.9, 1.2), f2c_sub_centers=2,
+                        f2c_forget_rate=0.2, f2c_low_resolution=0.5))])
+def test_the_neighbours_of_f2c_train_save_and_resume(patched, packs, name, keys):
+    keys |= dict(val_targets=[])
+    write_config(patched, name, packs, MORE, **keys)
+    assert all(map(math.isfinite, losses(run(patched, name))))
+    folder = patched / "work_dirs" / name
+    before = torch.load(folder / "checkpoint_gpu_0.pt")
+    write_config(patched, name, packs, MORE, **keys, resume=True, num_epoch=3, f2c_teacher=str(folder / "model.pt"))
+    shutil.copy(folder / "model.pt", folder / "teacher.pt")
+    assert all(map(math.isfinite, losses(run(patched, name))))
+    after = torch.load(folder / "checkpoint_gpu_0.pt")
+    clocks = [state["state_dict_softmax_fc"]["pool.clock"].item() for state in (before, after)]
+    assert after["global_step"] * clocks[0] == before["global_step"] * clocks[1] > 0
+
+
 @pytest.mark.parametrize("sample_rate", [1.0, 0.3])
 def test_configs_without_a_head_train_partial_fc_as_before(patched, packs, sample_rate):
     name = f"pfc_{int(10 * sample_rate)}"
@@ -289,7 +307,7 @@ def test_a_vision_transformer_without_timm_names_the_command_that_installs_it(pa
 
 def test_an_unknown_head_names_those_there_are(patched, packs):
     write_config(patched, "unknown", packs, FEW, head="f2c_dpc")
-    with pytest.raises(AssertionError, match=r"'f2c_dpc' is none of the installed arcface_torch.heads: f2c_dcp"):
+    with pytest.raises(AssertionError, match=r"'f2c_dpc' is none of the installed arcface_torch.heads: dcq, f2c_dcp"):
         run(patched, "unknown")
 
 
