@@ -14,6 +14,7 @@ from f2c_plugin.evaluation.onnx_export import load_net
 from f2c_plugin.evaluation.onnx_net import OnnxNet
 from f2c_plugin.evaluation.tinyface import RANKS, IdentificationResult, IdentificationSet
 from f2c_plugin.evaluation.verification import FARS, VerificationResult, VerificationSet, tar_text
+from f2c_plugin.tools.left_out import on_one_line
 from f2c_plugin.utils.distributed import this_rank
 
 Set = VerificationSet | TemplateSet | IdentificationSet
@@ -97,6 +98,7 @@ def scored_pairs(found: Sequence[Evaluated]) -> dict[str, tuple[np.ndarray, np.n
 
 def table(found: Sequence[Evaluated]) -> str:
     """For people: a table for each kind of set. Of ``.bin`` sets, TAR at those FARs that one of them resolves."""
+    found = [each._replace(name=on_one_line(each.name)) for each in found]
     pairs = [(name, result) for name, result in found if isinstance(result, VerificationResult)]
     fars = [far for far in FARS if any(result.tar_at_far(far) is not None for _, result in pairs)]
     tables = [[["set", "pairs", "accuracy", *(f"TAR at {far:.0e}" for far in fars)]],
