@@ -371,6 +371,7 @@ def synth(args: Namespace) -> None:
         draw_contact_sheet(folder / "contact_sheet.png", min(8, args.identities), seed=args.seed)
     except F2CError as error:
         print(f"no contact_sheet.png: {error}")
+    print(f"{folder}: a pack of {args.identities} identities, and synth.bin with pairs of others")
 
 
 def _print_table(rows: list[tuple[str, str]]) -> None:
