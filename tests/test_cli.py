@@ -156,7 +156,7 @@ def test_a_file_that_finds_no_room_is_named_and_all_stays_as_it_was(command, fil
 @pytest.mark.parametrize("command, size, file", [
     (["pack", "photos", "new"], 200, "new/train.rec"), (["merge", "pack", "pack", "new"], 2000, "new/train.rec"),
     (["split", "pack", "new", "new2", "--identities", "1"], 2000, "new/train.rec"),
-    (["unpack", "pack", "new"], 200, "new/0/1.jpg"), (["duplicates", "pack", "new", "--model", "model.pt"], 50, "new"),
+    (["unpack", "pack", "new"], 200, "new/0/01.jpg"), (["duplicates", "pack", "new", "--model", "model.pt"], 50, "new"),
     (["verification-set", "pack", "new", "--pairs", "20"], 2000, "new")])
 def test_a_full_disk_is_named_by_what_it_has_no_room_for_and_nothing_new_stays(command, size, file, given):
     cli(["synth", "pack", "--identities", "5", "--images-per-identity", "5", "--pairs", "2", "--processes", "1"])
