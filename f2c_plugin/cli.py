@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -40,6 +40,16 @@ def command(*arguments: AddTo) -> Callable[[Run], Run]:
 JSON = argument("--json", action="store_true", help="print the result as JSON")
 
 
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"{text!r} must be a whole number from 0")
+    return int(text)
+
+
+SEED = argument("--seed", type=_seed, default=0, metavar="N", help="of what is random; default: %(default)s")
+
+
 class Result(Protocol):
     """What a command has made: a dataclass, or what ``vars`` reads."""
 
@@ -54,11 +64,6 @@ def _show(args: Namespace, *results: Result) -> None:
         print(json.dumps(found if len(found) > 1 else found[0], default=str, indent=2))
     else:
         print(*(result.report() for result in results), sep="\n")
-
-
-def _print(args: Namespace, line: str, **found: object) -> None:
-    """A line for people, or what was found as JSON."""
-    print(json.dumps(found, default=str, indent=2) if args.json else line)
 
 
 @command(argument("checkout", help="folder of arcface_torch, or of the insightface checkout that contains it"),
@@ -141,8 +146,8 @@ def reindex(args: Namespace) -> None:
     """Make the missing train.idx of a pack from its train.rec."""
     from f2c_plugin.tools import packs
 
-    records, path = packs.reindex(args.folder), Path(args.folder, "train.idx")
-    _print(args, f"{path}: {records} records", out=path, records=records)
+    records, path = packs.reindex(args.folder), str(Path(args.folder, "train.idx"))
+    print(json.dumps({"out": path, "records": records}, indent=2) if args.json else f"{path}: {records} records")
 
 
 @command(argument("photos", help="folder of photos, most often with a folder for each person"),
@@ -211,7 +216,7 @@ def duplicates(args: Namespace) -> None:
          argument("unseen", help="folder to write the pack to verify with into"),
          argument("--identities", type=int, required=True, metavar="N", help="that are in UNSEEN, and not in TRAIN"),
          argument("--min-images", type=int, default=2, metavar="N", help="that each of them has; default: %(default)s"),
-         argument("--seed", type=int, default=0, help="of the choice; default: %(default)s"), JSON)
+         SEED, JSON)
 def split(args: Namespace) -> None:
     """Write a pack as two, with other identities in each."""
     from f2c_plugin.tools import repack
@@ -266,8 +271,7 @@ def convert(args: Namespace) -> None:
     """Write a pack again with the identities of a list, exact also beyond 2**24."""
     from f2c_plugin.tools.convert import convert as convert_pack
 
-    images, identities = convert_pack(args.source, args.labels, args.out)
-    _print(args, f"{args.out}: {images} images of {identities} identities", out=args.out, images=images, identities=identities)
+    _show(args, convert_pack(args.source, args.labels, args.out))
 
 
 @command(argument("source", help="folder of train.rec and train.idx"),
@@ -298,7 +302,7 @@ def export(args: Namespace) -> None:
 @command(argument("source", help="folder of a pack, or one with a folder of images for each identity"),
          argument("out", help="the .bin file to write"),
          argument("--pairs", type=int, default=6000, metavar="N", help="to draw, half of them same; default: %(default)s"),
-         argument("--seed", type=int, default=0, help="of the draw; default: %(default)s"),
+         SEED,
          argument("--list", metavar="FILE", help="of the pairs: two images and 1 or 0 in each line, tabs between; images are "
                                                  "numbers of records, or paths in the folder. Or LFW's pairs.txt"),
          argument("--resize", action="store_true", help="also take images of other sizes from folders, as pack does"))
@@ -326,13 +330,15 @@ def verification_set(args: Namespace) -> None:
 def evaluate(args: Namespace) -> None:
     """Evaluate a model: accuracy and TAR at FAR on pairs, TAR at FAR on IJB-B and IJB-C, identification on TinyFace."""
     from f2c_plugin.tools import evaluate as tool
-    from f2c_plugin.tools.plotting import draw_roc
+    from f2c_plugin.tools.plotting import draw_roc, require_drawable
     from f2c_plugin.trainer.rendezvous import process_group
 
     if args.quality:
         from f2c_plugin.data.writer import refuse_to_overwrite
 
         refuse_to_overwrite(Path(args.quality).parent, [Path(args.quality).name])
+    if args.plot:  # not after hours
+        require_drawable(args.plot)
     with process_group() if "RANK" in os.environ else nullcontext():
         found = tool.evaluate(args.model, args.sets, args.net, args.resolutions, bool(args.quality))
     if not found:  # rank 0 shows it
@@ -416,7 +422,7 @@ def report(args: Namespace) -> None:
          argument("--images-per-identity", type=int, default=20, help="default: %(default)s"),
          argument("--long-tail", action="store_true", help="so many on average, but one or two of every second identity"),
          argument("--pairs", type=int, default=6000, help="verification pairs; default: %(default)s, as in LFW"),
-         argument("--seed", type=int, default=0, help="default: %(default)s"),
+         SEED,
          argument("--processes", type=int, help="default: one per CPU"))
 def synth(args: Namespace) -> None:
     """Draw a pack of synthetic faces and a verification set."""
@@ -431,6 +437,7 @@ def synth(args: Namespace) -> None:
         draw_contact_sheet(folder / "contact_sheet.png", min(8, args.identities), seed=args.seed)
     except F2CError as error:
         print(f"no contact_sheet.png: {error}")
+    print(f"{folder}: a pack of {args.identities} identities, and synth.bin with pairs of others")
 
 
 def _print_table(rows: list[tuple[str, str]]) -> None:
@@ -453,6 +460,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             with printed():
                 args = parser.parse_args(argv)
+                if "" in (sys.argv[1:] if argv is None else argv):  # as a path it would be the folder that the command runs in
+                    parser.error(f"{args.command}: an argument is empty: is a variable of the shell not set?")
                 called += f" {args.command}"
                 run, _ = COMMANDS[args.command]
                 return run(args)

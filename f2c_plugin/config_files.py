@@ -56,7 +56,7 @@ def _with_bases(path: Path) -> list[dict[str, Any]]:
         if not isinstance(base, str):
             raise ConfigError(f"{path}: base={base!r}: must be the path of a config file, or the name of one that comes with "
                               "the package")
-        path = _find_config(base, path.parent)
+        path = _find_config(base, path.parent, f"{path}: base: ")
 
 
 def _keys(file: Path) -> dict[str, Any]:
@@ -78,8 +78,8 @@ def _run(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}{line}: cannot be run: {type(error).__name__}: {error}") from error
 
 
-def _find_config(name: str, folder: Path = Path()) -> Path:
-    """The file of a config by its path, from ``folder`` on, or by its name."""
+def _find_config(name: str, folder: Path = Path(), context: str = "") -> Path:
+    """The file of a config by its path, from ``folder`` on, or by its name. ``context`` begins the error if there is none."""
     given = Path(name if name.endswith(".py") else name + ".py")
     bundled = data_folder("configs") / given.name
     if (folder / given).is_file():
@@ -87,4 +87,4 @@ def _find_config(name: str, folder: Path = Path()) -> Path:
     if given.name == str(given) and bundled.is_file():
         return bundled
     known = sorted(file.stem for file in bundled.parent.glob("*.py") if file.stem != "__init__")
-    raise ConfigError(f"{name}: no such config file, nor one of those that come with the package: {', '.join(known)}")
+    raise ConfigError(f"{context}{name}: no such config file, nor one of those that come with the package: {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Trainings by the built-in trainer, in this process and in others."""
+"""Trainings by the built-in trainer, in this process and in others; commands that find no room."""
 
 import json
 import os
@@ -49,6 +49,13 @@ def refusal(path):
 def hear_interrupts():
     """A job in the background of a shell ignores SIGINT, and so would its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def with_room_for(size, *arguments):
+    """A command of f2c-plugin, as a process whose files have room for ``size`` bytes each."""
+    script = ("import resource, sys; from f2c_plugin.cli import main; size = int(sys.argv[1]);"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)); main(sys.argv[2:])")
+    return subprocess.run([sys.executable, "-c", script, *map(str, (size, *arguments))], capture_output=True, text=True)
 
 
 def start(path, ranks=1, launcher=("--standalone",), start_new_session=False):

@@ -15,6 +15,7 @@ from f2c_plugin.arcface_torch import patching
 from f2c_plugin.cli import COMMANDS, main as cli
 from f2c_plugin.models import get_model
 from tests.conftest import FIXTURES
+from tests.runs import with_room_for
 
 OPTIONAL = ("matplotlib", "PIL", "tensorboard", "onnxruntime", "sklearn", "scipy", "torchvision", "timm", "mxnet", "cv2")
 
@@ -153,12 +154,36 @@ def test_what_a_command_writes_is_readable_for_others_and_goes_through_no_link(c
 def test_a_file_that_finds_no_room_is_named_and_all_stays_as_it_was(command, file, given):
     for name in WRITTEN[command]:
         Path("given", name).write_text("old")
-    script = ("import resource, sys; from f2c_plugin.cli import main;"
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); main(sys.argv[1:])")
-    done = subprocess.run([sys.executable, "-c", script, *given[command]], capture_output=True, text=True)
+    done = with_room_for(2000, *given[command])
     assert done.returncode == 1 and done.stderr == f"f2c-plugin {command}: [Errno 27] File too large: 'given/{file}'\n"
     assert [Path("given", name).read_text() for name in WRITTEN[command]] == ["old"] * len(WRITTEN[command])
     assert not list(Path("given").glob("*.partial"))
+
+
+@pytest.mark.parametrize("command, size, file", [
+    (["pack", "photos", "new"], 200, "new/train.rec"), (["merge", "pack", "pack", "new"], 2000, "new/train.rec"),
+    (["split", "pack", "new", "new2", "--identities", "1"], 2000, "new/train.rec"),
+    (["unpack", "pack", "new"], 200, "new/0/01.jpg"), (["duplicates", "pack", "new", "--model", "model.pt"], 50, "new"),
+    (["verification-set", "pack", "new", "--pairs", "20"], 2000, "new")])
+def test_a_full_disk_is_named_by_what_it_has_no_room_for_and_nothing_new_stays(command, size, file, given):
+    cli(["synth", "pack", "--identities", "5", "--images-per-identity", "5", "--pairs", "2", "--processes", "1"])
+    cli(["index", "pack"])
+    cli(["unpack", "pack", "photos"])
+    before = sorted(Path().iterdir())
+    done = with_room_for(size, *command)
+    assert done.returncode == 1 and done.stderr.endswith(f"f2c-plugin {command[0]}: [Errno 27] File too large: '{file}'\n")
+    assert sorted(Path().iterdir()) == before
+
+
+@pytest.mark.parametrize("command", [["split", "pack", "a", "b", "--identities", "1"], ["verification-set", "pack", "a"],
+                                     ["synth", "a", "--identities", "2"]])
+def test_a_seed_below_0_and_an_argument_that_is_empty_are_refused(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli([*command, "--seed", "-1"])
+    assert exit.value.code == 2 and "argument --seed: '-1' must be a whole number from 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        cli([command[0], "", *command[2:]])
+    assert exit.value.code == 2 and f"{command[0]}: an argument is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command, module", [("plan", "matplotlib"), ("index", "matplotlib"), ("report", "matplotlib"),

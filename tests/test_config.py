@@ -112,7 +112,7 @@ def test_a_config_may_name_another_as_its_base(tmp_path):
         load_config(path)
     with pytest.raises(ConfigError, match="mine.py: base=3: must be the path of a config file"):
         load_config(write(tmp_path / "mine.py", "config.base = 3\n"))
-    with pytest.raises(ConfigError, match="nowhere: no such config file"):
+    with pytest.raises(ConfigError, match=r"mine.py: base: nowhere: no such config file"):
         load_config(write(tmp_path / "mine.py", "config.base = 'nowhere'\n"))
 
 

@@ -1,7 +1,6 @@
 """Writes packs: RecordIO byte for byte as mxnet does, in InsightFace's layout."""
 
 import os
-import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import accumulate, chain, pairwise, repeat
@@ -25,6 +24,7 @@ from f2c_plugin.data.recordio import (
 )
 from f2c_plugin.errors import OverwriteError, RecordError
 from f2c_plugin.utils.atomic import to_disk, written_whole
+from f2c_plugin.utils.locks import temporary_folder
 
 
 def pack_image_record(label: ArrayLike, image: bytes, number: int) -> bytes:
@@ -93,7 +93,8 @@ def refuse_to_overwrite(folder: Path, names: Iterable[str] = ("train.rec",)) -> 
 
 @contextmanager
 def new_pack(out: Path, names: Sequence[str]) -> Generator[Path]:
-    """A folder for the files of a pack, which move to ``out`` when all are whole. On an error, nothing stays.
+    """A folder for the files of a pack, which move to ``out`` when all are whole. On an error, nothing stays; of a process
+    that is killed, what the next one removes.
 
     Args:
         out: made if it is missing.
@@ -105,12 +106,17 @@ def new_pack(out: Path, names: Sequence[str]) -> Generator[Path]:
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".packing-", dir=out) as folder:
-            yield Path(folder)
+        with temporary_folder(out, ".packing-") as folder:
+            try:
+                yield folder
+            except OSError as error:
+                if error.filename is not None and Path(error.filename).parent == folder:
+                    error.filename = str(out / Path(error.filename).name)
+                raise
             refuse_to_overwrite(out, names)  # another process may have packed meanwhile
             for name in names:
-                if Path(folder, name).exists():
-                    os.replace(Path(folder, name), out / name)
+                if (folder / name).exists():
+                    os.replace(folder / name, out / name)
     except BaseException:
         with suppress(OSError):
             for folder in missing:

@@ -1,5 +1,6 @@
 """IJB-B and IJB-C, 1:1: are two templates, each of several images of a person, of the same person?"""
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -109,7 +110,9 @@ class TemplateSet:
     def _read_pairs(self, path: Path) -> None:
         form = "the numbers of two templates, and 1 or 0"
         try:
-            pairs = np.loadtxt(path, np.int64, comments=None, ndmin=2)  # many million lines
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about a list without lines
+                pairs = np.loadtxt(path, np.int64, comments=None, ndmin=2, encoding="utf-8-sig")  # many million lines
             if pairs.shape[1] != 3 or not np.isin(pairs[:, 2], (0, 1)).all():
                 raise ValueError("it has none")
         except ValueError as error:
@@ -146,12 +149,12 @@ class TemplateSet:
 
 def _rows(path: Path, read: Callable[[list[str]], Row], form: str) -> Iterator[Row]:
     """What ``read`` makes of the words of each line. Raises VerificationSetError with the first line that it refuses."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
                 yield read(line.split())
-            except ValueError:
-                raise VerificationSetError(f"{path}, line {number}: {line.rstrip()!r} must be {form}") from None
+            except (ValueError, OverflowError):
+                raise VerificationSetError(f"{path}, line {number}: {line.rstrip()[:60]!r} must be {form}") from None
 
 
 def _face(words: list[str]) -> tuple[str, np.ndarray, float]:
@@ -165,11 +168,11 @@ def _face(words: list[str]) -> tuple[str, np.ndarray, float]:
 
 def _image_of_template(words: list[str]) -> tuple[str, int, int]:
     name, template, media = words
-    return name, int(template), int(media)
+    return name, int(np.int64(template)), int(np.int64(media))
 
 
 def _pair(words: list[str]) -> None:
-    _, _, same = map(int, words)
+    _, _, same = map(np.int64, words)
     if same not in (0, 1):
         raise ValueError
 

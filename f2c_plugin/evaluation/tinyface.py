@@ -118,7 +118,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 def _identity(path: Path) -> int:
     identity, _, _ = path.name.partition("_")
-    if not identity.isdecimal():
+    if not identity.isdecimal() or int(identity) >= 1 << 63:
         raise VerificationSetError(f"{path}: its name must begin with the number of the identity and _; or else the folder "
                                    f"needs {' and '.join(_LISTS.values())}")
     return int(identity)

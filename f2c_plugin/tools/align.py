@@ -121,9 +121,13 @@ def _outputs(model: Path) -> set[str]:
     """The names of an ONNX file's outputs."""
     onnx = require("onnx", "align")
     try:
+        if model.exists() and not model.is_file():  # a pipe would be waited for
+            raise F2CError(f"--detector {model}: is not a file. {_TO_HAVE_ONE}")
         if is_lfs_pointer(model.read_bytes()):
             raise F2CError(f"--detector {model}: {NOT_FETCHED}")
-        return {output.name for output in onnx.load(str(model), load_external_data=False).graph.output}
+        if outputs := {output.name for output in onnx.load(str(model), load_external_data=False).graph.output}:
+            return outputs
+        raise ValueError("it has no outputs")
     except OSError as error:
         raise F2CError(f"--detector {model}: cannot be read: {error.strerror}. {_TO_HAVE_ONE}") from error
     except F2CError:
@@ -193,7 +197,7 @@ def align(photos: str | Path, out: str | Path, model: str | Path | None = None, 
         processes: None means one per CPU.
     Raises:
         F2CError: there is no detector, or a package is missing.
-        RecordError: there is no photo with a face, or a link leads out of ``photos``.
+        RecordError: there is no photo, or none with a face, or a link leads out of ``photos``.
         InputError: one of the folders is inside the other.
         OverwriteError: ``out`` holds a pack.
     """
@@ -209,6 +213,8 @@ def align(photos: str | Path, out: str | Path, model: str | Path | None = None, 
     model = detector_file(model)
     done = Aligned(out)
     count = sum(1 for _ in walk(photos))  # also finds links that lead out, before the work begins
+    if not count:
+        raise RecordError(f"{photos}: the folder is empty: it must hold photos, most often in a folder for each person")
     with (opencv_without_threads(), worker_pool(processes) as pool,
           tqdm(total=count, desc="aligning", unit=" photos", disable=None) as bar):
         list(pool.imap(_open, [model]))  # its errors come before any file

@@ -10,12 +10,13 @@ from tqdm import tqdm
 from f2c_plugin.data.recordio import IDENTITY_BITS, Int64s, RecordFile, read_idx
 from f2c_plugin.data.writer import RecordWriter, new_pack, pack_image_record, write_property
 from f2c_plugin.errors import RecordError
+from f2c_plugin.tools.repack import Written
 from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
 
 _NAMES = ("property", "train.idx", "train.rec")  # in the order in which they appear
 
 
-def convert(source: str | Path, labels: str | Path, out: str | Path) -> tuple[int, int]:
+def convert(source: str | Path, labels: str | Path, out: str | Path) -> Written:
     """Write the pack in ``source`` again into the folder ``out``, with the identities of a list. All files appear, or none.
 
     The new pack has a record 0 that announces the images, and no identity records. Identities from 2**24 on stand in
@@ -26,8 +27,6 @@ def convert(source: str | Path, labels: str | Path, out: str | Path) -> tuple[in
         labels: a list like im2rec's .lst: in each line the number of a record and its identity, from 0 to below 2**40,
             separated by a tab; more columns may follow.
         out: folder to write into.
-    Returns:
-        The numbers of images and of identities.
     Raises:
         RecordError: the pack or the list cannot be read, or they do not fit.
         OverwriteError: ``out`` already holds a pack.
@@ -56,7 +55,7 @@ def convert(source: str | Path, labels: str | Path, out: str | Path) -> tuple[in
             pack.write(written, pack_image_record(several if len(several) > 1 else several[0], bytes(record.image), record.id))
         if written != len(listed):
             raise RecordError(f"{labels}: lists {len(listed)} images, but {records.path} has only {written} of them")
-    return written, number_of_identities
+    return Written(Path(out), written, number_of_identities)
 
 
 def _read_list(path: Path) -> tuple[Int64s, Int64s]:

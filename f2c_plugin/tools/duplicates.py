@@ -19,6 +19,7 @@ from f2c_plugin.data.recordio import Float32s, Int64s
 from f2c_plugin.data.writer import refuse_to_overwrite
 from f2c_plugin.errors import F2CError, InputError
 from f2c_plugin.tools.evaluate import load_model
+from f2c_plugin.tools.left_out import on_one_line
 from f2c_plugin.tools.pack_embeddings import unit_embeddings
 from f2c_plugin.tools.packs import spread
 from f2c_plugin.utils.atomic import naming, written_whole
@@ -26,7 +27,7 @@ from f2c_plugin.utils.atomic import naming, written_whole
 _IMAGES = 10  # of an identity that are embedded
 _BATCH = 25  # identities whose images are embedded at a time
 _BLOCK = 2048  # centres that are compared with as many others at a time
-_EXAMPLES = 10  # groups in the report
+_EXAMPLES = 10  # groups in the report, and identities of a group
 
 
 class Suggested(NamedTuple):
@@ -70,8 +71,9 @@ class Duplicates:
         lines = [f"{self.out}: {len(self.same)} of {self.identities} identities, in {len(groups)} groups that may be one "
                  f"person's{unreadable}"]
         for name, members in list(groups.items())[:_EXAMPLES]:
-            listed = ", ".join(f"{self.folders[each.pack - 1]} {each.identity}" for each in members)
-            lines.append(f"  {name}: {listed} (cosine {max(each.cosine for each in members):.3f})")
+            listed = ", ".join(f"{self.folders[each.pack - 1]} {each.identity}" for each in members[:_EXAMPLES])
+            more = ", …" if len(members) > _EXAMPLES else ""
+            lines.append(f"  {name}: {on_one_line(listed)}{more} (cosine {max(each.cosine for each in members):.3f})")
         if len(groups) > _EXAMPLES:
             lines.append("  …")
         if groups:
@@ -106,9 +108,9 @@ def find_duplicates(folders: Sequence[str | Path], model: str | Path, out: str |
     net = load_model(model)
     starts = np.cumsum([0, *(len(pack.index.numbers) for pack in packs)])
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out.parent) as file:
+    with naming(out), tempfile.TemporaryFile(dir=out.parent) as file:
         unreadable = 0
-        with naming(out), tqdm(total=int(starts[-1]), desc="embedding", unit=" identities", disable=None) as bar:
+        with tqdm(total=int(starts[-1]), desc="embedding", unit=" identities", disable=None) as bar:
             for pack in packs:
                 for centres in _centres(pack, net):
                     if not np.isfinite(centres).all():

@@ -24,6 +24,7 @@ from f2c_plugin.evaluation.recognizability import (
 )
 from f2c_plugin.evaluation.tinyface import RANKS, IdentificationResult, IdentificationSet
 from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet, embed
+from f2c_plugin.tools.left_out import on_one_line
 from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.distributed import this_rank
 
@@ -166,6 +167,7 @@ def write_quality(found: Sequence[Evaluated], path: str | Path) -> None:
 
 def table(found: Sequence[Evaluated]) -> str:
     """For people: a table for each kind of set. Of ``.bin`` sets, TAR at those FARs that one of them resolves."""
+    found = [each._replace(name=on_one_line(each.name)) for each in found]
     pairs = [(each.label, each.result) for each in found if isinstance(each.result, VerificationResult)]
     fars = [far for far in FARS if any(result.tar_at_far(far) is not None for _, result in pairs)]
     tables = [[["set", "pairs", "accuracy", *(f"TAR at {far:.0e}" for far in fars)]],

@@ -72,12 +72,13 @@ def pack(source: Source, out: str | Path, resize: bool = False, quality: int | N
     refuse_to_overwrite(out, _NAMES)
     packed = Packed(out)
     count = source.count(out)
-    with (new_pack(out, _NAMES) as folder, tempfile.TemporaryFile(dir=folder) as images,
+    rec = out / "train.rec"
+    with (new_pack(out, _NAMES) as folder, naming(rec), tempfile.TemporaryFile(dir=folder) as images,  # its end writes, too
           worker_pool(processes) as pool):
         # A pack begins with its number of images, and has an identity's images together. Until all are decoded, they wait here.
         lengths, owners = array("q"), array("q")
         number_seen: dict[str, int] = {}  # of each name, in the order in which they come
-        with (written_whole(folder / LEFT_OUT) as left_out, naming(out / "train.rec"),
+        with (written_whole(folder / LEFT_OUT) as left_out, naming(rec),
               tqdm(total=count, desc="decoding", unit=" images", disable=None) as bar):
             for identity, name, image in pool.imap(partial(_stored, resize, quality), source.items(), _CHUNK):
                 if identity:

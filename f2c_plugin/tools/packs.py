@@ -1,5 +1,6 @@
 """Summarizes, verifies, draws and reindexes packs."""
 
+import json
 import os
 from array import array
 from collections import Counter
@@ -44,8 +45,8 @@ def describe(dataset: RecordDataset) -> list[tuple[str, str]]:
         *(("warning", warning) for warning in (many_alone(index), large_identities(index)) if warning),
         ("bytes per image", f"{mean_bytes:,.0f} on average (of {len(encoded)} images)"),
         ("image sizes", ", ".join(f"{size} ({count})" for size, count in sizes.most_common(5)) + f" (of {len(sample)} images)"),
-        ("config", f'config.rec = "{dataset.root_dir}"; config.num_classes = {dataset.num_classes}; '
-                   f"config.num_image = {len(index) + unusable}"),
+        ("config", f"config.rec = {json.dumps(str(dataset.root_dir), ensure_ascii=False)}; "
+                   f"config.num_classes = {dataset.num_classes}; config.num_image = {len(index) + unusable}"),
     ]
 
 

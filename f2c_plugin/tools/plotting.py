@@ -34,6 +34,14 @@ def save_figure(figure: Any, path: str | Path) -> Path:
     return Path(path)
 
 
+def require_drawable(path: str | Path) -> None:
+    """Raise what would otherwise be found out when the picture is drawn: F2CError without matplotlib, InputError without the
+    folder."""
+    pyplot()
+    if not Path(path).parent.is_dir():
+        raise InputError(f"{path}: there is no folder {Path(path).parent}")
+
+
 def look(number: int) -> dict[str, Any]:
     """Colour and line style of the curve with this number, from 0: 28 looks, which colour-blind readers can tell apart."""
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number // len(COLOURS) % len(STYLES)]}

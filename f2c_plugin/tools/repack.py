@@ -11,36 +11,45 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from f2c_plugin.data.dataset import RecordDataset
-from f2c_plugin.data.recordio import Int64s
+from f2c_plugin.data.recordio import IDENTITY_BITS, Int64s
 from f2c_plugin.data.writer import new_pack, write_insightface_pack, write_property
 from f2c_plugin.errors import InputError, RecordError
+from f2c_plugin.tools.left_out import on_one_line
 from f2c_plugin.utils.atomic import written_whole
 
 IDENTITIES, DUPLICATES = "identities.tsv", "duplicates.tsv"
 _NAMES = ("property", IDENTITIES, DUPLICATES, "train.idx", "train.rec")  # in the order in which they appear
+UNUSABLE = "damaged, or not 112×112"
 _CHUNK = 1 << 16  # images whose places are made Python's numbers at a time
 
 
 @dataclass
-class Repacked:
-    """What has become of packs.
-
-    Attributes:
-        out: folder of the new pack.
-        images, identities: that it holds.
-        left_out: {reason: number of images}.
-        duplicates: images whose bytes an earlier one has, too.
-    """
+class Written:
+    """A folder that has been written, and the numbers of images and identities that it holds."""
 
     out: Path
     images: int = 0
     identities: int = 0
+
+    def report(self) -> str:
+        """In lines for people."""
+        return f"{self.out}: {self.images} images of {self.identities} identities"
+
+
+@dataclass
+class Repacked(Written):
+    """What has become of packs.
+
+    Attributes:
+        left_out: {reason: number of images}.
+        duplicates: images whose bytes an earlier one has, too.
+    """
+
     left_out: dict[str, int] = field(default_factory=dict[str, int])
     duplicates: int = 0
 
     def report(self) -> str:
-        """In lines for people."""
-        lines = [f"{self.out}: {self.images} images of {self.identities} identities"]
+        lines = [super().report()]
         if self.duplicates:
             lines.append(f"  {self.duplicates} images have the bytes of another, see {self.out / DUPLICATES}")
         return "\n".join(lines + [f"  left out: {count} images, {reason}" for reason, count in self.left_out.items() if count])
@@ -113,7 +122,7 @@ class _Packs:
             for path, dataset, numbers in zip(self.folders, self.datasets, number_of, strict=True):
                 for new, old in zip(numbers.tolist(), dataset.index.numbers.tolist(), strict=True):
                     if new >= 0:
-                        file.write(f"{new}\t{path}\t{old}\n".encode(errors="backslashreplace"))
+                        file.write(f"{new}\t{on_one_line(str(path))}\t{old}\n".encode())
 
 
 def merge(folders: Sequence[str | Path], out: str | Path, same: str | Path | None = None,
@@ -139,7 +148,7 @@ def merge(folders: Sequence[str | Path], out: str | Path, same: str | Path | Non
     with new_pack(out, _NAMES) as folder:
         packs = _Packs(folders)
         number_of = _merged_numbers(packs, _read_same(Path(same), packs) if same else {})
-        merged = Repacked(out, left_out={"damaged, or not 112×112": packs.unusable})
+        merged = Repacked(out, left_out={UNUSABLE: packs.unusable})
         images = packs.named(number_of)
         hashes = np.fromiter((int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little")
                               for image in packs.encoded(images, "comparing")), np.uint64, len(images.source))
@@ -195,7 +204,7 @@ def filtered(source: str | Path, out: str | Path, min_images: int = 1, max_image
         packs = _Packs([source])
         index = packs.datasets[0].index
         sizes = np.diff(index.starts)
-        chosen = (sizes >= min_images) & (sizes <= (max_images or np.inf))
+        chosen = (sizes >= min_images) & (sizes <= (np.inf if max_images is None else max_images))
         if only:
             chosen &= np.isin(index.numbers, _read_identities(Path(only), index.numbers))
         if without:
@@ -224,7 +233,7 @@ def _write_chosen(packs: _Packs, out: Path, folder: Path, chosen: NDArray[np.boo
     number_of = [np.where(chosen, chosen.cumsum() - 1, -1)]
     images = packs.named(number_of)
     packs.write(folder, images, number_of)
-    return Repacked(out, len(images.source), int(chosen.sum()), {"damaged, or not 112×112": packs.unusable})
+    return Repacked(out, len(images.source), int(chosen.sum()), {UNUSABLE: packs.unusable})
 
 
 def _merged_numbers(packs: _Packs, same: dict[tuple[int, int], str]) -> list[Int64s]:
@@ -271,8 +280,9 @@ def _read_same(path: Path, packs: _Packs) -> dict[tuple[int, int], str]:
 def _read_identities(path: Path, numbers: NDArray[np.int32 | np.int64]) -> Int64s:
     found: list[int] = []
     for line, words in _lines(path):
-        if not words[0].isdecimal():
-            raise InputError(f"{path}: line {line} is {words[0][:60]!r}, but must be an identity, a whole number")
+        if not words[0].isdecimal() or int(words[0]) >= 1 << IDENTITY_BITS:
+            raise InputError(f"{path}: line {line} is {words[0][:60]!r}, but must be an identity, a whole number from 0 "
+                             f"to below 2**{IDENTITY_BITS}")
         found.append(int(words[0]))
     identities = np.array(found, np.int64)
     if len(unknown := np.setdiff1d(identities, numbers)):
@@ -311,11 +321,11 @@ def _list_duplicates(packs: _Packs, images: _Images, hashes: NDArray[np.uint64],
     def described(image: int) -> str:
         source, position = images.place(image)
         index = packs.datasets[source].index
-        return f"{packs.folders[source]}\t{index.keys[position]}\t{index.identity[position]}"
+        return f"{on_one_line(str(packs.folders[source]))}\t{index.keys[position]}\t{index.identity[position]}"
 
     later, earlier = _repeated(packs, images, hashes)
     if len(later):
         with written_whole(path) as file:
             for pair in zip(later.tolist(), earlier.tolist(), strict=True):
-                file.write(("\t".join(map(described, pair)) + "\n").encode(errors="backslashreplace"))
+                file.write(("\t".join(map(described, pair)) + "\n").encode())
     return len(later)

@@ -1,29 +1,18 @@
 """Writes the images of a pack into a folder for each identity: what `pack` does, backwards."""
 
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.writer import refuse_to_overwrite
+from f2c_plugin.errors import RecordError
+from f2c_plugin.tools.repack import UNUSABLE, Repacked
 from f2c_plugin.utils.atomic import naming
+from f2c_plugin.utils.locks import temporary_folder
 
 
-@dataclass
-class Unpacked:
-    """What has been written."""
-
-    folder: Path
-    images: int
-    identities: int
-
-    def report(self) -> str:
-        return f"{self.folder}: {self.images} images of {self.identities} identities"
-
-
-def unpack(source: str | Path, out: str | Path, skip_damaged: bool = False) -> Unpacked:
+def unpack(source: str | Path, out: str | Path, skip_damaged: bool = False) -> Repacked:
     """Write the images of a pack as they are stored, OUT/identity/record.jpg (or .png).
 
     Both numbers have leading zeros, so that sorted names are in the order of the numbers, and `pack` numbers the identities in
@@ -37,16 +26,27 @@ def unpack(source: str | Path, out: str | Path, skip_damaged: bool = False) -> U
     refuse_to_overwrite(out.parent, [out.name])
     dataset = RecordDataset(source, skip_damaged)
     index = dataset.index
+    unpacked = Repacked(out, left_out={UNUSABLE: len(index.unusable)})
     width, key_width = len(str(index.numbers[-1])), len(str(index.keys.max()))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=out.parent) as work:
-        whole = Path(work, out.name)
+    with temporary_folder(out.parent, f".{out.name}.unpacking-") as work:
+        whole = work / out.name
+        whole.mkdir()
         for position in tqdm(range(len(index)), "writing", unit=" images", disable=None):
-            encoded = dataset.encoded(position)
+            try:
+                encoded = dataset.encoded(position)
+            except RecordError:  # the index has seen its beginning alone
+                if not skip_damaged:
+                    raise
+                unpacked.left_out[UNUSABLE] += 1
+                continue
             suffix = ".png" if encoded[:4] == b"\x89PNG" else ".jpg"
             file = whole / f"{index.identity[position]:0{width}}" / f"{index.keys[position]:0{key_width}}{suffix}"
             with naming(out / file.relative_to(whole)):
-                file.parent.mkdir(parents=True, exist_ok=True)
+                if not file.parent.exists():
+                    file.parent.mkdir()
+                    unpacked.identities += 1
                 file.write_bytes(encoded)
+            unpacked.images += 1
         whole.rename(out)
-    return Unpacked(out, len(index), len(index.numbers))
+    return unpacked

@@ -96,12 +96,15 @@ def write_verification_set(source: Source, pairs: Sequence[Pair], out: str | Pat
     """Write the ``.bin`` of these pairs, whole or not at all.
 
     Raises:
-        VerificationSetError: an image cannot be used; there are fewer pairs than two for each fold.
+        VerificationSetError: an image cannot be used; there are fewer pairs than two for each fold, or only same or different
+            ones.
         OverwriteError: there is such a file.
     """
     refuse_to_overwrite(Path(out).parent, [Path(out).name])
     if len(pairs) < 2 * FOLDS:
         raise VerificationSetError(f"{len(pairs)} pairs: {2 * FOLDS} or more are needed, two for each of {FOLDS} folds")
+    if len({pair.same for pair in pairs}) == 1:
+        raise VerificationSetError(f"{len(pairs)} pairs, all {'same' if pairs[0].same else 'different'}: both kinds are needed")
     images: dict[str, bytes] = {}
     names = list(chain.from_iterable(pair[:2] for pair in pairs))
     for name in names:
@@ -164,6 +167,8 @@ def listed_pairs(path: str | Path) -> list[Pair]:
         elif line.strip():
             raise VerificationSetError(f"{path}, line {number}: {line[:60]!r}, but must be two images and 1 or 0, separated by "
                                        "tabs; or the file LFW's pairs.txt")
+    if not pairs:
+        raise VerificationSetError(f"{path}: lists no pair")
     return pairs
 
 

@@ -48,11 +48,12 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the name ``path`` to an OSError without one: a full disk does not say which file it has no room for."""
+    """Give the name ``path`` to an OSError that has none, or that of a partial file: a full disk does not say which file it has
+    no room for."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        if error.errno is not None and (error.filename is None or str(error.filename).endswith(PARTIAL)):
             error.filename = str(path)
         raise
 

@@ -1,11 +1,14 @@
-"""Locks between processes, which the system releases when their holder dies."""
+"""Locks between processes, which the system releases when their holder dies; and temporary folders that need them."""
 
 import fcntl
+import glob
 import os
+import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
@@ -41,3 +44,30 @@ def _wait(descriptor: int, path: Path, until: float) -> None:
             time.sleep(0.05)
         except OSError:  # no locks here
             return None
+
+
+@contextmanager
+def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in ``parent`` whose name begins with ``prefix``; it is removed at the end. Those that killed processes have
+    left are removed at the beginning.
+
+    A process holds a lock on its folder. Where folders cannot be locked, as on NFS, none is taken for left.
+    """
+    for path in parent.glob(glob.escape(prefix) + 8 * "?"):
+        with suppress(OSError), _locked_folder(path, fcntl.LOCK_NB):
+            if any(path.iterdir()):  # or another process may have created it just now, and lock it next
+                shutil.rmtree(path)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as name, ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(_locked_folder(Path(name)))
+        yield Path(name)
+
+
+@contextmanager
+def _locked_folder(path: Path, how: int = 0) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | how)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,6 +1,7 @@
 """IJB-B and IJB-C: the scores of a slow reference and of arcface_torch's own script, and what is wrong named by its line."""
 
 import sys
+import warnings
 from argparse import Namespace
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
@@ -116,6 +117,9 @@ def test_scores_are_those_of_arcface_torchs_own_script(checkout, net, ijbc, tmp_
     ("name_5pts_score", 1, "1.jpg 1 2 3 4 5 6 7 8 9 nan 0.9", "line 1: .* must be an image, ten coordinates"),
     ("name_5pts_score", 2, "9.jpg 1 2 3 4 5 6 7 8 9 10 0.9", "face_tid_mid.txt, line 2: lists 2.jpg, but line 2 of .* 9.jpg"),
     ("name_5pts_score", 9, "9.jpg 1 2 3 4 5 6 7 8 9 10 0.9", "face_tid_mid.txt: .* lines, but .* has .*must list the same"),
+    ("face_tid_mid", 3, "3.jpg 1 99999999999999999999", "line 3: '3.jpg 1 9+' must be an image and the numbers"),
+    ("template_pair_label", 2, "99999999999999999999 1 0", "template_pair_label.txt, line 2: '9+ 1 0' must be the numbers"),
+    ("template_pair_label", 2, 999 * "1", "template_pair_label.txt, line 2: '1{60}' must be"),
     ("face_tid_mid", 3, "3.jpg 1", "line 3: '3.jpg 1' must be an image and the numbers of its template and media"),
     ("template_pair_label", 2, "1 x 0", "template_pair_label.txt, line 2: '1 x 0' must be the numbers of two templates"),
     ("template_pair_label", 2, "1 2", "template_pair_label.txt, line 2: '1 2' must be"),
@@ -127,8 +131,18 @@ def test_what_is_wrong_is_named_by_file_and_line(copy, name, line, text, message
     written = path.read_text().splitlines()
     written[line - 1:line] = [text]
     path.write_text("\n".join(written if line else []))
-    with pytest.raises(VerificationSetError, match=message):
+    with pytest.raises(VerificationSetError, match=message), warnings.catch_warnings():
+        warnings.simplefilter("error")
         TemplateSet(copy)
+
+
+def test_lists_may_have_a_byte_order_mark_and_the_line_ends_of_windows(net, copy):
+    before = TemplateSet(copy)
+    for path in (copy / "meta").iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    after = TemplateSet(copy)
+    assert np.array_equal(before.score(before.embed(net)).scores, after.score(after.embed(net)).scores)
+    assert np.array_equal(before._same, after._same)
 
 
 def test_images_that_are_missing_or_damaged_are_named_with_their_line(net, copy):

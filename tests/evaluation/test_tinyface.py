@@ -60,9 +60,11 @@ def test_names_say_the_identities_where_there_are_no_lists(net, tinyface, copy, 
     assert sorted(found(copy, net).ranks) == sorted(found(copy.parent, net).ranks)
     with pytest.raises(F2CError, match=r"scipy.io cannot be imported .*f2c-plugin\[tinyface\]"):
         IdentificationSet(tinyface)
-    (copy / "Probe/face.jpg").write_bytes(b"")
-    with pytest.raises(VerificationSetError, match="face.jpg: its name must begin with the number of the identity"):
-        IdentificationSet(copy)
+    for name in "face.jpg", f"{2**63}_0.jpg":
+        (copy / "Probe" / name).write_bytes(b"")
+        with pytest.raises(VerificationSetError, match=f"{name}: its name must begin with the number of the identity"):
+            IdentificationSet(copy)
+        (copy / "Probe" / name).unlink()
 
 
 def test_lists_decide_which_images_count_and_whose_they_are(net, tinyface, copy):

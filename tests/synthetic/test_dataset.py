@@ -25,8 +25,9 @@ def test_the_same_arguments_give_the_same_bytes_with_any_number_of_processes(tmp
     assert (tmp_path / "other" / "train.rec").read_bytes() != (tmp_path / "one" / "train.rec").read_bytes()
 
 
-def test_the_command_writes_a_pack_a_verification_set_and_a_contact_sheet(tmp_path):
+def test_the_command_writes_a_pack_a_verification_set_and_a_contact_sheet(tmp_path, capsys):
     cli(["synth", str(tmp_path), "--identities", "5", "--images-per-identity", "4", "--pairs", "30"])
+    assert capsys.readouterr().out == f"{tmp_path}: a pack of 5 identities, and synth.bin with pairs of others\n"
     dataset = RecordDataset(tmp_path)
     assert dataset.index.identity.tolist() == np.repeat(range(5), 4).tolist()
     assert (tmp_path / "property").read_text() == "5,112,112\n"

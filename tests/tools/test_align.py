@@ -338,3 +338,15 @@ def test_opencv_may_have_had_threads_before(photos, tmp_path, yunet):
     cv2.setNumThreads(4)
     cv2.warpAffine(np.zeros((2000, 2000, 3), np.uint8), np.eye(2, 3), (2000, 2000))
     assert align(photos, tmp_path / "faces", yunet, 2).aligned == 3 and cv2.getNumThreads() == 4
+
+
+def test_a_detector_that_is_a_pipe_or_empty_and_a_folder_without_photos_are_refused(photos, yunet, tmp_path):
+    os.mkfifo(tmp_path / "pipe.onnx")  # would be waited for
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    for name, message in ("pipe", "is not a file"), ("empty", "is not an ONNX file: it has no outputs"):
+        with pytest.raises(F2CError, match=f"{name}.onnx: {message}"):
+            align(photos, tmp_path / "out", tmp_path / f"{name}.onnx", processes=1)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(RecordError, match="none: the folder is empty"):
+        align(tmp_path / "none", tmp_path / "out", yunet, processes=1)
+    assert not (tmp_path / "out").exists()

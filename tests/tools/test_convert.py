@@ -51,13 +51,13 @@ def test_every_kind_of_pack_can_be_converted(tmp_path, name):
     new = np.arange(dataset.index.numbers[-1] + 1)[::-1] + 2**24
     labels = write_list(tmp_path / "list", dataset, new, "{}\t{}.000000\n")
     (tmp_path / "list").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "list").read_bytes())  # a byte-order mark
-    images, identities = convert(tmp_path / "pack", tmp_path / "list", tmp_path / "new")
+    done = convert(tmp_path / "pack", tmp_path / "list", tmp_path / "new")
     converted = RecordDataset(tmp_path / "new")
-    assert (images, identities) == (len(dataset), len(dataset.index.numbers))
+    assert (done.images, done.identities) == (len(dataset), len(dataset.index.numbers))
     assert sorted(converted.index.identity.tolist()) == sorted(labels.tolist())
     old, again = (RecordFile(folder / "train.rec") for folder in (tmp_path / "pack", tmp_path / "new"))
     order = np.argsort(dataset.index.offsets)  # the new pack has the order of the file
-    for i, j in zip(order.tolist(), range(images), strict=True):
+    for i, j in zip(order.tolist(), range(done.images), strict=True):
         before, after = (records.image_record(int(index.offsets[at])) for records, index, at in
                          ((old, dataset.index, i), (again, converted.index, j)))
         assert bytes(before.image) == bytes(after.image) and before.id == after.id

@@ -126,3 +126,11 @@ def test_what_cannot_be_compared_is_refused_and_nothing_is_written(packs, tmp_pa
     with pytest.raises(F2CError, match=r"log.onnx: its embeddings of .*dark are not finite"):
         find_duplicates([*packs, dark], tmp_path / "log.onnx", tmp_path / "list")
     assert not (tmp_path / "list").exists()
+
+
+def test_a_long_group_and_an_odd_name_take_one_line_each(tmp_path, model, capsys):
+    pack = write(tmp_path / "a\nb", {number: [RED] for number in range(30)})
+    cli(["duplicates", str(pack), str(tmp_path / "list"), "--model", str(model)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith(r"a\nb 9, … (cosine 1.000)") and lines[1].count(r"a\nb") == 10 and len(lines) == 3
+    assert len((tmp_path / "list").read_text().splitlines()) == 30

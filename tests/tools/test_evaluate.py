@@ -128,6 +128,18 @@ def test_resolutions_and_recognizability_are_refused_where_they_cannot_be_found(
             evaluate(trained / "model.pt", [tmp_path / "few.bin"], quality=True)
 
 
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_evaluation(faces, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="missing/roc.png: there is no folder .*missing"):
+        cli(["evaluate", str(tmp_path / "no model"), str(faces / "synth.bin"), "--plot", str(tmp_path / "missing/roc.png")])
+
+
+def test_a_set_whose_name_has_a_line_end_takes_one_line(trained, faces, tmp_path, capsys):
+    odd = tmp_path / "a\nb.bin"
+    odd.write_bytes((faces / "synth.bin").read_bytes())
+    cli(["evaluate", str(trained / "model.pt"), str(odd)])
+    assert capsys.readouterr().out.splitlines()[1].startswith(r"a\nb ")
+
+
 def test_an_onnx_net_embeds_as_the_insightface_package_does(trained, faces):
     images = VerificationSet(faces / "synth.bin").faces(6)
     ours = embed(OnnxNet(trained / "model.onnx"), images)[:, 0].numpy()

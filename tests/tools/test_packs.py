@@ -9,6 +9,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
+from easydict import EasyDict as edict
 from PIL import Image
 
 from f2c_plugin.cli import main as cli
@@ -18,7 +19,7 @@ from f2c_plugin.data.recordio import RecordFile, read_idx
 from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.data.writer import RecordWriter, pack_image_record
 from f2c_plugin.errors import RecordError
-from f2c_plugin.tools.packs import reindex, verify
+from f2c_plugin.tools.packs import describe, reindex, verify
 from tests.conftest import FIXTURES, PACKS
 
 
@@ -373,3 +374,11 @@ def test_the_summary_names_formats(capsys):
     cli(["index", str(FIXTURES / "formats")])
     text = capsys.readouterr().out
     assert "unusable" not in text and "PNG (2)" in text and "112×112 Gray (1)" in text
+
+
+def test_the_config_of_a_pack_with_an_odd_name_is_python(tmp_path):
+    folder = tmp_path / "ü\n'\""
+    folder.mkdir()
+    config = edict()
+    exec(dict(describe(RecordDataset(damaged_pack(folder, lambda jpeg: jpeg))))["config"], {"config": config})
+    assert config == {"rec": str(folder), "num_classes": 3, "num_image": 9}

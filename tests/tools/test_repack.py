@@ -219,3 +219,19 @@ def test_a_merge_that_is_interrupted_leaves_nothing(packs, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 128 + signal.SIGINT and done.stderr.endswith("f2c-plugin merge: interrupted\n")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_whose_name_has_tabs_and_line_ends_takes_one_column_of_the_lists(tmp_path):
+    odd = write(tmp_path / "a\tb\nc", {4: [1, 2], 7: [1]})
+    merge([odd], tmp_path / "out")
+    assert table(tmp_path / "out/identities.tsv") == [["0", rf"{tmp_path}/a\tb\nc", "4"], ["1", rf"{tmp_path}/a\tb\nc", "7"]]
+    assert table(tmp_path / "out/duplicates.tsv") == [[rf"{tmp_path}/a\tb\nc", "2", "7", rf"{tmp_path}/a\tb\nc", "0", "4"]]
+
+
+def test_no_images_at_most_and_an_identity_beyond_all_are_refused(tmp_path):
+    pack = write(tmp_path / "pack", {0: [1, 2], 1: [3]})
+    with pytest.raises(InputError, match="no identity is left"):
+        filtered(pack, tmp_path / "out", max_images=0)
+    (tmp_path / "list").write_text(f"0\n{10**30}\n")
+    with pytest.raises(InputError, match=r"line 2 is '10+', but must be an identity, a whole number from 0 to below 2\*\*40"):
+        filtered(pack, tmp_path / "out", only=tmp_path / "list")

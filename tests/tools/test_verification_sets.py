@@ -103,6 +103,8 @@ def test_lfws_list_is_read_fold_by_fold(folder, tmp_path):
     ("a\tb\n", VerificationSetError, r"list, line 1: 'a\\tb', but must be two images and 1 or 0"),
     ("a\tb\t2\n", VerificationSetError, "list, line 1"), ("\tb\t1\n", VerificationSetError, "list, line 1"),
     ("5 2\na\n", RecordError, "list: must be LFW's pairs.txt: 1 pairs for 5 folds"),
+    ("", VerificationSetError, "list: lists no pair"),
+    (LIST.replace("\t0", "\t1") * 10, VerificationSetError, "20 pairs, all same: both kinds are needed"),
     (LIST * 9, VerificationSetError, "18 pairs: 20 or more are needed"),
     ((LIST * 10).replace("0002", "0009"), VerificationSetError, "Ann_Able_0009.jpg: cannot be read: No such file"),
     ((LIST * 10).replace("Bob_Best/Bob", "../Bob"), VerificationSetError, "is outside"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from f2c_plugin.utils.atomic import naming, partials_of, written_whole
-from f2c_plugin.utils.locks import locked
+from f2c_plugin.utils.locks import locked, temporary_folder
 
 HOLD = """
 import sys
@@ -85,6 +85,12 @@ def test_an_error_without_a_file_gets_its_name(tmp_path: Path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/there/file")
 
 
+def test_a_file_that_cannot_be_created_is_named_and_not_its_partial_one(tmp_path: Path):
+    with pytest.raises(FileNotFoundError) as raised, written_whole(tmp_path / "missing" / "file"):
+        pass
+    assert raised.value.filename == str(tmp_path / "missing" / "file")
+
+
 def test_a_lock_keeps_others_out_until_its_holder_dies(tmp_path: Path):
     path = tmp_path / "lock"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -122,3 +128,41 @@ def test_on_a_file_system_without_locks_it_goes_on(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("fcntl.lockf", no_locks)
     with locked(tmp_path / "lock", 0):
         pass
+
+
+IN_A_FOLDER = """
+import sys
+from pathlib import Path
+from f2c_plugin.utils.locks import temporary_folder
+with temporary_folder(Path(sys.argv[1]), ".work-") as folder:
+    (folder / "file").write_text("half")
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_temporary_folder_is_removed_by_the_next_process_only_when_its_own_is_dead(tmp_path: Path):
+    holder = subprocess.Popen([sys.executable, "-c", IN_A_FOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout
+    its = Path(holder.stdout.readline().decode().strip())
+    (tmp_path / ".work-precious").write_text("a file")
+    (tmp_path / ".work-mine1234").symlink_to(its)
+    (tmp_path / ".work-new12345").mkdir()  # a process may be about to lock it
+    with temporary_folder(tmp_path, ".work-") as mine:
+        assert (its / "file").read_text() == "half"
+    holder.kill()
+    holder.wait()
+    with temporary_folder(tmp_path, ".work-") as mine:
+        assert not its.exists() and mine.is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {".work-precious", ".work-mine1234", ".work-new12345"}
+
+
+def test_where_folders_cannot_be_locked_none_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_locks(*_: object):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    (tmp_path / ".work-12345678").mkdir()
+    (tmp_path / ".work-12345678/file").write_text("half")
+    with temporary_folder(tmp_path, ".work-") as mine:
+        assert mine.is_dir()
+    assert [*tmp_path.iterdir()] == [tmp_path / ".work-12345678"]

@@ -19,6 +19,7 @@ EXCEPTIONS = {
     ("utils/atomic.py", "written_whole", "os.replace"): "the one mechanism: replaces the name, also of a link",
     ("utils/atomic.py", "_folder_to_disk", "os.open"): "for reading",
     ("utils/locks.py", "locked", "os.open"): "follows no link and writes nothing",
+    ("utils/locks.py", "_locked_folder", "os.open"): "for reading",
     ("utils/terminal.py", "_flush", "os.open"): "/dev/null",
     ("utils/terminal.py", "tolerate_any_terminal", "open"): "/dev/null",
     ("data/index.py", "_save", "open"): "in a new folder",
