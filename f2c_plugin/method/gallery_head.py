@@ -47,10 +47,6 @@ class GalleryHead(PoolHead):
         self._hooked: tuple[int, Callable[[], Tensor]] | None = None
         self._hook = ImageHook(backbone, self._take_images) if hook else None
 
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return super().nets | {"gallery": self.gallery}
-
     def forward(self, local_embeddings: Tensor, local_labels: Tensor, images: Tensor | None = None) -> Tensor:
         """Loss of a batch.
 
@@ -98,15 +94,6 @@ class GalleryHead(PoolHead):
 
     def _embed(self, images: Tensor) -> Tensor:
         """Gallery features of the images that gallery features are needed of, after the gallery net has followed."""
+        assert self.gallery
         self.gallery.follow_at(self.steps, self.probe_net, self.schedule.momentum, self.gradient_acc)
         return at_least_float32(self.gallery(images if self.symmetric else images.chunk(2)[0]))
-
-    def remove_hook(self):
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def continue_at(self, step: int):
-        """Count on from ``step`` batches. The gallery net has yet to follow the last of them."""
-        super().continue_at(step)
-        self.gallery.last_followed = max(step - 1, 0)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from f2c_plugin.errors import InputError
+from f2c_plugin.method.gallery import GalleryNet
 from f2c_plugin.method.margin import ImageQuality, Margin
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.method.slots import SlotTable
 from f2c_plugin.utils.distributed import this_rank
-from f2c_plugin.utils.inputs import unwrapped
+from f2c_plugin.utils.inputs import ImageHook, unwrapped
 from f2c_plugin.utils.replay import Number, Replay
 from f2c_plugin.utils.tensors import with_gradient, without_autocast
 
@@ -58,6 +59,7 @@ class PoolHead(nn.Module):
 
     Attributes:
         quality: of images, if the margin follows it.
+        gallery: the GalleryNet of a head that has one.
         steps: batches seen.
         statistics: StepStatistics of the last batch, or None.
         monitor: receives the statistics of every step, if set.
@@ -74,6 +76,8 @@ class PoolHead(nn.Module):
         self.steps: int = 0
         self.statistics: StepStatistics | None = None
         self.monitor: StepObserver | None = None
+        self.gallery: GalleryNet | None = None
+        self._hook: ImageHook | None = None  # takes images from the backbone's forward pass
         self._replay = Replay(self._step_with)
 
     @property
@@ -83,7 +87,7 @@ class PoolHead(nn.Module):
     @property
     def nets(self) -> dict[str, nn.Module]:
         """The nets that can be verified and exported, by name."""
-        return {"probe": self.probe_net}
+        return {"probe": self.probe_net} | ({"gallery": self.gallery} if self.gallery else {})
 
     @abstractmethod
     def _step(self, tensors: Sequence[Tensor], margin: Margin, rate: Number, seed: Number) -> list[Tensor]:
@@ -129,6 +133,9 @@ class PoolHead(nn.Module):
 
     def remove_hook(self):
         """Let go of the backbone, so that another head can be built on it."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.steps)
@@ -139,5 +146,7 @@ class PoolHead(nn.Module):
         self.continue_at(int(state))
 
     def continue_at(self, step: int):
-        """Count on from ``step`` batches."""
+        """Count on from ``step`` batches. The gallery net has yet to follow the last of them."""
         self.steps = step
+        if self.gallery:
+            self.gallery.last_followed = max(step - 1, 0)

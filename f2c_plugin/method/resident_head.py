@@ -34,9 +34,6 @@ class ResidentHead(PoolHead):
         pool: class weights; split over the ranks, if there are several.
         forget_rate: share of a rank's batch that has no loss. It grows from 0 with the margin.
         gradient_acc, hook: see ``GalleryHead``; with a forget rate.
-
-    Attributes:
-        gallery: the GalleryNet, with a forget rate; else None.
     """
 
     pool: ResidentPool
@@ -45,13 +42,10 @@ class ResidentHead(PoolHead):
                  forget_rate: float = 0.0, gradient_acc: int = 1, hook: bool = False):
         super().__init__(backbone, pool, schedule, autocast)
         self.forget_rate, self.gradient_acc = forget_rate, gradient_acc
-        self.gallery = GalleryNet(self.probe_net) if forget_rate else None
         self._judges: Tensor | None = None
-        self._hook = ImageHook(backbone, self._take_images) if forget_rate and hook else None
-
-    @property
-    def nets(self) -> dict[str, nn.Module]:
-        return super().nets | ({"gallery": self.gallery} if self.gallery else {})
+        if forget_rate:
+            self.gallery = GalleryNet(self.probe_net)
+            self._hook = ImageHook(backbone, self._take_images) if hook else None
 
     def forward(self, local_embeddings: Tensor, local_labels: Tensor, images: Tensor | None = None) -> Tensor:
         """Loss of a batch, and a step of the class weights.
@@ -95,16 +89,6 @@ class ResidentHead(PoolHead):
         self.gallery.follow_at(self.steps, self.probe_net, self.schedule.momentum, self.gradient_acc)
         self._judges = at_least_float32(self.gallery(images.flip(-1)))
         return images
-
-    def remove_hook(self):
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def continue_at(self, step: int):
-        super().continue_at(step)
-        if self.gallery:
-            self.gallery.last_followed = max(step - 1, 0)
 
     def _step(self, tensors: Sequence[Tensor], margin: Margin, rate: Number, seed: Number) -> list[Tensor]:
         embeddings, labels, *judges = tensors
