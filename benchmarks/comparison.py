@@ -62,7 +62,6 @@ def variants_at(rates: Iterable[float]) -> dict[str, Keys]:
     """Config keys of all variants, by name; of those with a pool or a sample rate, one for each rate."""
     ramped = dict(head=FULL_FC, softmax_ramp=True)
     variants: dict[str, Keys] = {"full FC": dict(head=FULL_FC), "full FC, with the ramp": ramped}
-    variants |= {f"full FC, with the ramp, {name}": ramped | METHODS[name] for name in OF_FULL_FC}
     for rate in rates:
         partial_fc, f2c = dict(head=PARTIAL_FC, sample_rate=rate), dict(head=F2C, f2c_pool_rate=rate)
         variants |= {
@@ -73,6 +72,7 @@ def variants_at(rates: Iterable[float]) -> dict[str, Keys]:
             f"F²C {100 * rate:g} %, as published, not symmetric": f2c | dict(f2c_recipe="paper", f2c_symmetric=False),
             **{f"F²C {100 * rate:g} %, {name}": f2c | keys for name, keys in METHODS.items()},
             f"DCQ {100 * rate:g} %": dict(head=DCQ, f2c_pool_rate=rate)}
+    variants |= {f"full FC, with the ramp, {name}": ramped | METHODS[name] for name in OF_FULL_FC}
     return variants
 
 

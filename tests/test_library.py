@@ -209,7 +209,7 @@ def test_a_backbone_that_returns_no_embeddings_is_refused_with_what_it_returns(p
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ({"recipe": "steep"}, "recipe='steep': must be 'resident' or 'paper'"),
+    ({"recipe": "steep"}, "recipe='steep': must be 'resident', 'paper' or 'dcq'"),
     ({"num_slots": 0}, "num_slots=0: gives a pool of 0 slots for 30 identities; it needs 1 to 30"),
     ({"num_slots": 31}, "num_slots=31: gives a pool of 31 slots for 30 identities; it needs 1 to 30"),
     ({"num_slots": None, "pool_rate": 0.01}, "pool_rate=0.01: gives a pool of 0 slots for 30 identities"),

@@ -104,10 +104,12 @@ class ResidentPool(Slots):
         """
         slot, was_in_pool, evicted, first, is_first = self.places(identities)
         # What the slots hold, and what is kept of the identities: (B, C, D), lengths (B, C, 1).
-        shape = len(identities), self.sub_centers, self.embedding_size
+        shape, several = (len(identities), self.sub_centers, self.embedding_size), self.sub_centers > 1
         before, length_before, kept = all_rows_at((self, slot), (self.lengths, slot), (self.kept, identities))
         before, length_before, kept = before.view(shape), length_before[:, :, None], kept.view(shape)
-        weight_before = torch.where(length_before.isinf(), 0, length_before * before)
+        weight_before = length_before * before
+        if several:
+            weight_before.masked_fill_(length_before.isinf(), 0)
         # Where none is evicted, what is kept of the entry's own identity is written as it is.
         no_loss = evicted == NOT_IN_POOL
         self.kept.write(torch.where(no_loss, identities, evicted),
@@ -117,16 +119,22 @@ class ResidentPool(Slots):
         finite = all_finite(embeddings)
         # An embedding that is not finite leaves what the slot held, which is at least a direction.
         begin = torch.where(finite[:, None], embeddings, before[:, 0])[first]
-        new = pad(FIRST_NORM * begin[:, None], (0, 0, 0, self.sub_centers - 1))
-        weight = torch.where(was_kept[:, None, None], kept, new)
+        new = FIRST_NORM * begin[:, None]
+        weight = torch.where(was_kept[:, None, None], kept, pad(new, (0, 0, 0, self.sub_centers - 1)) if several else new)
         length = lengths(weight)[..., None]
+        direction = weight / length
+        if several:
+            absent = length == 0
+            length, direction = length.masked_fill(absent, torch.inf), torch.where(absent, before, direction)
         stays = was_in_pool[:, None, None]
-        length = torch.where(stays, length_before, torch.where(length > 0, length, torch.inf))
-        rows = torch.where(stays | length.isinf(), before, weight / length).to(self.rows.dtype)
+        length = torch.where(stays, length_before, length)
+        rows = torch.where(stays, before, direction).to(self.rows.dtype)
         self.write(slot, rows.movedim(0, 1))
         self.lengths.write(slot, length.movedim(0, 1))
         self.occupy(identities, slot, evicted)
-        rows = at_least_float32(rows).masked_fill(length.isinf(), 0)
+        rows = at_least_float32(rows)
+        if several:
+            rows = rows.masked_fill(length.isinf(), 0)
         return Arrival(slot, rows, was_in_pool, is_first & ~(was_in_pool | was_kept), first, evicted,
                        (~finite).sum(dtype=torch.float32))
 
@@ -213,8 +221,10 @@ def resident_loss(probes: Tensor, all_probes: Tensor, own: slice, arrival: Arriv
     def losses_of(embeddings: Tensor, others: PoolSoftmax) -> tuple[Tensor, Tensor]:
         """Losses (P,), and cosines to the own class weight (P,)."""
         rows = arrival.rows[own].to(embeddings.dtype)
-        cosines = (embeddings[:, None] * rows).sum(2)  # (P, C)
-        positive = cosines.masked_fill(~rows.any(2), -torch.inf).amax(1) if pool.sub_centers > 1 else cosines[:, 0]
+        if pool.sub_centers == 1:
+            positive = (embeddings * rows[:, 0]).sum(1)
+        else:
+            positive = (embeddings[:, None] * rows).sum(2).masked_fill(~rows.any(2), -torch.inf).amax(1)
         # The first image's target is that of itself, and has no gradient.
         target = margin.target(positive, quality).masked_fill(is_first, margin.own_target)
         return margin.loss(target, margin.standing_for(others.total, ratio)), positive
@@ -223,26 +233,24 @@ def resident_loss(probes: Tensor, all_probes: Tensor, own: slice, arrival: Arriv
         return pool_softmax(embeddings, pool.rows, pool.absent, margin.scale, 1, margin.filter_threshold, dtype, pool.shard,
                             pool.first, arrival.slot, pool.fused, all_embeddings, keep_logits, margin.weigh)
 
-    counts = torch.ones_like(probes[:, 0])
+    share = torch.ones_like(probes[:, 0])  # of each image in the loss
     if judges is not None:
         judged, _ = losses_of(judges, against_others(judges, None, False))
-        counts = (judged.argsort().argsort() < (1 - left_out) * len(judged)).to(probes.dtype)
+        share = (judged.argsort().argsort() < (1 - left_out) * len(judged)).to(probes.dtype)
+        share *= len(share) / share.sum()
     with torch.enable_grad():
         leaf = probes.detach().requires_grad_()
         others = against_others(leaf, all_probes, True)
         losses, positive = losses_of(leaf, others)
-        loss = (losses * counts).sum() / counts.sum()
-        gradient, to_positive, to_total = torch.autograd.grad(loss, [leaf, positive, others.total])
+        gradient, to_positive, to_total = torch.autograd.grad(losses, [leaf, positive, others.total], share)
     with torch.no_grad():
-        own_gradient = len(probes) / margin.scale * to_positive
+        loss = (losses if judges is None else losses * share).mean()
         # What a slot weighs is what it weighs in the total times what the total does in the loss.
-        log_denominator = -(len(probes) * to_total).log()
-        if margin.weigh is None:
-            log_denominator += others.total
-        learn(pool.rows, pool.lengths.rows, all_probes, log_denominator, arrival.slot, own_gradient, margin.scale, rate,
-              margin.filter_threshold, dtype, pool.shard, pool.first, pool.fused, seed, others.logits, margin.weigh,
+        log_denominator = -to_total.log() if margin.weigh else others.total - to_total.log()
+        learn(pool.rows, pool.lengths.rows, all_probes, log_denominator, arrival.slot, to_positive / margin.scale, margin.scale,
+              rate, margin.filter_threshold, dtype, pool.shard, pool.first, pool.fused, seed, others.logits, margin.weigh,
               pool.absent)
         if pool.sub_centers > 1:
             pool.add_sub_centers(arrival, all_probes)
         positive_cosine = positive.masked_fill(is_first, 0).sum() / (~is_first).sum()
-    return ResidentLoss(loss.detach(), gradient, positive_cosine, others.hardest_cosine.mean())
+    return ResidentLoss(loss, gradient / len(probes), positive_cosine, others.hardest_cosine.mean())

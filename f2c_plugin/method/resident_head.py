@@ -100,7 +100,7 @@ class ResidentHead(PoolHead):
         arrival = self.pool.admit(gather(labels).flatten(), features)
         own = slice(rank * len(labels), (rank + 1) * len(labels))
         quality = self.quality(embeddings) if self.quality else None
-        left_out = self.forget_rate * self.schedule.share_of(margin.scale)
+        left_out = self.forget_rate * self.schedule.share_of(margin.scale) if judges else 0.0
         result = resident_loss(probes, features, own, arrival, self.pool, margin, rate, self.autocast, quality, seed,
                                *(normalize(each) for each in judges), left_out=left_out)
         gradient, = torch.autograd.grad(probes, leaf, result.gradient)

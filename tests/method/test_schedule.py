@@ -39,7 +39,7 @@ def test_a_configured_scale_below_the_ramps_start_is_never_exceeded():
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are():
-    assert Schedule.named("resident", FULL, 100, 0.9) == Schedule.resident(FULL, 100)
+    assert Schedule.named("resident", FULL, 100, 0.9) == Schedule.resident(FULL, 100, momentum=0.9)
     assert Schedule.named("paper", FULL, 100, 0.9) == Schedule.paper(FULL, 0.9)
-    with pytest.raises(ConfigError, match="recipe='fast': must be 'resident' or 'paper'"):
+    with pytest.raises(ConfigError, match="recipe='fast': must be 'resident', 'paper' or 'dcq'"):
         Schedule.named("fast", FULL, 100)

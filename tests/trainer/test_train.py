@@ -163,7 +163,7 @@ def test_the_baseline_takes_odd_batches(config):
 
 
 @pytest.mark.parametrize("keys, message", [
-    (dict(head="f2c_dpc"), "config.head='f2c_dpc' is unknown; installed: f2c_dcp"),
+    (dict(head="f2c_dpc"), "config.head='f2c_dpc' is unknown; installed: dcq, f2c_dcp"),
     (dict(head=None), "head is not set, and the built-in trainer has no Partial FC"),
     (dict(sampler="f2c_dula"), "config.sampler='f2c_dula' is unknown; installed: f2c_dual"),
     (dict(batch_size=13, f2c_recipe="paper"), "batch_size=13: F²C splits a batch into two halves"),
