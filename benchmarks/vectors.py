@@ -106,7 +106,8 @@ def train_one(arguments: argparse.Namespace, world: World, images: np.ndarray, l
     """Train in this process, and measure the net."""
     NETWORKS["perceptron"] = cast(Factory, lambda num_features, fp16: Perceptron(num_features))
     cfg = comparison.config(arguments, run, int(labels.max()) + 1, network="perceptron")
-    share_of_pairs = F2CConfig.read(cfg).share_of_pairs if "f2c_recipe" in cfg else 0.0
+    is_f2c = cfg.head not in (comparison.FULL_FC, comparison.PARTIAL_FC)
+    share_of_pairs = F2CConfig.read(cfg).share_of_pairs if is_f2c else 0.0
     sampler = DualSampler.from_labels(labels, cfg.batch_size, share_of_pairs, cfg.seed, run.steps)
     with process_group():
         build.seed_everything(cfg.seed)

@@ -20,13 +20,14 @@ def slow_target(cosine, margin, quality=None):
 def slow_image_loss(cosines, target, margin, quality=None, ratio=1.0, is_own_target=False):
     """The loss of one image, scalar, of its cosines to all classes, a list, and the number of its own.
 
-    Each other class counts ``ratio`` times. The own class weight may be the image itself: no margin, no gradient.
+    Each other class counts ``ratio`` times, but for SFace once. The own class weight may be the image itself: then there is
+    no margin, and no gradient.
     """
     others = [cosine * 0 if margin.filter_threshold and cosine > margin.filter_threshold else cosine
               for number, cosine in enumerate(cosines) if number != target]
     if isinstance(margin, SFace):
         weights = [1 / (1 + torch.exp(80 * (torch.acos(cosine.detach()) - margin.additive))) for cosine in others]
-        pushed = ratio * sum(weight * cosine for weight, cosine in zip(weights, others, strict=True))
+        pushed = sum(weight * cosine for weight, cosine in zip(weights, others, strict=True))
         pull = 1 / (1 + torch.exp(-80 * (torch.acos(cosines[target].detach()) - margin.angular)))
         return margin.scale * (pushed - (0 if is_own_target else pull * cosines[target]))
     own = cosines[target] * 0 + 1 if is_own_target else slow_target(cosines[target], margin, quality)
