@@ -149,7 +149,7 @@ class SFace(Margin):
         return total + other
 
     def standing_for(self, total: Tensor, ratio: float) -> Tensor:
-        """The total as it is. Embeddings begin near each other: pushed off a pool by N / K times as much, they learn nothing."""
+        """The total as it is. Embeddings begin near each other: pushed off a pool N / K times as much, they learn nothing."""
         return total
 
     def loss(self, target: Tensor, total: Tensor) -> Tensor:
