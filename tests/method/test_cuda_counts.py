@@ -12,7 +12,8 @@ FLOAT32 = dict(fp16=False, f2c_pool_dtype="float32")
 @pytest.mark.parametrize("case", [
     {}, dict(f2c_fused=False), FLOAT32, dict(ranks=2),
     dict(autocast="bfloat16", f2c_pool_dtype="bfloat16"),
-    PAPER, PAPER | dict(f2c_symmetric=False), PAPER | dict(ranks=2, f2c_shard_pool=True)], ids=str)
+    PAPER, PAPER | dict(f2c_symmetric=False), PAPER | dict(ranks=2, f2c_shard_pool=True),
+    dict(head="dcq"), dict(f2c_sub_centers=3, f2c_forget_rate=0.2), dict(ranks=2, f2c_forget_rate=0.2)], ids=str)
 def test_the_cpu_never_waits(case):
     counted = counts(**case, slots=20_000, identities=200_000)
     assert counted["kernels"]["head"] > 100  # so it has run
