@@ -40,7 +40,6 @@ def command(*arguments: AddTo) -> Callable[[Run], Run]:
 JSON = argument("--json", action="store_true", help="print the result as JSON")
 
 
-
 def _seed(text: str) -> int:
     if not text.isdecimal():
         raise ArgumentTypeError(f"{text!r} must be a whole number from 0")
