@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -58,12 +59,19 @@ def with_room_for(size, *arguments):
     return subprocess.run([sys.executable, "-c", script, *map(str, (size, *arguments))], capture_output=True, text=True)
 
 
-def start(path, ranks=1, launcher=("--standalone",), start_new_session=False):
+def by_torchrun(ranks):
+    return "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"
+
+
+def start(path, ranks=1, start_new_session=False):
     """A training as a process; its output goes to pipes."""
-    launched = ["-m", "torch.distributed.run", *launcher, f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, *launched, "-m", "f2c_plugin.train", path], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=start_new_session,
-                            preexec_fn=hear_interrupts, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([sys.executable, *_training(path, ranks)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, start_new_session=start_new_session, preexec_fn=hear_interrupts,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def _training(path, ranks):
+    return *(by_torchrun(ranks) if ranks > 1 else ()), "-m", "f2c_plugin.train", path
 
 
 def on_ranks(function, arguments, ranks):
@@ -90,13 +98,24 @@ def _train(_, path):
     train.main([path])
 
 
+def completed(*arguments, stderr=subprocess.PIPE, environment=MappingProxyType({}), **keys):
+    """Python with these arguments, when it has ended.
+
+    Where a test takes too long, all of its processes end: ranks that live on would hold the pipes, and be waited for.
+    """
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=stderr, text=True,
+                               start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, **keys)
+    try:
+        printed, errors = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
+
+
 def launch(path, ranks=1):
     """What a training that ends well has printed; with several ranks they are torchrun's."""
-    process = start(path, ranks)
-    try:
-        printed, _ = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its ranks
-        raise
-    assert process.returncode == 0, printed
-    return printed
+    done = completed(*_training(path, ranks), stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return done.stdout

@@ -2,16 +2,13 @@
 
 import importlib.util
 import json
-import os
 import re
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.runs import launch
+from tests.runs import completed, launch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 IDENTITIES, IMAGES = 100, 20  # as every example draws them
@@ -25,17 +22,9 @@ LEARNED = 0.85
 
 def accuracy_of(example, data, *arguments):
     """What the example prints at its end."""
-    process = subprocess.Popen([sys.executable, str(EXAMPLES / example), "--data", str(data), *arguments], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, cwd=data.parent,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        printed, _ = process.communicate(timeout=600)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)  # its other ranks, too
-        process.communicate()
-        raise
-    assert process.returncode == 0, printed
-    accuracy, = re.findall(r"^accuracy (0\.\d{4})$", printed, re.MULTILINE)  # printed once, by one rank
+    done = completed(EXAMPLES / example, "--data", data, *arguments, stderr=subprocess.STDOUT, cwd=data.parent)
+    assert done.returncode == 0, done.stdout
+    accuracy, = re.findall(r"^accuracy (0\.\d{4})$", done.stdout, re.MULTILINE)  # printed once, by one rank
     return float(accuracy)
 
 

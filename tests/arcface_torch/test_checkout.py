@@ -23,6 +23,7 @@ from f2c_plugin.synthetic.dataset import write_dataset
 from f2c_plugin.tools.report import Run
 from tests.arcface_torch.killed import die_at_change, tree
 from tests.models.light import LIGHT
+from tests.runs import by_torchrun, completed
 from tests.trainer.test_checkpoint import equal
 
 pytestmark = pytest.mark.host
@@ -63,10 +64,7 @@ def write_config(folder, name, packs, size, **keys):
 
 def run(folder, name, ranks=2):
     """Run arcface_torch's own command. Returns its log."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_v2.py",
-               f"configs/{name}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    done = completed(*by_torchrun(ranks), "train_v2.py", f"configs/{name}", cwd=folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return (folder / "work_dirs" / name / "training.log").read_text()
 

@@ -1,10 +1,7 @@
 """Models on verification sets: a trained one and its export, in the insightface package's way of calling it, too."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import insightface
@@ -28,7 +25,7 @@ from f2c_plugin.tools import plotting
 from f2c_plugin.tools.evaluate import Evaluated, evaluate, load_model, scored_pairs, table
 from f2c_plugin.utils.resolution import at_resolution
 from tests.protocol_sets import write_ijb, write_tinyface
-from tests.runs import history, run
+from tests.runs import by_torchrun, completed, history, run
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +187,7 @@ def test_protocols_on_two_ranks_give_the_figures_of_one_and_rank_0_prints_them(t
     cli([*command, "--json"])
     alone = json.loads(capsys.readouterr().out)
     assert [(each["set"], each["protocol"]) for each in alone] == [("IJBC", "IJB-C 1:1"), ("tinyface", "TinyFace 1:N")]
-    launched = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-                               "f2c_plugin", *command, "--json"], capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launched = completed(*by_torchrun(2), "-m", "f2c_plugin", *command, "--json")
     assert json.loads(launched.stdout) == alone, launched.stderr
 
     cli([*command, "--plot", str(tmp_path / "roc.png")])

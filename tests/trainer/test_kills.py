@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from f2c_plugin.utils.safe_load import load_states
-from tests.runs import losses, run_on
+from tests.runs import by_torchrun, losses, run_on
 from tests.trainer.test_checkpoint import checkpoints, equal
 
 EVERY = 5  # steps between two checkpoints
@@ -69,7 +69,7 @@ def wait(until, torchrun, otherwise):
 
 
 @pytest.mark.parametrize("external, in_saves, shard_pool, epochs", [
-    (3, 2, False, 40), pytest.param(24, 12, True, 100, marks=pytest.mark.long)])
+    (3, 2, False, 40), pytest.param(24, 12, True, 100, marks=[pytest.mark.long, pytest.mark.timeout(3 * 3600)])])
 def test_a_training_whose_ranks_are_killed_ends_as_an_undisturbed_one(config, tmp_path, external, in_saves, shard_pool, epochs):
     keys = dict(batch_size=6, num_epoch=epochs, frequent=1, val_targets=[], f2c_save_every=EVERY, lr=0.01,
                 f2c_shard_pool=shard_pool)
@@ -80,7 +80,7 @@ def test_a_training_whose_ranks_are_killed_ends_as_an_undisturbed_one(config, tm
     for i in range(external):
         (tmp_path / f"kill_{i}").touch()
     log = Path("out/training.log")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--monitor-interval=0.1",
+    command = [sys.executable, *by_torchrun(2), "--monitor-interval=0.1",
                f"--max-restarts={2 * (external + in_saves)}", str(Path(__file__).with_name("killed_run.py")), path,
                str(tmp_path), str(10 * epochs)]
     with open("printed", "w") as printed:

@@ -3,8 +3,6 @@
 import gc
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from torch import nn
 
 from f2c_plugin import Margin, build_head
 from f2c_plugin.method.pool import DynamicClassPool
+from tests.runs import by_torchrun, completed
 
 IDENTITIES, SLOTS, BATCH = 1000, 64, 16
 
@@ -61,12 +60,10 @@ def test_the_clock_would_run_over_after_centuries_and_is_refused_then():
         pool.validate()
 
 
-@pytest.mark.parametrize("hours", [0.002, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("hours", [0.002, pytest.param(2, marks=[pytest.mark.long, pytest.mark.timeout(3 * 3600)])])
 def test_the_pools_of_two_ranks_do_not_drift_apart(config, hours):
     path = config(batch_size=6, num_epoch=10**6, val_targets=[], f2c_save_every=500, frequent=100, verbose=10**9)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           str(Path(__file__).with_name("long_run.py")), path, str(hours)], capture_output=True, text=True,
-                          timeout=3600 * hours + 600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = completed(*by_torchrun(2), Path(__file__).with_name("long_run.py"), path, hours)
     assert "AssertionError" not in done.stderr and "stopped by a signal" in done.stderr, done.stderr[-3000:]
     print(done.stdout.strip().splitlines()[-1])
     assert int(done.stdout.split("the pools were equal ")[1].split()[0]) >= 1

@@ -13,7 +13,7 @@ from f2c_plugin import train
 from f2c_plugin.trainer import check, loop, output, rendezvous
 from f2c_plugin.trainer.signals import Stopped, listening
 from f2c_plugin.utils.safe_load import load_states
-from tests.runs import hear_interrupts, history, refusal, start
+from tests.runs import by_torchrun, completed, hear_interrupts, history, refusal, start
 from tests.trainer.test_checkpoint import checkpoints
 
 KEYS = dict(num_epoch=1, val_targets=[])
@@ -158,18 +158,14 @@ def test_a_training_waits_for_the_one_that_it_replaces(config):
 
 def ended(path, *launcher, **environment):
     """A command that has ended: exit code, and all that it printed."""
-    process = subprocess.run([sys.executable, *launcher, "-m", "f2c_plugin.train", path], capture_output=True, timeout=300,
-                             preexec_fn=hear_interrupts, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-    return process.returncode, (process.stdout + process.stderr).decode(errors="replace")
-
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = completed(*launcher, "-m", "f2c_plugin.train", path, stderr=subprocess.STDOUT, environment=environment)
+    return done.returncode, done.stdout
 
 
 def test_torchrun_turns_every_error_into_exit_code_1(config):
-    code, printed = ended(config(lr=-1, **KEYS), *TORCHRUN)
+    code, printed = ended(config(lr=-1, **KEYS), *by_torchrun(2))
     assert code == 1 and "f2c_plugin.train: lr=-1: must be" in printed and "exitcode  : 1 " in printed, printed
-    code, printed = ended(config(head="softmax", batch_size=6, lr=1e12, **KEYS), *TORCHRUN)
+    code, printed = ended(config(head="softmax", batch_size=6, lr=1e12, **KEYS), *by_torchrun(2))
     assert code == 1 and "f2c_plugin.train: not finite after step 10" in printed, printed
     assert not list(Path("out").glob("model.*"))
 
