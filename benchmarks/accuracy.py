@@ -137,8 +137,9 @@ def plot(rows: dict[str, Any], path: Path, name: str) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = comparison.parser(__doc__ or "")
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The options of comparisons on packs."""
+    parser = comparison.parser(description)
     parser.set_defaults(passes=[3.0])
     parser.add_argument("--data", type=Path, metavar="PACK", help="to train on; without it, synthetic faces are drawn")
     parser.add_argument("--unseen", type=Path, metavar="PACK", help="of identities that are in no training set")
@@ -146,17 +147,28 @@ def main() -> None:
     parser.add_argument("--val-targets", nargs="*", metavar="NAME", help="verification sets; by default all that the pack has")
     parser.add_argument("--pairs", type=int, default=6000, help="of the verification set, if it is drawn")
     parser.add_argument("--network", default="tiny", help="backbone")
+    return parser
+
+
+def compared_on(world: World, arguments: argparse.Namespace, variants: dict[str, comparison.Keys],
+                ) -> comparison.Comparison:
+    """The comparison of variants on a world."""
+    setting = comparison.setting_of(arguments) | {"network": arguments.network} | world.setting()
+    if arguments.pixels:
+        setting["pixels"] = arguments.pixels
+    return comparison.Comparison(arguments, variants, setting, len(world.dataset),
+                                 lambda run, folder: train_one(arguments, world, run, folder))
+
+
+def main() -> None:
+    parser = make_parser(__doc__ or "")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="of the first table and verification set")
     arguments, variants = comparison.parsed(parser)
     try:
         world = World(arguments)
         if not (world.val_targets or world.unseen):
             parser.error(f"--data {arguments.data}: has no verification set, so --unseen is needed")
-        setting = comparison.setting_of(arguments) | {"network": arguments.network} | world.setting()
-        if arguments.pixels:
-            setting["pixels"] = arguments.pixels
-        compared = comparison.Comparison(arguments, variants, setting, len(world.dataset),
-                                         lambda run, folder: train_one(arguments, world, run, folder))
+        compared = compared_on(world, arguments, variants)
         if arguments.child:
             return compared.child(arguments.child)
         tables = comparison.main(compared, columns(world), keep_empty=comparison.PAIR_COLUMNS)

@@ -44,6 +44,7 @@ from f2c_plugin.utils.atomic import written_whole
 FARS = "1e-2", "1e-3", "1e-4"
 FULL_FC, PARTIAL_FC, F2C, DCQ = "softmax", "partial_fc", "f2c_dcp", "dcq"  # heads
 FORWARD, FORWARD_AND_BACKWARD = 1, 3  # units of compute an image
+DISTILLATION = "distillation"
 
 Keys = dict[str, Any]  # of a config
 Result = dict[str, Any]
@@ -54,7 +55,7 @@ METHODS: dict[str, Keys] = {
     "SFace": dict(f2c_margin="sface", margin_list=(1.0, 0.9, 1.2)), "sub-centres": dict(f2c_sub_centers=3),
     "low resolution": dict(f2c_low_resolution=0.5), "small loss": dict(f2c_forget_rate=0.2),
     "small loss, sub-centres": dict(f2c_forget_rate=0.2, f2c_sub_centers=3),
-    "filter": dict(interclass_filtering_threshold=0.4)}
+    "filter": dict(interclass_filtering_threshold=0.4), DISTILLATION: dict(f2c_teacher="")}
 OF_FULL_FC = list(METHODS)[:3]
 
 
@@ -77,7 +78,7 @@ def variants_at(rates: Iterable[float]) -> dict[str, Keys]:
 
 
 def units(keys: Keys) -> float:
-    """Compute of a variant's step over the images of its batch."""
+    """Compute of a variant's step over the images of its batch; without a teacher's, which is another net."""
     if keys["head"] == DCQ:
         return (FORWARD_AND_BACKWARD + FORWARD) / 2
     if keys.get("f2c_recipe") != "paper":
@@ -182,6 +183,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--scale", type=float, default=32.0, help="s")
     made.add_argument("--margin-list", type=float, nargs=3, default=[1.0, 0.0, 0.35], help="as in a config")
     made.add_argument("--margin", choices=MARGINS, help="another margin; its m is the list's third number")
+    made.add_argument("--teacher", type=Path, metavar="MODEL", help="for distillation")
     made.add_argument("--jobs", type=int, default=1, help="runs at a time; 0 runs them in this process")
     made.add_argument("--work", type=Path, default=Path("work_dirs/comparisons"),
                       help="folder of all runs; what is finished there is not repeated")
@@ -205,14 +207,20 @@ def parsed(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> 
         if wrong := [value for value in values if not valid(value)]:
             made.error(f"{option} {wrong[0]}: must be {expected}")
     everything = variants_at(arguments.pool_rate)
+    for keys in everything.values():
+        if "f2c_teacher" in keys and arguments.teacher:  # what results depend on
+            keys["f2c_teacher"] = hashlib.sha256(arguments.teacher.read_bytes()).hexdigest()
     if arguments.variants == ["list"]:
         print("\n".join(everything))
         raise SystemExit
     few = ["full FC, with the ramp", *(f"F²C {100 * rate:g} %" for rate in arguments.pool_rate)]
-    names = list(everything) if arguments.variants == ["all"] else arguments.variants or few
+    possible = [name for name, keys in everything.items() if keys.get("f2c_teacher") != ""]
+    names = possible if arguments.variants == ["all"] else arguments.variants or few
     for name in names:
         if name not in everything:
             made.error(f"--variants {name!r}: must be of {', '.join(everything)}")
+        if name not in possible:
+            made.error(f"--variants {name!r}: needs --teacher MODEL")
     if any(everything[name]["head"] == PARTIAL_FC for name in names):
         if arguments.margin:
             made.error(f"--margin {arguments.margin}: arcface_torch's Partial FC has no such margin; leave out its variants")
@@ -231,6 +239,8 @@ def config(arguments: argparse.Namespace, run: Run, num_classes: int, **others: 
         keys["f2c_pool_rate"] = min(1.0, max(keys["f2c_pool_rate"], arguments.batch_size / num_classes))
     if keys["head"] == DCQ:  # with as many class weights as a pool of this rate has
         keys["f2c_queue_size"] = slots_for(keys["f2c_pool_rate"], num_classes)
+    if "f2c_teacher" in keys:
+        keys["f2c_teacher"] = str(arguments.teacher)
     return TrainConfig(DEFAULTS | dict(
         num_classes=num_classes, num_image=run.steps * arguments.batch_size, num_epoch=1, batch_size=arguments.batch_size,
         embedding_size=arguments.embedding_size, lr=run.lr, seed=run.seed, scale=arguments.scale,
@@ -422,14 +432,21 @@ def markdown(tables: Sequence[Result], columns: Sequence[Column], keep_empty: Se
 
 
 def main(comparison: Comparison, columns: Sequence[Column], keep_empty: Sequence[Column] = ()) -> list[Result]:
-    """Compare, print the tables, and write them to --json. Ends the process with an error if a run has failed."""
-    arguments, tables = comparison.arguments, comparison.tables()
+    """Compare, and ``report``."""
+    tables = comparison.tables()
+    report(comparison, tables, columns, keep_empty)
+    return tables
+
+
+def report(comparison: Comparison, tables: Sequence[Result], columns: Sequence[Column],
+           keep_empty: Sequence[Column] = ()) -> None:
+    """Print the tables, and write them to --json. Ends the process with an error if a run has failed."""
+    arguments = comparison.arguments
     print(markdown(tables, columns, keep_empty))
     failed = [f"{describe(run)}: {error}" for run, error in comparison.failed.items()]
     if arguments.json:
-        report = provenance() | {"setting": comparison.setting, "seeds": arguments.seeds, "failed": failed, "tables": tables}
+        found = provenance() | {"setting": comparison.setting, "seeds": arguments.seeds, "failed": failed, "tables": tables}
         with written_whole(arguments.json) as file:
-            file.write((json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+            file.write((json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     if failed:
         sys.exit("\n".join(["failed:", *failed]))
-    return tables

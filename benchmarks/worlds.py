@@ -2,9 +2,12 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.recordio import Int64s, image_of_record
@@ -60,9 +63,36 @@ def spoiled_pack(data: Path, wrong_labels: float, split: float, seed: int = 0) -
     if folder.is_dir():
         return folder
     labels = spoiled(np.searchsorted(index.numbers, index.identity).astype(np.int64), wrong_labels, split, seed)
-    sizes = np.bincount(labels).tolist()
     offsets = index.offsets[np.argsort(labels, kind="stable")].tolist()
     images = (bytes(image_of_record(dataset.records.read(offset))) for offset in offsets)
+    return _written(folder, data, images, np.bincount(labels).tolist())
+
+
+def with_copies(data: Path, share: float, seed: int = 0) -> Path:
+    """A copy of the pack in ``data``, beside it, with a share of the images replaced; made unless it is there.
+
+    Each is replaced by another image of its identity, moved by a pixel and encoded anew; one of each identity stays. Its
+    verification sets are those of the pack. Raises RecordError if the pack cannot be read.
+    """
+    dataset = RecordDataset(data)
+    index = dataset.index
+    folder = data.with_name(f"{data.name}_copies-{share:g}_seed-{seed}_{pack_digest(index)[:8]}")
+    if folder.is_dir():
+        return folder
+    rng = np.random.default_rng(seed)
+    origin = np.arange(len(index))
+    for start, end in pairwise(index.starts.tolist()):
+        images = rng.permutation(index.grouped[start:end])
+        copies = min(round(share * len(images)), len(images) - 1)
+        origin[images[:copies]] = rng.choice(images[copies:], copies)
+    moved = (simplejpeg.encode_jpeg(np.roll(dataset.face(i), rng.choice([-1, 1]), rng.integers(2)), 90, "RGB", "420")
+             if origin[position] != position else bytes(image_of_record(dataset.records.read(int(index.offsets[position]))))
+             for position in index.grouped.tolist() for i in [int(origin[position])])
+    return _written(folder, data, moved, np.diff(index.starts).tolist())
+
+
+def _written(folder: Path, data: Path, images: Iterable[bytes], sizes: list[int]) -> Path:
+    """A pack of images, identity by identity, with the verification sets of another; whole or not at all."""
     with tempfile.TemporaryDirectory(prefix=".spoiled-", dir=folder.parent) as work:
         made = Path(work, "pack")
         made.mkdir()

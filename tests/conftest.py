@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ def pytest_configure(config):
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a job in the background of a shell
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 FIXTURES = Path(__file__).parent / "fixtures"

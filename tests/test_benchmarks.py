@@ -287,6 +287,45 @@ def test_accuracy_on_a_pack_of_ones_own(script, pack, capsys):
     assert results == {path: path.stat().st_mtime_ns for path in Path("work").glob("*/result.json")}
 
 
+def test_a_student_has_its_teacher_and_results_of_their_own(script, pack, capsys):
+    arguments = "--data", pack, *SMALL, "--passes", "1", "--jobs", "0", "--val-targets", "--equal", "images"
+    plain, student = "F²C 100 %", "F²C 100 %, distillation"
+    with pytest.raises(SystemExit):
+        script("accuracy.py", *arguments, "--variants", student)
+    assert f"--variants {student!r}: needs --teacher MODEL" in capsys.readouterr().err
+    script("accuracy.py", *arguments, "--variants", plain)
+    teacher, = Path("work").glob("*/model.pt")
+    found = script("accuracy.py", *arguments, "--variants", plain, student, "--teacher", teacher)
+    folders = set(Path("work").iterdir())
+    assert len(folders) == 2 and found["tables"][0]["rows"][student]["runs"][0]["auc"]
+    other, = folders - {teacher.parent}
+    assert not all(map(torch.equal, torch.load(teacher).values(), torch.load(other / "model.pt").values()))
+    script("accuracy.py", *arguments, "--variants", student, "--teacher", other / "model.pt")
+    assert len(set(Path("work").iterdir())) == 3
+
+
+def test_parts_of_a_pack_are_trained_on_for_as_many_images_as_the_whole(script, pack, capsys):
+    """Of an identity's ten images five are kept, where five are copies of the others."""
+    found = script("thinning.py", "--data", pack, *SMALL, "--variants", "F²C 100 %", "--passes", "2", "--val-targets",
+                   "--keep", "0.5", "--copies", "0.5")
+    table, = found["tables"]
+    assert list(table["rows"]) == [f"F²C 100 %, {of}" for of in ("all images", "chosen", "at random")]
+    assert [row["runs"][0]["steps"] for row in table["rows"].values()] == [20] * 3
+    assert [row["runs"][0]["passes"] for row in table["rows"].values()] == [2, 4, 4]
+    copied, = Path(pack).parent.glob("pack_copies-0.5_seed-0_*")
+    whole = RecordDataset(pack)
+    origin = {whole.face(i).tobytes(): i for i in range(len(whole))}
+    originals = [i for i in range(IDENTITIES * IMAGES) if RecordDataset(copied).face(i).tobytes() in origin]
+    assert len(originals) == IDENTITIES * IMAGES // 2
+    for name in "chosen", "at-random":
+        part, = Path("work").glob(f"pack_copies*_0.5_{name}")
+        kept = RecordDataset(part)
+        assert len(kept) == IDENTITIES * IMAGES // 2 and kept.num_classes == IDENTITIES
+    thinning = importlib.import_module("thinning")
+    kept = thinning.at_random(np.repeat(np.arange(5), [1, 2, 3, 4, 10]), 0.5, np.random.default_rng(0))
+    assert kept.sum() == 10 and kept[0] and len({*np.repeat(np.arange(5), [1, 2, 3, 4, 10])[kept]}) == 5
+
+
 def test_two_passes_of_a_comparison_are_two_epochs_of_the_trainer(script, pack, config):
     script("accuracy.py", "--data", pack, *SMALL, "--variants", FULL_FC, "--passes", "2", "--jobs", "0", "--val-targets")
     run_training(config(head="softmax", softmax_ramp=True, rec=str(pack), num_epoch=2, embedding_size=8, lr=0.1, seed=0,
