@@ -35,7 +35,7 @@ def world(setting: Result) -> str:
                       ("split", "{:.0%} split in two")):
         if setting[key]:
             name += ", " + text.format(setting[key])
-    return name
+    return name + (f", seen at {setting['pixels']} pixels" if "pixels" in setting else "")
 
 
 class Row(NamedTuple):

@@ -26,7 +26,7 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
                pool_dtype: torch.dtype = torch.float32, recipe: str = "resident", kept_weights: Path | None = None,
                shard_pool: bool = False, momentum: float = 0.99, symmetric: bool = True,
                num_hard_negatives: int | None = None, sub_centers: int = 1, forget_rate: float = 0.0,
-               queue_size: int = 8192, seed: int = 0, gradient_acc: int = 1, autocast: bool = False,
+               queue_size: int = 8192, gallery_images: int = 1, seed: int = 0, gradient_acc: int = 1, autocast: bool = False,
                hook: bool = False, pretrained: bool = False, fused: bool = True,
                classes: Classes = (ResidentHead, F2CHead, DCQHead)) -> PoolHead:
     """A head with its pool and schedule, on the backbone's device. The defaults are those of the config keys.
@@ -48,7 +48,8 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
         shard_pool: whether the ranks share the rows, instead of each holding all of them.
         momentum: m of the gallery net.
         symmetric, num_hard_negatives, gradient_acc, autocast, hook: see ``F2CHead``.
-        queue_size: Q of the recipe "dcq", which has no use for ``pool_rate``, ``num_slots``, ``shard_pool`` and ``symmetric``.
+        queue_size, gallery_images: of the recipe "dcq", see ``DCQHead``, which has no use for ``pool_rate``, ``num_slots``,
+            ``shard_pool`` and ``symmetric``.
         seed: of the random vectors in slots not yet taken; the same on all ranks.
         pretrained: whether the backbone is a trained net. Recipe "resident".
         fused: whether the passes over the slots run as fused kernels where they can: on a GPU, with Triton.
@@ -67,6 +68,7 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
             ("num_hard_negatives", num_hard_negatives, num_hard_negatives is None or num_hard_negatives > 0,
              "a whole number above 0, or None"),
             ("queue_size", queue_size, queue_size > 0, "a whole number above 0"),
+            ("gallery_images", gallery_images, gallery_images > 0, "a whole number above 0"),
             ("sub_centers", sub_centers, sub_centers > 0 and (sub_centers == 1 or recipe == "resident"),
              "a whole number above 0; more than 1 with the recipe 'resident' only"),
             ("forget_rate", forget_rate, 0 <= forget_rate < 1 and (not forget_rate or recipe == "resident"),
@@ -92,7 +94,7 @@ def build_head(backbone: nn.Module, num_identities: int, total_steps: int, *, em
     elif recipe == "dcq":
         with device:
             pool = ClassQueue(slots, num_identities, embedding_size, seed, pool_dtype)
-        head = dcq_head(backbone, pool, schedule, gradient_acc, autocast, hook)
+        head = dcq_head(backbone, pool, schedule, gradient_acc, autocast, hook, gallery_images)
     else:
         shard = Shard(*this_rank()) if shard_pool else WHOLE
         with device:

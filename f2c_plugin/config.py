@@ -59,6 +59,7 @@ class F2CConfig:
             those of the sharp images.
         teacher: file of a trained net whose embeddings the net is to learn, too: a ``model.pt`` or a checkpoint.
         queue_size: class weights in the queue of ``head = "dcq"``, which replaces recipe and pool rate.
+        gallery_images: of how many images a class weight of ``head = "dcq"`` is the mean, at most.
         hard_negatives: h for each probe outside the pool. None derives it from the pool's size. Recipe "paper".
         pool_dtype: "float32", "bfloat16" or "float16", in which the pool keeps its rows.
         shard_pool: whether the ranks share the slots' rows, instead of each holding all of them. With the recipe
@@ -89,6 +90,7 @@ class F2CConfig:
     low_resolution: float = 0.0
     teacher: str | None = None
     queue_size: int = 8192
+    gallery_images: int = 1
     hard_negatives: int | None = None
     pool_dtype: str = "float32"
     shard_pool: bool = False
@@ -203,7 +205,8 @@ _KEYS = {
     "f2c_symmetric": _FLAG, "f2c_skip_damaged": _FLAG, "f2c_shard_pool": _FLAG, "f2c_fused": _FLAG,
     "f2c_save_every": _POSITIVE_INT_OR_NONE, "f2c_max_bad_steps": _POSITIVE_INT, "f2c_hard_negatives": _POSITIVE_INT_OR_NONE,
     "f2c_identity_rate": _Values((int, float, type(None)), lambda v: v is None or 0 <= v <= 1, "from 0 to 1, or None"),
-    "f2c_queue_size": _POSITIVE_INT, "f2c_sub_centers": _POSITIVE_INT, "f2c_forget_rate": _UNIT_INTERVAL_OPEN,
+    "f2c_queue_size": _POSITIVE_INT, "f2c_gallery_images": _POSITIVE_INT, "f2c_sub_centers": _POSITIVE_INT,
+    "f2c_forget_rate": _UNIT_INTERVAL_OPEN,
     "f2c_margin": _one_of(*MARGINS, None), "f2c_teacher": _NAME_OR_NONE,
     "f2c_low_resolution": _Values((int, float), lambda v: 0 <= v <= 1, "from 0 to 1"),
     "f2c_kept_weights": _one_of(*KEPT_WEIGHTS), "f2c_export": _one_of(*EXPORTS),

@@ -20,8 +20,8 @@ GOOD = dict(batch_size=128, num_classes=10_000, dali=False)
 
 def test_defaults_are_what_the_readme_says():
     assert F2CConfig.read(GOOD) == F2CConfig(
-        0.1, "resident", None, False, None, "memory", 0.99, True, None, 1, 0.0, 0.0, None, 8192, None, "float32", False, True,
-        False, "probe", None, 50)
+        0.1, "resident", None, False, None, "memory", 0.99, True, None, 1, 0.0, 0.0, None, 8192, 1, None, "float32", False,
+        True, False, "probe", None, 50)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -186,7 +186,8 @@ RIGHT = dict(
     f2c_max_bad_steps=[1], f2c_hard_negatives=[None, 5], f2c_identity_rate=[0, 0.5, 1.0, None],
     f2c_export=["probe"], f2c_kept_weights=["memory", "file"], f2c_margin=[None],
     f2c_pool_dtype=["float32", "bfloat16"], f2c_recipe=["resident", "paper"], f2c_sub_centers=[1], f2c_forget_rate=[0],
-    f2c_low_resolution=[0, 0.5], f2c_queue_size=[1, 1 << 13], f2c_teacher=[None])
+    f2c_low_resolution=[0, 0.5], f2c_queue_size=[1, 1 << 13],
+    f2c_gallery_images=[1, 4], f2c_teacher=[None])
 NONSENSE = [None, -1, -0.5, float("nan"), float("inf"), "", "x", "1", b"1", [], {}, (1,), object, 10**30]
 WRONG = dict(
     head=["f2c_dpc", 3], sampler=["f2c_daul", 1.5], network=["r51", None],
@@ -205,6 +206,7 @@ WRONG = dict(
     f2c_identity_rate=[1.5, "1"], f2c_export=["both", "best"], f2c_kept_weights=["disk", None], f2c_margin=["sphereface", 0.4],
     f2c_pool_dtype=["half", None], f2c_recipe=["fast", None],
     f2c_sub_centers=[0, 1.5], f2c_forget_rate=[1, "0.1"], f2c_low_resolution=[1.5, None], f2c_queue_size=[0, None],
+    f2c_gallery_images=[0, 1.5],
     f2c_teacher=["nowhere.pt", 3],
     f2c_pool_rat=[0.1], f2c_momentun=[0.9], f2c_=[1])
 # Keys that are wrong only beside others, or only where F²C is trained.

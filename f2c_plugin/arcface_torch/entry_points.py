@@ -51,9 +51,9 @@ def _head(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcF
         pool_rate=settings.pool_rate, pool_dtype=getattr(torch, settings.pool_dtype), recipe=settings.recipe,
         kept_weights=folder, shard_pool=settings.shard_pool, momentum=settings.momentum, symmetric=settings.symmetric,
         num_hard_negatives=settings.hard_negatives, sub_centers=settings.sub_centers, forget_rate=settings.forget_rate,
-        queue_size=settings.queue_size, seed=cfg.get("seed") or 0, gradient_acc=cfg.get("gradient_acc", 1),
-        autocast=bool(cfg.get("fp16")), hook=True, pretrained=settings.init is not None,
-        fused=settings.fused,
+        queue_size=settings.queue_size, gallery_images=settings.gallery_images, seed=cfg.get("seed") or 0,
+        gradient_acc=cfg.get("gradient_acc", 1), autocast=bool(cfg.get("fp16")), hook=True,
+        pretrained=settings.init is not None, fused=settings.fused,
         classes=(ArcFaceTorchResidentHead, ArcFaceTorchF2CHead, ArcFaceTorchDCQHead))
     assert isinstance(head, ArcFaceTorchHead)
     put_terms_beside(cfg, backbone, head)

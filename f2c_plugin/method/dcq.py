@@ -60,13 +60,16 @@ class DCQHead(GalleryHead):
     Args:
         backbone, schedule, gradient_acc, autocast, hook: see ``GalleryHead``.
         pool: the queue.
+        gallery_images: of how many images the own class weight is the mean, at most: that in x, and those of the identity
+            that entered the queue last.
     """
 
     pool: ClassQueue
 
     def __init__(self, backbone: nn.Module, pool: ClassQueue, schedule: Schedule, gradient_acc: int = 1,
-                 autocast: bool = False, hook: bool = True):
+                 autocast: bool = False, hook: bool = True, gallery_images: int = 1):
         super().__init__(backbone, pool, schedule, False, gradient_acc, autocast, hook)
+        self.gallery_images = gallery_images
 
     def _step(self, tensors: Sequence[Tensor], margin: Margin, rate: Number, seed: Number) -> list[Tensor]:
         probes, labels, features = tensors  # (B/2, D), (B,), (W, B/2, D)
@@ -76,8 +79,8 @@ class DCQHead(GalleryHead):
         with torch.enable_grad():
             leaf = probes.detach().requires_grad_()
             unit = normalize(leaf)
-            own = (unit * weights[this_rank()[0]]).sum(1)
             same = self.pool.slot_identity == label_y[:, None]
+            own = (unit * self._with_earlier(weights[this_rank()[0]], same)).sum(1)
             # Few enough to be held at once, and not in the autocast type, in which small gradients would vanish.
             others = (unit @ self.pool.rows[0].to(unit).T).masked_fill(same, -torch.inf)  # (B/2, Q)
             losses = margin.loss(margin.target(own, quality), margin.total(others))
@@ -88,3 +91,12 @@ class DCQHead(GalleryHead):
         left, not_finite = self.pool.enqueue(gather(label_x).flatten(), weights.flatten(0, 1))
         return [loss.detach(), gradient, same.any(1).float().mean(), positive.nanmean(), others.detach().amax(1).mean(),
                 left.float(), not_finite.float(), loss.detach().isfinite().float()]
+
+    def _with_earlier(self, weights: Tensor, same: Tensor) -> Tensor:
+        """The means of class weights (B/2, D) with earlier ones of their identities, which ``same`` (B/2, Q) finds."""
+        earlier = min(self.gallery_images - 1, self.pool.num_slots)
+        if not earlier:
+            return weights
+        entered, at = torch.where(same, self.pool.last_used, -1).topk(earlier, 1)
+        found = self.pool.rows[0, at].to(weights) * (entered >= 0)[..., None]  # (B/2, G − 1, D)
+        return normalize(weights + found.sum(1), dim=1)

@@ -35,7 +35,7 @@ _PACK_SAMPLES = 1 << 12  # images that identify a pack
 # A checkpoint with another value of one of these, or of another pack, does not fit.
 SAME_TRAINING = ("head", "network", "embedding_size", "num_classes", "num_image", "optimizer", "f2c_pool_rate",
                  "f2c_margin", "f2c_recipe", "f2c_sub_centers", "f2c_forget_rate", "f2c_low_resolution",
-                 "f2c_queue_size")
+                 "f2c_queue_size", "f2c_gallery_images")
 # Other changes are reported, margin_list and lr among them, except those that change nothing in the training.
 NOT_REPORTED = ("resume", "output", "rec", "val_targets", "frequent", "verbose", "num_workers", "save_all_states",
                 "f2c_save_every")

@@ -14,9 +14,9 @@ NUM_IDENTITIES, QUEUE, BATCH, STEPS, SIZE = 9, 14, 12, 12, 6
 COSFACE = Margin(50.0, additive=0.3)
 
 
-def make_head(net, margin=COSFACE, hook=False, queue_size=QUEUE):
+def make_head(net, margin=COSFACE, hook=False, queue_size=QUEUE, gallery_images=1):
     head = build_head(net, NUM_IDENTITIES, STEPS, embedding_size=SIZE, margin=margin, recipe="dcq", queue_size=queue_size,
-                      pool_dtype=torch.float64, momentum=0.9, hook=hook)
+                      gallery_images=gallery_images, pool_dtype=torch.float64, momentum=0.9, hook=hook)
     head.pool.rows.copy_(nn.functional.normalize(head.pool.rows, dim=2))  # drawn in float32
     return head
 
@@ -34,11 +34,12 @@ def batches():
         yield torch.randn(BATCH, 3, 2, 2, dtype=torch.float64, generator=generator), labels
 
 
-@pytest.mark.parametrize("margin", [COSFACE, Margin(50.0, angular=0.4), SFace(64.0, 0.9, 1.2)], ids=str)
-def test_steps_equal_a_plain_reading_of_the_paper(margin):
+@pytest.mark.parametrize("margin, gallery_images", [(COSFACE, 1), (Margin(50.0, angular=0.4), 1), (SFace(64.0, 0.9, 1.2), 1),
+                                                    (COSFACE, 2), (COSFACE, 3), (COSFACE, 100)], ids=str)
+def test_steps_equal_a_plain_reading_of_the_paper(margin, gallery_images):
     net, gallery = make_net(), make_net()
-    head = make_head(net, margin)
-    slow = SlowDCQ(head.pool)
+    head = make_head(net, margin, gallery_images=gallery_images)
+    slow = SlowDCQ(head.pool, gallery_images)
     optimizer = torch.optim.SGD(net.parameters(), 0.05)
     for step, (images, labels) in enumerate(batches()):
         if step:  # momentum encoder

@@ -13,9 +13,11 @@ class SlowDCQ:
 
     Args:
         queue: a ClassQueue to begin with, empty: random weights of nobody.
+        gallery_images: of how many images an own class weight is the mean, at most.
     """
 
-    def __init__(self, queue):
+    def __init__(self, queue, gallery_images=1):
+        self.gallery_images = gallery_images
         self.entries = deque((-1, row) for row in queue.rows[0].clone())
 
     def step(self, probes, labels, weights, margin):
@@ -23,7 +25,10 @@ class SlowDCQ:
         losses = []
         for probe, label, weight in zip(probes, labels.tolist(), weights, strict=True):
             others = [entry @ probe / probe.norm() for identity, entry in self.entries if identity != label]
-            losses.append(slow_image_loss([weight @ probe / (weight.norm() * probe.norm()), *others], 0, margin))
+            earlier = [entry for identity, entry in self.entries if identity == label]
+            images = [weight / weight.norm(), *earlier[::-1][:self.gallery_images - 1]]
+            own = torch.stack(images).mean(0)
+            losses.append(slow_image_loss([own @ probe / (own.norm() * probe.norm()), *others], 0, margin))
         for label, weight in zip(labels.tolist(), normalize(weights), strict=True):
             self.entries.popleft()
             self.entries.append((label, weight))

@@ -17,7 +17,7 @@ from tests.trainer.test_checkpoint import checkpoints, equal
 
 KEYS = dict(num_epoch=2, frequent=1, save_all_states=True, val_targets=[])
 METHODS = {
-    "DCQ": dict(head="dcq", f2c_queue_size=24, f2c_pool_rate=0.1, margin_list=(1.0, 0.0, 0.3)),
+    "DCQ": dict(head="dcq", f2c_queue_size=24, f2c_gallery_images=2, f2c_pool_rate=0.1, margin_list=(1.0, 0.0, 0.3)),
     "DCQ, SFace": dict(head="dcq", f2c_queue_size=24, f2c_margin="sface", margin_list=(1.0, 0.9, 1.2)),
     "SFace": dict(f2c_margin="sface", margin_list=(1.0, 0.9, 1.2)),
     "SFace, as published": dict(f2c_margin="sface", margin_list=(1.0, 0.9, 1.2), f2c_recipe="paper"),
