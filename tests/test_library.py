@@ -7,7 +7,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import f2c_plugin
 from f2c_plugin import F2CHead, Margin, build_head
 from f2c_plugin.errors import ConfigError, InputError
+from f2c_plugin.trainer.rendezvous import process_group
 from tests.runs import on_ranks
 
 NUM_IDENTITIES, BATCH, EMBEDDING_SIZE = 30, 12, 6
@@ -371,28 +372,26 @@ def test_a_compiled_backbone_is_refused():
     make_head(torch.compile(make_net()), recipe="resident")
 
 
-def run_rank(rank, world_size, folder):
+def run_rank(rank, folder):
     """Train with the head built on the wrapped backbone or on the net in it, with and without a hook."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    torch.set_num_threads(1)
-    found = {}
-    for hook in False, True:
-        for wrapped_first in False, True:
-            net = make_net()
-            backbone = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if wrapped_first else net
-            head = make_head(backbone, hook=hook)
-            if not wrapped_first:
-                backbone = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-            losses = train(backbone, head, batches(6, seed=rank), hook)
-            head.pool.validate()
-            gallery = {name: parameter.detach() for name, parameter in head.gallery.named_parameters()}
-            found[hook, wrapped_first] = losses, head.pool.state_dict(), gallery
-    torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with process_group():
+        found = {}
+        for hook in False, True:
+            for wrapped_first in False, True:
+                net = make_net()
+                backbone = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if wrapped_first else net
+                head = make_head(backbone, hook=hook)
+                if not wrapped_first:
+                    backbone = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+                losses = train(backbone, head, batches(6, seed=rank), hook)
+                head.pool.validate()
+                gallery = {name: parameter.detach() for name, parameter in head.gallery.named_parameters()}
+                found[hook, wrapped_first] = losses, head.pool.state_dict(), gallery
+        torch.save(found, f"{folder}/{rank}.pt")
 
 
 def test_on_two_ranks_a_wrapped_backbone_works_by_argument_and_by_hook_and_the_pools_stay_equal(tmp_path):
-    on_ranks(run_rank, (2, tmp_path), 2)
+    on_ranks(run_rank, (tmp_path,), 2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     losses = [losses for rank in ranks for losses, _, _ in rank.values()]
     assert all(each == losses[0] for each in losses[:4]) and all(each == losses[4] for each in losses[4:])

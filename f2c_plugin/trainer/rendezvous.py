@@ -11,11 +11,13 @@ from torch import distributed
 from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 _POLL_SECONDS = 0.1
+_latest: "distributed.ProcessGroup | None" = None
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the ranks that torchrun started, or make a group of this process alone."""
+    global _latest
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -24,6 +26,9 @@ def process_group() -> Iterator[None]:
         distributed.init_process_group(backend, store=rendezvous(store, rank, world_size), rank=rank, world_size=world_size)
     else:
         distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    # Kept, so that a net in DDP never holds the last reference, also where an error has one of its frames: DDP would end the
+    # group's threads with the GIL held, and with activation checkpointing one may need it to end (seen with torch 2.13).
+    _latest = distributed.group.WORLD
     try:
         yield
     finally:

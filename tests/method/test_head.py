@@ -10,6 +10,7 @@ from f2c_plugin.method.head import F2CHead
 from f2c_plugin.method.margin import Margin
 from f2c_plugin.method.pool import DynamicClassPool
 from f2c_plugin.method.schedule import Schedule
+from f2c_plugin.trainer.rendezvous import process_group
 from f2c_plugin.utils.distributed import WHOLE, Shard
 from tests.reference.head import SlowHead
 from tests.runs import on_ranks
@@ -193,31 +194,29 @@ def test_mixed_precision_stays_close_to_full_precision():
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def run_rank(rank, world_size, folder):
+def run_rank(rank, folder):
     """Train one rank over gloo and leave its pool after every step in ``folder``."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    torch.set_num_threads(1)
-    net = make_net()
-    backbone = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
-    head = make_head(backbone)
-    optimizer = torch.optim.SGD(net.parameters(), 0.05)
-    trained, by_rule = [], []
-    for images, labels in batches(seed=rank, batch=8):
-        loss = head(backbone(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        trained.append({name: buffer.clone() for name, buffer in head.pool.named_buffers()})
-    # The same again with a probe net that moves by a rule, for one process to repeat it.
-    net = make_plain_net()
-    backbone = nn.parallel.DistributedDataParallel(net)
-    head = make_head(backbone)
-    for images, labels in batches(seed=rank, batch=8):
-        head(backbone(images), labels)
-        move(net)
-        by_rule.append({name: buffer.clone() for name, buffer in head.pool.named_buffers()})
-    torch.save((trained, by_rule), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    with process_group():
+        net = make_net()
+        backbone = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        head = make_head(backbone)
+        optimizer = torch.optim.SGD(net.parameters(), 0.05)
+        trained, by_rule = [], []
+        for images, labels in batches(seed=rank, batch=8):
+            loss = head(backbone(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            trained.append({name: buffer.clone() for name, buffer in head.pool.named_buffers()})
+        # The same again with a probe net that moves by a rule, for one process to repeat it.
+        net = make_plain_net()
+        backbone = nn.parallel.DistributedDataParallel(net)
+        head = make_head(backbone)
+        for images, labels in batches(seed=rank, batch=8):
+            head(backbone(images), labels)
+            move(net)
+            by_rule.append({name: buffer.clone() for name, buffer in head.pool.named_buffers()})
+        torch.save((trained, by_rule), f"{folder}/{rank}.pt")
 
 
 def make_plain_net():
@@ -233,7 +232,7 @@ def move(net):
 
 
 def test_two_ranks_keep_equal_pools_and_those_of_one_rank_fed_the_gathered_batches(tmp_path):
-    on_ranks(run_rank, (2, tmp_path), 2)
+    on_ranks(run_rank, (tmp_path,), 2)
     (trained_0, by_rule_0), (trained_1, by_rule_1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for step_0, step_1 in zip(trained_0 + by_rule_0, trained_1 + by_rule_1, strict=True):
         assert all(torch.equal(step_0[name], step_1[name]) for name in step_0)

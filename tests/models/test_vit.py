@@ -16,6 +16,7 @@ from f2c_plugin.models.vit import VisionTransformer
 from f2c_plugin.trainer.build import wrap
 from f2c_plugin.trainer.check import check
 from f2c_plugin.trainer.output import write_states
+from f2c_plugin.trainer.rendezvous import process_group
 from tests.reference.vit import slow_embeddings
 from tests.runs import on_ranks, refusal, run
 
@@ -111,14 +112,13 @@ def test_nets_have_the_settings_that_their_names_have_in_arcface_torch(name):
 
 
 def ddp_step(rank, folder):
-    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    for mask_ratio in 0.0, 0.1:
-        net = short(drop_path=0.1, mask_ratio=mask_ratio, checkpointing=True).to(memory_format=torch.channels_last)
-        wrapped = wrap(net)
-        for _ in range(2):  # a gradient that is missing shows in the second
-            wrapped(IMAGES[2 * rank:2 * rank + 2])[:, 0].exp().sum().backward()
-        torch.save({name: value.grad for name, value in net.named_parameters()}, f"{folder}/{mask_ratio}_{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with process_group():
+        for mask_ratio in 0.0, 0.1:
+            net = short(drop_path=0.1, mask_ratio=mask_ratio, checkpointing=True).to(memory_format=torch.channels_last)
+            wrapped = wrap(net)
+            for _ in range(2):  # a gradient that is missing shows in the second
+                wrapped(IMAGES[2 * rank:2 * rank + 2])[:, 0].exp().sum().backward()
+            torch.save({name: value.grad for name, value in net.named_parameters()}, f"{folder}/{mask_ratio}_{rank}.pt")
 
 
 def test_two_ranks_have_the_same_gradients_with_masks_and_without(tmp_path):
