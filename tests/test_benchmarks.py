@@ -418,3 +418,14 @@ def test_the_table_of_all_worlds_in_the_docs_is_that_of_the_committed_results(tm
         assert learning.world(json.loads(file.read_text())["setting"]) in table
     learning.plot(tmp_path / "worlds.png")
     assert (tmp_path / "worlds.png").stat().st_size > 10_000
+
+
+def test_the_neighbours_table_in_the_docs_is_that_of_the_committed_results():
+    methods = importlib.import_module("methods")
+    table = methods.table()
+    assert table in (BENCHMARKS.parent / "docs" / "methods.md").read_text()
+    for file in methods.RESULTS.glob("methods_*.json"):
+        report = json.loads(file.read_text())
+        assert methods.world(report["setting"]) in table
+        for variant, row in report["tables"][0]["rows"].items():
+            assert f"| {variant}" in table and f"{100 * np.mean([run['tar_1e-3'] for run in row['runs']]):.1f}" in table
