@@ -206,6 +206,8 @@ def parsed(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> 
             ("--batch-size", [arguments.batch_size], lambda v: v >= 2, "at least 2")):
         if wrong := [value for value in values if not valid(value)]:
             made.error(f"{option} {wrong[0]}: must be {expected}")
+    if arguments.teacher and not arguments.teacher.is_file():
+        made.error(f"--teacher {arguments.teacher}: there is no such file")
     everything = variants_at(arguments.pool_rate)
     for keys in everything.values():
         if "f2c_teacher" in keys and arguments.teacher:  # what results depend on

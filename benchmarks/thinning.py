@@ -10,6 +10,7 @@ images each identity keeps one, as of chosen ones. Otherwise, see `accuracy.py` 
 """
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from f2c_plugin.data.writer import new_pack
 from f2c_plugin.errors import F2CError
 from f2c_plugin.tools.repack import write_kept
 from f2c_plugin.tools.thin import thin
+from f2c_plugin.trainer.checkpoint import pack_digest
 
 ALL, THINNED, RANDOM = "all images", "chosen", "at random"
 OWN_SEED = 1000  # of the net that chooses
@@ -41,15 +43,14 @@ def at_random(identity: Int64s, keep: float, rng: np.random.Generator) -> np.nda
 
 def packs(arguments: argparse.Namespace, world: World, model: Path) -> dict[str, Path]:
     """The pack and its two parts, made unless they are there."""
-    source = world.data
-    made = {ALL: source}
+    source, digest = world.data, pack_digest(world.dataset.index)[:8]
+    by = hashlib.sha256(model.read_bytes()).hexdigest()[:8]
+    of = f"{source.name}_{digest}_{arguments.keep:g}"
+    made = {ALL: source, THINNED: arguments.work / f"{of}_by_{by}", RANDOM: arguments.work / f"{of}_at-random"}
     for name in THINNED, RANDOM:
-        made[name] = arguments.work / f"{source.name}_{arguments.keep:g}_{name.replace(' ', '-')}"
-        if made[name].is_dir():
-            continue
-        if name == THINNED:
+        if name == THINNED and not made[name].is_dir():
             thin(source, model, made[name], arguments.keep)
-        else:
+        elif not made[name].is_dir():
             kept = at_random(world.dataset.index.identity.astype(np.int64), arguments.keep, np.random.default_rng(0))
             with new_pack(made[name], ("property", "identities.tsv", "train.idx", "train.rec")) as folder:
                 write_kept(source, folder, kept, np.arange(len(world.dataset.index.numbers)))
@@ -84,7 +85,7 @@ def main() -> None:
             arguments.passes = [each * steps / (len(part.dataset) // arguments.batch_size) for each in passes]
             for table, found in zip(tables, compared_on(part, arguments, variants).tables(), strict=True):
                 table["rows"] |= {f"{variant}, {name}": row for variant, row in found["rows"].items()}
-    except F2CError as error:
+    except (F2CError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
     comparison.report(whole, tables, columns(world))
 

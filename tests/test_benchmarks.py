@@ -293,6 +293,9 @@ def test_a_student_has_its_teacher_and_results_of_their_own(script, pack, capsys
     with pytest.raises(SystemExit):
         script("accuracy.py", *arguments, "--variants", student)
     assert f"--variants {student!r}: needs --teacher MODEL" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script("accuracy.py", *arguments, "--variants", student, "--teacher", "nowhere.pt")
+    assert "--teacher nowhere.pt: there is no such file" in capsys.readouterr().err
     script("accuracy.py", *arguments, "--variants", plain)
     teacher, = Path("work").glob("*/model.pt")
     found = script("accuracy.py", *arguments, "--variants", plain, student, "--teacher", teacher)
@@ -317,7 +320,7 @@ def test_parts_of_a_pack_are_trained_on_for_as_many_images_as_the_whole(script, 
     origin = {whole.face(i).tobytes(): i for i in range(len(whole))}
     originals = [i for i in range(IDENTITIES * IMAGES) if RecordDataset(copied).face(i).tobytes() in origin]
     assert len(originals) == IDENTITIES * IMAGES // 2
-    for name in "chosen", "at-random":
+    for name in "by_*", "at-random":
         part, = Path("work").glob(f"pack_copies*_0.5_{name}")
         kept = RecordDataset(part)
         assert len(kept) == IDENTITIES * IMAGES // 2 and kept.num_classes == IDENTITIES

@@ -16,13 +16,23 @@ BLOCK = 32 << 10  # in which Weights & Biases writes: chunks of records, (checks
 
 
 def records(path):
-    """What Weights & Biases has written into a file."""
-    content, at, record = path.read_bytes(), 7, b""
+    """What Weights & Biases has written into a file. It may write the last of it when the training has ended."""
+    while True:
+        found = list(parsed(path.read_bytes()))
+        if found and found[-1].HasField("exit"):
+            return found
+
+
+def parsed(content):
+    """The records of a file, up to where it ends."""
+    at, record = 7, b""
     while at + 7 <= len(content):
         if BLOCK - at % BLOCK < 7:  # too little for another chunk
             at += BLOCK - at % BLOCK
             continue
         length, kind = struct.unpack("<4xHB", content[at:at + 7])
+        if at + 7 + length > len(content):
+            return
         record += content[at + 7:at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
