@@ -150,8 +150,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def compared_on(world: World, arguments: argparse.Namespace, variants: dict[str, comparison.Keys],
-                ) -> comparison.Comparison:
+def compared_on(world: World, arguments: argparse.Namespace, variants: dict[str, comparison.Keys]) -> comparison.Comparison:
     """The comparison of variants on a world."""
     setting = comparison.setting_of(arguments) | {"network": arguments.network} | world.setting()
     if arguments.pixels:

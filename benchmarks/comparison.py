@@ -44,7 +44,6 @@ from f2c_plugin.utils.atomic import written_whole
 FARS = "1e-2", "1e-3", "1e-4"
 FULL_FC, PARTIAL_FC, F2C, DCQ = "softmax", "partial_fc", "f2c_dcp", "dcq"  # heads
 FORWARD, FORWARD_AND_BACKWARD = 1, 3  # units of compute an image
-DISTILLATION = "distillation"
 
 Keys = dict[str, Any]  # of a config
 Result = dict[str, Any]
@@ -55,7 +54,7 @@ METHODS: dict[str, Keys] = {
     "SFace": dict(f2c_margin="sface", margin_list=(1.0, 0.9, 1.2)), "sub-centres": dict(f2c_sub_centers=3),
     "low resolution": dict(f2c_low_resolution=0.5), "small loss": dict(f2c_forget_rate=0.2),
     "small loss, sub-centres": dict(f2c_forget_rate=0.2, f2c_sub_centers=3),
-    "filter": dict(interclass_filtering_threshold=0.4), DISTILLATION: dict(f2c_teacher="")}
+    "filter": dict(interclass_filtering_threshold=0.4), "distillation": dict(f2c_teacher="")}
 OF_FULL_FC = list(METHODS)[:3]
 
 

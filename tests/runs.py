@@ -79,7 +79,15 @@ def on_ranks(function, arguments, ranks):
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = os.environ | dict(WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port),
                                     TORCHELASTIC_USE_AGENT_STORE="True")
-    multiprocessing.start_processes(_on_rank, (function, arguments, environment, os.getcwd()), ranks, start_method="forkserver")
+    started = multiprocessing.start_processes(_on_rank, (function, arguments, environment, os.getcwd()), ranks, join=False,
+                                              start_method="forkserver")
+    try:
+        while not started.join():
+            pass
+    except BaseException:  # as in ``completed``; this process would wait for them at its end
+        for process in started.processes:
+            process.kill()
+        raise
 
 
 def _on_rank(rank, function, arguments, environment, folder):
