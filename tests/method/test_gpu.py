@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from f2c_plugin import Margin, build_head
 from f2c_plugin.method import pool_softmax
+from f2c_plugin.method.margin import SFace
 from f2c_plugin.tools.plan import Plan
 from f2c_plugin.utils import replay
 from f2c_plugin.utils.sharded_rows import ShardedRows
@@ -16,8 +17,12 @@ from tests.runs import history, run
 
 pytestmark = pytest.mark.gpu
 RECIPES = pytest.mark.parametrize("recipe", ["resident", "paper"])
-FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "operators"])
 SIZE, BATCH, SLOTS, IDENTITIES = 64, 32, 300, 1000
+FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "operators"])
+METHODS = pytest.mark.parametrize("keys", [
+    dict(recipe="resident", margin=SFace(32.0, 0.9, 1.2)), dict(recipe="paper", margin=SFace(32.0, 0.9, 1.2)),
+    dict(recipe="resident", sub_centers=3), dict(recipe="resident", forget_rate=0.3),
+    dict(recipe="dcq", queue_size=SLOTS), dict(recipe="dcq", queue_size=SLOTS, gallery_images=4)], ids=str)
 
 
 @pytest.fixture
@@ -63,11 +68,26 @@ def test_a_gpu_learns_what_the_cpu_learns(device, recipe, fused):
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+@METHODS
+def test_a_gpu_learns_by_the_methods_what_the_cpu_learns(device, keys):
+    found, expected = (losses(*make(where, **keys), batches(40, where)) for where in (device, "cpu"))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
 @RECIPES
 @FUSED
 @pytest.mark.parametrize("autocast, pool_dtype", [(False, "float32"), (True, "float32"), (True, "float16"), (True, "bfloat16")])
 def test_a_step_never_makes_the_cpu_wait(device, recipe, fused, autocast, pool_dtype):
     net, head = make(device, recipe, fused=fused, autocast=autocast, pool_dtype=getattr(torch, pool_dtype))
+    runs_without_a_wait(net, head, device)
+
+
+@METHODS
+def test_no_method_makes_the_cpu_wait(device, keys):
+    runs_without_a_wait(*make(device, **keys, autocast=True, pool_dtype=torch.float16), device)
+
+
+def runs_without_a_wait(net, head, device):
     steps = list(batches(8, device))
     losses(net, head, steps[:5])  # the first set up libraries, and the fourth is recorded
     if device.type == "cuda":
@@ -100,6 +120,12 @@ def two_kinds_of_losses(device, monkeypatch, recipe, **keys):
 @pytest.mark.parametrize("margin", [dict(additive=0.2), dict(angular=0.3), dict(additive=0.3, adaptive=True)], ids=str)
 def test_recorded_steps_are_those_that_are_not(device, recipe, margin, monkeypatch):
     recorded, others = two_kinds_of_losses(device, monkeypatch, recipe, margin=Margin(32.0, **margin))
+    assert recorded == pytest.approx(others, rel=1e-3)
+
+
+@METHODS
+def test_recorded_steps_of_the_methods_are_those_that_are_not(device, keys, monkeypatch):
+    recorded, others = two_kinds_of_losses(device, monkeypatch, **keys)
     assert recorded == pytest.approx(others, rel=1e-3)
 
 
@@ -181,6 +207,10 @@ def test_memory_is_what_plan_says(device, recipe):
     assert used == pytest.approx(plan.f2c(device.type), rel=0.1)
 
 
-def test_the_built_in_trainer_trains_in_mixed_precision(device, config):
-    run(config(fp16=device.type == "cuda"))
+@pytest.mark.parametrize("keys", [
+    {}, dict(head="dcq"), dict(head="softmax", softmax_ramp=True, f2c_sub_centers=3), dict(f2c_low_resolution=0.5),
+    dict(f2c_forget_rate=0.2, f2c_sub_centers=3), dict(f2c_margin="sface", margin_list=(1.0, 0.9, 1.2)),
+    dict(network="mixfacenet_s"), dict(network="vargfacenet"), dict(network="vit_t")], ids=str)
+def test_the_built_in_trainer_trains_in_mixed_precision(device, config, keys):
+    run(config(fp16=device.type == "cuda", **keys))
     assert len([entry for entry in history() if "loss" in entry]) > 3
