@@ -1,6 +1,8 @@
 """Steps that a GPU repeats by itself: hundreds of small kernels, launched at once as CUDA graphs."""
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +71,19 @@ def _can_record(device: torch.device, state: Sequence[Tensor]) -> bool:
             and not torch.cuda.is_current_stream_capturing())
 
 
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Garbage is collected before, not within: it may hold memory that a GPU sees, and to let go of that ends a recording."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class _Recording:
     """CUDA graphs, and the collectives between them. They share memory, which is theirs for good."""
 
@@ -77,8 +92,8 @@ class _Recording:
         self._parts: list[Callable[[], Any]] = []
         self._memory = torch.cuda.graph_pool_handle()
         self._graph: torch.cuda.CUDAGraph | None = None
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()), recording(self._between):
+        with no_garbage_collection(), torch.cuda.stream(torch.cuda.Stream()), recording(self._between):
+            torch.cuda.synchronize()
             self._begin()
             try:
                 self._outputs = list(function(*self._inputs[:-1], *self._inputs[-1].unbind()))

@@ -129,6 +129,19 @@ def test_recorded_steps_of_the_methods_are_those_that_are_not(device, keys, monk
     assert recorded == pytest.approx(others, rel=1e-3)
 
 
+def test_garbage_does_not_end_a_recording(device):
+    """A head that is gone lets go of the main memory that its GPU sees, which is refused while the GPU records."""
+    def step(ones, number):
+        _ = [[] for _ in range(100_000)]  # enough for the garbage collector to come
+        return [ones + number]
+
+    replayed = replay.Replay(step)
+    for _ in range(6):
+        make(device, "resident")  # garbage at once, which only the collector frees
+        found, = replayed([torch.ones(3, device=device)], [1.0], [])
+        assert found.tolist() == [2.0] * 3
+
+
 def _of_two_ranks(rank, store, device, recipe, queue):
     with pytest.MonkeyPatch.context() as monkeypatch:
         distributed.init_process_group("gloo", store=distributed.FileStore(store, 2), rank=rank, world_size=2)
