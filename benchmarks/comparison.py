@@ -288,6 +288,11 @@ def score(result: Result) -> float:
     return float(np.mean(accuracies)) if accuracies else result["auc"] or 0.0
 
 
+def on_device() -> Result:
+    """The GPU that a run is trained on; nothing without one."""
+    return {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+
+
 def provenance() -> Result:
     """The commit that is at work here, None outside a checkout, and the versions of what it works with."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -325,7 +330,7 @@ class Comparison:
         keys = self.variants[run.variant]
         result = run._asdict() | {
             "units": units(keys), "passes": round(run.steps * self.arguments.batch_size / self.num_images, 4),
-            **self.train(run, folder), **provenance()}
+            **self.train(run, folder), **on_device(), **provenance()}
         with written_whole(folder / "result.json") as file:
             file.write(json.dumps(result).encode())
 

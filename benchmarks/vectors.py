@@ -121,8 +121,7 @@ def train_one(arguments: argparse.Namespace, world: World, images: np.ndarray, l
     faces, identity = world.unseen()
     with torch.no_grad():
         found = comparison.pair_metrics(normalize(state.net.eval()(faces.to(device))).cpu(), identity)
-    on = {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
-    return found | on | {"classes": comparison.classes_in_a_step(cfg), "images_per_s": run.steps * cfg.batch_size / seconds}
+    return found | {"classes": comparison.classes_in_a_step(cfg), "images_per_s": run.steps * cfg.batch_size / seconds}
 
 
 def main() -> None:
