@@ -1,4 +1,4 @@
-"""What the neighbours of F²C gain in each world, as a table of the results that are committed.
+"""What the neighbours of F²C gain in each world, as tables of the results that are committed.
 
     python benchmarks/methods.py
 
@@ -42,15 +42,22 @@ def columns() -> dict[str, dict[str, list[Result]]]:
                 cells = found.setdefault(name, {})
                 if len(row["runs"]) > len(cells.get(variant, [])):
                     cells[variant] = row["runs"]
-    return {name: found[name] for name in sorted(compared, reverse=True)}
+    return {name: found[name] for name in sorted(compared)}
 
 
-def table() -> str:
-    """In Markdown: a row for each head and method, a column for each world."""
-    found = columns()
+def tables() -> str:
+    """In Markdown, for each kind of world: a row for each head and method, a column for each world."""
+    kinds: dict[str, dict[str, dict[str, list[Result]]]] = {}
+    for name, cells in columns().items():
+        kind, _, rest = name.partition(", ")
+        kinds.setdefault(kind, {})[rest] = cells
+    return "\n\n".join(table(*each) for each in kinds.items())
+
+
+def table(kind: str, found: dict[str, dict[str, list[Result]]]) -> str:
     variants = sorted({variant for cells in found.values() for variant in cells}, key=lambda name: (head_of(name), name))
     heads = {head_of(variant) for variant in variants if head_of(variant) != variant}  # with a method somewhere
-    lines = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    lines = [f"| {kind} | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     for variant in variants:
         if head_of(variant) in heads:
             lines.append(f"| {variant} | " + " | ".join(text(cells, variant) for cells in found.values()) + " |")
@@ -68,4 +75,4 @@ def text(cells: dict[str, list[Result]], variant: str) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(tables())
