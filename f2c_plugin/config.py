@@ -256,6 +256,8 @@ def _problems_together(good: Config, unclear: bool, world_size: int) -> Iterator
     if is_resident and good.get(PREFIX + "export", "probe") != "probe" and not good.get(PREFIX + "forget_rate"):
         yield (f"{PREFIX}export={good[PREFIX + 'export']!r}: the recipe 'resident' has no gallery net: leave it out, or set "
                f"{PREFIX}recipe='paper'")
+    if settings.recipe == DCQ and settings.share_of_pairs == 0:
+        yield f"{PREFIX}identity_rate={settings.identity_rate}: DCQ learns from pairs of images alone: leave it out"
     if batch and batch % 2 and not (is_resident and not settings.share_of_pairs):
         nearest = "2" if batch < 2 else f"{batch - 1} or {batch + 1}"
         yield f"batch_size={batch}: F²C splits a batch into two halves, gallery and probe: make it even, {nearest}"

@@ -152,7 +152,19 @@ def _states(path: Path, with_classes: bool) -> tuple[Mapping[Any, Any], list[Hea
             raise CheckpointError(f"{path}: is not named {NAME.format('<rank>')}, so the files of the other ranks, which "
                                   "f2c_init_classes=True needs, cannot be found: give it its name back")
         heads = [state[head] for state in states.values()]
+    if with_classes and (count := _sub_centers(saved.get("settings", {}), heads[0])) > 1:
+        raise CheckpointError(f"{path}: has {count} class weights of each identity (f2c_sub_centers), which cannot be taken: "
+                              "set f2c_init_classes=False")
     return saved[backbone], heads, sorted(saved.keys() - {"format", backbone, *([head] if with_classes else [])})
+
+
+def _sub_centers(settings: Mapping[str, Any], head: Head) -> int:
+    """How many class weights an identity has: by the settings of the built-in trainer, or by the weights kept by a pool."""
+    kept, rows = head.get("pool.kept.rows"), head.get("pool.rows")
+    if _is_table(kept, 3) and _is_table(rows, 3) and kept.size(2) == rows.size(0) * rows.size(2):
+        return rows.size(0)
+    count = settings.get("f2c_sub_centers")
+    return count if isinstance(count, int) else 1
 
 
 def _fitting(state: Mapping[Any, Any], net: nn.Module, cfg: Config) -> Mapping[str, Tensor]:

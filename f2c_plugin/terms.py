@@ -12,6 +12,7 @@ from f2c_plugin.evaluation.onnx_export import embedding_size, load_net
 from f2c_plugin.method.distillation import Distillation
 from f2c_plugin.method.low_resolution import LowResolution
 from f2c_plugin.utils.distributed import this_rank
+from f2c_plugin.utils.finite import not_finite, some
 
 
 class CountsSteps(Protocol):
@@ -31,19 +32,22 @@ def put_terms_beside(cfg: Config, backbone: nn.Module, head: nn.Module) -> None:
         ConfigError: the teacher does not fit.
     """
     settings, counting = F2CConfig.of(cfg), cast(CountsSteps, head)
+    if settings.teacher:  # before images are made small, so that it sees them sharp
+        teacher = read_teacher(cfg).to(next(backbone.parameters()).device)
+        teacher.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        Distillation(teacher, bool(cfg.get("fp16"))).put("distillation", backbone, head)
     if settings.low_resolution:
         seed = cfg.get("seed") or 0, 5, this_rank()[0]
         term = LowResolution(backbone, settings.low_resolution, lambda: counting.steps, settings.momentum,
                              cfg.get("gradient_acc", 1), getattr(head, "gallery", None), seed)
         term.put("low_resolution", backbone, head)
-    if settings.teacher:
-        teacher = read_teacher(cfg).to(next(backbone.parameters()).device)
-        teacher.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        Distillation(teacher, bool(cfg.get("fp16"))).put("distillation", backbone, head)
 
 
 def read_teacher(cfg: Config) -> nn.Module:
-    """The net of ``config.f2c_teacher``. Raises ConfigError unless it can be read and has embeddings of the config's size."""
+    """The net of ``config.f2c_teacher``.
+
+    Raises ConfigError unless it can be read, is finite, and has embeddings of the config's size.
+    """
     path = Path(cfg["f2c_teacher"])
     try:
         teacher = load_net(path)
@@ -51,4 +55,6 @@ def read_teacher(cfg: Config) -> nn.Module:
         raise ConfigError(f"f2c_teacher: {error}") from error
     if (found := embedding_size(teacher.state_dict())) != cfg["embedding_size"]:
         raise ConfigError(f"f2c_teacher={str(path)!r}: its embeddings have {found} numbers: set embedding_size={found}")
+    if names := not_finite(teacher.state_dict()):
+        raise ConfigError(f"f2c_teacher={str(path)!r}: {some(names)} not finite: choose another file")
     return teacher

@@ -226,6 +226,17 @@ def test_class_weights_of_full_fc_are_taken(config, few):
     assert same(weights_of(head), dict(enumerate(load_states(file)["head"]["weight"])))
 
 
+@pytest.mark.parametrize("keys", [dict(head="softmax", num_classes=36), dict(head="softmax"), {}], ids=str)
+def test_class_weights_of_sub_centres_are_refused(config, few, keys):
+    """Those of a full FC layer are rows that look like those of three times as many identities."""
+    head = {name: value for name, value in keys.items() if name == "head"}
+    run(config(**few, **head, f2c_sub_centers=3, output="before"))
+    before = str(checkpoints("before")[-1])
+    with pytest.raises(ConfigError, match=r"has 3 class weights of each identity \(f2c_sub_centers\), which cannot"):
+        start(config(f2c_init=before, f2c_init_classes=True, **keys))
+    start(config(f2c_init=before, **keys))
+
+
 def test_identities_that_never_came_begin_with_their_first_image(config, net, tmp_path):
     weight = torch.randn(7, SIZE)
     weight[4] = 0

@@ -49,9 +49,9 @@ def _describe_head(head: Mapping[str, Any]) -> str:
     if all(torch.is_tensor(head.get(name)) and head[name].dim() == dimensions for name, dimensions in _POOL.items()):
         rows, slots, size = head["pool.rows"].shape
         taken = int((head["pool.slot_identity"] != NOT_IN_POOL).sum())
-        what = f"class weights of {size}" if _KEPT in head else f"{rows} × {size}"
+        what = f"{f'{rows} ' * (rows > 1)}class weights of {size}" if _KEPT in head else f"{rows} × {size}"
         return f"F²C, {slots:,} slots of {what}, {taken:,} taken, {int(head['pool.clock']):,} writes"
-    if head.keys() == {"weight"} and torch.is_tensor(head["weight"]) and head["weight"].dim() == 2:
+    if torch.is_tensor(head.get("weight")) and head["weight"].dim() == 2:
         classes, size = head["weight"].shape
         return f"weights of {classes:,} classes × {size}"
     return f"{len(head)} entries of an unknown head"

@@ -32,6 +32,8 @@ _BLOCK = 1 << 15  # centres that they are compared with at a time
 _ROWS, _COLUMNS = 12, 8  # of a contact sheet
 _BARS = 100  # of a drawn histogram
 _NAMED = 20  # identities without an image that the report names
+_NOT_COMPARED = ("identities are not compared: their halves are not nearer to each other than other identities are, or none "
+                 "has four images")
 
 
 @dataclass
@@ -70,8 +72,7 @@ class Cleaned:
         if self.emptied:
             named = ", ".join(map(str, self.emptied[:_NAMED])) + ", …" * (len(self.emptied) > _NAMED)
             lines.append(f"  {len(self.emptied)} identities are left with no image: {named}")
-        lines.append("  identities are not compared: their halves are not nearer to each other than other identities are. Give "
-                     "--least-same" if self.least_same is None else
+        lines.append(f"  {_NOT_COMPARED}; give --least-same" if self.least_same is None else
                      f"  {len(self.same)} identities in {groups} groups may be one person's, with a cosine of "
                      f"{self.least_same:.3f} or more: look at them, and give {self.out / SAME} to f2c-plugin merge --same")
         return "\n".join(lines)
@@ -83,9 +84,12 @@ class Cleaned:
                "are judged by their cosine to it (sub-center ArcFace, ECCV 2020, section 3.4). " + (
                    given if self.j is None else "The threshold is where cosines to the own centre and to that of a random "
                    f"other identity separate best: of the latter, {self.j:.1%} more are below. Wrong labels do not move it."))
-        yield ("Identities are compared by their dominant centres. " + (
-            given if self.j_same is None else "The threshold is where cosines of the two halves of an identity and of "
-            f"identities to the nearest other one separate best: of the latter, {self.j_same:.1%} more are below it."))
+        if self.least_same is None:
+            yield _NOT_COMPARED.capitalize() + "."
+        else:
+            yield ("Identities are compared by their dominant centres. " + (
+                given if self.j_same is None else "The threshold is where cosines of the two halves of an identity and of "
+                f"identities to the nearest other one separate best: of the latter, {self.j_same:.1%} more are below it."))
 
 
 @dataclass
@@ -138,7 +142,7 @@ def clean(source: str | Path, model: str | Path, out: str | Path, least: float |
         nearest = histogram(_nearest(centres))
         j_same = None
         if least_same is None:
-            least_same, j_same = separation(judged.halves, nearest)
+            least_same, j_same = separation(judged.halves, nearest) if judged.halves.any() else (0.0, 0.0)
             least_same = least_same if j_same >= _LEAST_J else None
         same = [] if least_same is None else suggestions(centres, least_same, lambda each: (1, int(numbers[each])))
         images, unreadable = int(kept.sum()), int(np.isnan(judged.cosines).sum())
@@ -174,6 +178,10 @@ def _judged(embeddings: NDArray[np.float16], starts: Int64s, least: float | None
 
 
 def _separating(judged: _Judged, model: str | Path) -> tuple[float, float]:
+    for histogram_of, lacking in (judged.own, "no identity with two images"), (judged.other, "only one identity"):
+        if not histogram_of.any():
+            raise InputError(f"the pack has {lacking} that can be decoded, so there is nothing to find a threshold by: give "
+                             "--least")
     least, j = separation(judged.own, judged.other)
     if j < _LEAST_J:
         raise InputError(f"{model}: does not separate the identities: at the best threshold, {least:.3f}, the share of images "

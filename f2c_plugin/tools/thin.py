@@ -52,8 +52,8 @@ def thin(source: str | Path, model: str | Path, out: str | Path, keep: float = 0
 
     Within an identity, images are ranked by what they contribute to sparsity (``thinning.contributions``), and suppressed
     where they are too near to one that is kept (``thinning.suppressed``). One threshold for the whole pack leaves the share;
-    what a step of it leaves open is filled with the images that contribute most. Every identity keeps an image, and its number;
-    beyond 2**24, the number that it has in training.
+    what a step of it leaves open is filled with the images that contribute most. Every identity with an image that can be
+    decoded keeps one, and its number; beyond 2**24, the number that it has in training.
 
     Raises:
         InputError: the share is none, or there are more identities than it has images.
@@ -81,7 +81,8 @@ def thin(source: str | Path, model: str | Path, out: str | Path, keep: float = 0
         in_pack[index.grouped] = chosen
         numbers = np.arange(len(index.numbers)) if index.numbers[-1] >= FLOAT32_EXACT else index.numbers.astype(np.int64)
         repack.write_kept(source, folder, in_pack, np.where(has_images, numbers, -1))
-    return Thinned(out, wanted, identities, count, len(index) - count, threshold)
+    unreadable = len(index) - count + len(index.unusable)
+    return Thinned(out, wanted, identities, count, unreadable, threshold)
 
 
 def _scores(embeddings: NDArray[np.float16], starts: Int64s) -> Float64s:

@@ -87,7 +87,9 @@ def build_state(cfg: TrainConfig, device: torch.device, total_steps: int) -> Tra
     optimizer = build.build_optimizer(cfg, [{"params": backbone.parameters()}, {"params": head.parameters()}])
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.fp16, growth_interval=100)
     state = TrainState(cfg, backbone, net, head, optimizer, scaler, total_steps)
-    state.bad_steps = BadSteps(cfg.get("f2c_max_bad_steps", F2CConfig.max_bad_steps), state.nets.values())
+    beside = (each for each in head.modules() if isinstance(each, GalleryNet))  # also those of loss terms
+    nets = dict.fromkeys([*state.nets.values(), *beside])
+    state.bad_steps = BadSteps(cfg.get("f2c_max_bad_steps", F2CConfig.max_bad_steps), nets)
     return state
 
 

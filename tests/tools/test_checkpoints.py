@@ -1,6 +1,7 @@
 """Summaries of checkpoints, and converting arcface_torch's to another number of ranks."""
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,11 @@ def test_inspect_summarizes_checkpoints_of_arcface_torch_and_the_built_in_traine
     for line in ("f2c_plugin.train", "1 with 12 images each", "F²C, 12 slots of class weights of 32, 12 taken", "arcface_torch",
                  "F²C, 8 slots of 2 × 4, 0 taken", "weights of 3 classes × 4, 12 of them NOT FINITE"):
         assert line in printed, printed
+    for keys, line in ((dict(f2c_sub_centers=3), "F²C, 12 slots of 3 class weights of 32, 12 taken"),
+                       (dict(head="softmax", f2c_low_resolution=0.5), "weights of 12 classes × 32")):
+        run(config(num_epoch=1, val_targets=[], save_all_states=True, output="other", **keys))
+        assert dict(describe(checkpoints("other")[0]))["head"].startswith(line)
+        shutil.rmtree("other")
     Path("model.pt").write_bytes(b"PK")
     with pytest.raises(SystemExit, match="f2c-plugin checkpoint: model.pt: not a whole checkpoint"):
         cli(["checkpoint", "inspect", "model.pt"])

@@ -96,6 +96,29 @@ def test_thresholds_that_are_given_count_and_the_result_as_json(noisy, net, tmp_
     assert {float(line[3]) < 0.9 for line in table(tmp_path / "few/clean.tsv") if line[0] == "far"} == {True}
 
 
+def test_identities_of_fewer_than_four_images_are_compared_only_by_a_threshold_that_is_given(net, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    people = codes(rng, 8)
+    people[1] = people[0]
+    pack = write_pack(tmp_path / "pack", [(identity, face(rng, codes(rng, 1, person, 0.3)[0]))
+                                          for identity, person in enumerate(people) for _ in range(3)])
+    cli(["clean", str(pack), str(net), str(tmp_path / "out")])
+    assert "identities are not compared: " in capsys.readouterr().out
+    page = (tmp_path / "out/clean.html").read_text()
+    assert "compared by their dominant centres" not in page and "identities are not compared" in page.lower()
+    found = clean(pack, net, tmp_path / "given", least_same=0.9)
+    assert [(each.name, each.identity) for each in found.same] == [("same-1", 0), ("same-1", 1)]
+
+
+@pytest.mark.parametrize("identities, lacking", [([7] * 8, "only one identity"), (range(8), "no identity with two images")])
+def test_a_pack_without_a_threshold_to_find_needs_one_that_is_given(net, tmp_path, identities, lacking):
+    rng = np.random.default_rng(0)
+    pack = write_pack(tmp_path / "pack", [(identity, face(rng, codes(rng, 1)[0])) for identity in identities])
+    with pytest.raises(InputError, match=f"the pack has {lacking} .*: give --least"):
+        clean(pack, net, tmp_path / "out")
+    assert clean(pack, net, tmp_path / "out", least=-1).images == 8
+
+
 def test_what_cannot_be_cleaned_is_refused_and_nothing_is_written(noisy, net, tmp_path):
     with pytest.raises(InputError, match="--least 2: must be a cosine"):
         clean(noisy[0], net, tmp_path / "out", least=2)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 
 from f2c_plugin.cli import main as cli
@@ -76,9 +77,10 @@ def test_what_contributes_most_stays_and_images_that_no_threshold_tells_apart_fi
 def test_a_trained_net_thins_too_and_what_cannot_be_decoded_is_left_out(repetitive, tmp_path, capsys):
     torch.save(get_model("tiny", 8).state_dict(), tmp_path / "model.pt")
     whole = [(identity, image) for identity, images in read_pack(repetitive[0]).items() for image in images]
-    pack = write_pack(tmp_path / "pack", [*whole, (5, whole[0][1][:-300])])  # identity 5 has no other
+    small = simplejpeg.encode_jpeg(np.zeros((64, 64, 3), np.uint8))
+    pack = write_pack(tmp_path / "pack", [*whole, (5, whole[0][1][:-300]), (3, small)])  # identity 5 has no other
     cli(["thin", str(pack), str(tmp_path / "model.pt"), str(tmp_path / "out")])
-    assert "left out: 1 images that cannot be decoded" in capsys.readouterr().out
+    assert "left out: 2 images that cannot be decoded" in capsys.readouterr().out
     kept = read_pack(tmp_path / "out")
     assert sum(map(len, kept.values())) == round(0.6 * len(whole)) and {*kept} == {identity for identity, _ in whole}
 

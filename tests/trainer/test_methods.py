@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from f2c_plugin.config_files import load_config
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.evaluation.onnx_export import load_net
 from f2c_plugin.evaluation.verification import embed
+from f2c_plugin.trainer.loop import build_state
+from f2c_plugin.trainer.rendezvous import process_group
 from f2c_plugin.utils.safe_load import load_states
 from tests.runs import losses, refusal, run
 from tests.trainer.test_checkpoint import checkpoints, equal
@@ -59,8 +62,31 @@ def test_a_student_learns_the_teachers_embeddings_and_the_teacher_is_in_no_check
     assert not [name for name in load_states(checkpoints("saved")[-1])["head"] if "distillation" in name]
 
 
+def test_the_teacher_sees_sharp_images_where_the_student_sees_small_ones(config):
+    run(config(output="teacher", num_epoch=1, val_targets=[]))
+    cfg = load_config(config(f2c_teacher="teacher/model.pt", f2c_low_resolution=1.0))
+    teacher, images, seen = load_net("teacher/model.pt"), torch.rand(6, 3, 112, 112) * 2 - 1, []
+    with process_group():
+        state = build_state(cfg, torch.device("cpu"), 10)
+        state.head.distillation.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+        state.backbone.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+        state.head(state.backbone(images), torch.arange(6))
+    small, embeddings = seen
+    assert not torch.equal(small, images)
+    torch.testing.assert_close(embeddings, teacher(images), check_dtype=False)
+
+
+def test_a_teacher_that_is_not_finite_is_refused(config):
+    run(config(output="teacher", num_epoch=1, val_targets=[]))
+    state = torch.load("teacher/model.pt")
+    next(value for value in state.values() if value.is_floating_point())[0] = torch.nan
+    torch.save(state, "nan.pt")
+    assert re.search("f2c_teacher='nan.pt': .* not finite: choose another file", refusal(config(f2c_teacher="nan.pt")))
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(f2c_teacher="nowhere.pt"), "f2c_teacher: nowhere.pt"),
+    (dict(head="dcq", f2c_identity_rate=0), "f2c_identity_rate=0: DCQ learns from pairs of images alone: leave it out"),
     (dict(head="dcq", f2c_queue_size=3), "f2c_queue_size=3: a gathered batch brings 6 class weights"),
     (dict(f2c_margin="sface"), r"f2c_margin='sface': takes its a and b from the second and third number of margin_list=\(1.0, "
                                r"0.0, 0.2\): set margin_list=\(1.0, 0.9, 1.2\)"),

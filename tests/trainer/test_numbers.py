@@ -31,7 +31,9 @@ def assert_whole(folder="out"):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("keys", [{}, dict(fp16=True), dict(head="softmax"), dict(gradient_acc=2)], ids=str)
+@pytest.mark.parametrize("keys", [
+    {}, dict(fp16=True), dict(head="softmax"), dict(gradient_acc=2), dict(f2c_low_resolution=0.5),
+    dict(head="softmax", f2c_low_resolution=0.5), dict(f2c_forget_rate=0.3), dict(head="dcq", f2c_queue_size=24)], ids=str)
 def test_images_that_are_not_finite_spoil_neither_pool_nor_nets_and_training_goes_on(config, monkeypatch, value, keys):
     spoil_images(monkeypatch, {3, 4, 11}, value)
     run(config(frequent=1, val_targets=["synth"], save_all_states=True, **keys))
