@@ -7,6 +7,7 @@ from f2c_plugin.data.recordio import Float32s, Int64s
 SUB_CENTRES = 3  # K in sub-center ArcFace
 BINS = 2000  # of a histogram of cosines, from -1 to 1
 _ITERATIONS = 10
+_EQUAL = 1e-5  # cosines that differ by less are equally near
 
 
 def sub_centres(unit: Float32s, most: int = SUB_CENTRES) -> Float32s:
@@ -14,7 +15,8 @@ def sub_centres(unit: Float32s, most: int = SUB_CENTRES) -> Float32s:
 
     It starts with the image nearest to the mean, and each time the one that is farthest from those before.
     """
-    seeds = [int(np.argmax(np.round(unit @ unit.mean(0), 5)))]  # of two images, the first
+    to_mean = unit @ unit.mean(0)
+    seeds = [int(np.argmax(to_mean >= to_mean.max() - _EQUAL))]  # of two images, which are equally near, the first
     while len(seeds) < min(most, len(unit)):
         seeds.append(int(np.argmin((unit @ unit[seeds].T).max(1))))
     centres = unit[seeds]

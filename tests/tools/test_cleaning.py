@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from f2c_plugin.tools.cleaning import BINS, dominant_centre, halves_cosine, histogram, separation, sub_centres
 
@@ -15,7 +15,8 @@ def unit_vectors(rng, count, size, about=None, spread=1.0):
 def plain_sub_centres(unit):
     """Spherical k-means, image by image."""
     mean = sum(unit) / len(unit)
-    centres = [max(unit, key=lambda x: round(float(x @ mean), 5))]
+    nearest = max(x @ mean for x in unit)
+    centres = [next(x for x in unit if x @ mean >= nearest - 1e-5)]
     while len(centres) < min(3, len(unit)):
         centres.append(min(unit, key=lambda x: max(x @ centre for centre in centres)))
     for _ in range(10):
@@ -40,6 +41,7 @@ def plain_dominant_centre(unit, least):
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 30), st.sampled_from([None, -0.5, 0.3, 0.7, 0.99]))
+@example(7388, 2, None)  # cosines that differ in the fifth decimal place, by rounding alone
 def test_centres_are_those_of_a_plain_loop(seed, count, least):
     unit = unit_vectors(np.random.default_rng(seed), count, 5)
     assert sub_centres(unit) == pytest.approx(plain_sub_centres(unit), abs=1e-5)
