@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from f2c_plugin.config import Config
 from f2c_plugin.errors import CheckpointError, ConfigError
-from f2c_plugin.method.gallery import GalleryNet
+from f2c_plugin.method.gallery import gallery_nets
 from f2c_plugin.utils.finite import not_finite, some
 from f2c_plugin.utils.inputs import unwrapped
 from f2c_plugin.utils.rank_files import NAME, load_all_ranks, require_arcface_torch, require_none
@@ -111,7 +111,7 @@ def initialize(cfg: Config, backbone: nn.Module, head: nn.Module, resumed: bool)
             own_head.put_class_weights(identities, weights)
             known[identities] = True
         taken += f", class weights of {int(known.sum()):,} identities"
-    for net in (probe_net, *(each.net for each in own_head.modules() if isinstance(each, GalleryNet))):
+    for net in (probe_net, *(each.net for each in gallery_nets(own_head))):
         net.load_state_dict(pretrained.net)
     log.info("f2c_init=%r: taken: %s; left: %s", name, taken, ", ".join(pretrained.left) or "nothing")
 
@@ -139,10 +139,10 @@ def _states(path: Path, with_classes: bool) -> tuple[Mapping[Any, Any], list[Hea
     saved = load_states(path)
     if saved.get("format") == FORMAT:
         require_none(problems(saved), path)
-        backbone, head = "backbone", "head"
+        backbone, head, settings = "backbone", "head", saved["settings"]
     elif "state_dict_backbone" in saved:
         require_arcface_torch(saved, path)
-        backbone, head = "state_dict_backbone", "state_dict_softmax_fc"
+        backbone, head, settings = "state_dict_backbone", "state_dict_softmax_fc", {}
     else:
         return saved, [], []
     heads = [saved[head]]
@@ -152,7 +152,7 @@ def _states(path: Path, with_classes: bool) -> tuple[Mapping[Any, Any], list[Hea
             raise CheckpointError(f"{path}: is not named {NAME.format('<rank>')}, so the files of the other ranks, which "
                                   "f2c_init_classes=True needs, cannot be found: give it its name back")
         heads = [state[head] for state in states.values()]
-    if with_classes and (count := _sub_centers(saved.get("settings", {}), heads[0])) > 1:
+    if with_classes and (count := _sub_centers(settings, heads[0])) > 1:
         raise CheckpointError(f"{path}: has {count} class weights of each identity (f2c_sub_centers), which cannot be taken: "
                               "set f2c_init_classes=False")
     return saved[backbone], heads, sorted(saved.keys() - {"format", backbone, *([head] if with_classes else [])})

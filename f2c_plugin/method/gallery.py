@@ -60,3 +60,8 @@ class GalleryNet(nn.Module):
             by_dtype.setdefault(pair[0].dtype, []).append(pair)
         for pairs in by_dtype.values():
             step_towards([own for own, _ in pairs], [theirs for _, theirs in pairs], 1 - momentum)
+
+
+def gallery_nets(head: nn.Module) -> list[GalleryNet]:
+    """Those of a head, and of the loss terms beside it."""
+    return [each for each in head.modules() if isinstance(each, GalleryNet)]

@@ -142,7 +142,7 @@ def clean(source: str | Path, model: str | Path, out: str | Path, least: float |
         nearest = histogram(_nearest(centres))
         j_same = None
         if least_same is None:
-            least_same, j_same = separation(judged.halves, nearest) if judged.halves.any() else (0.0, 0.0)
+            least_same, j_same = separation(judged.halves, nearest)
             least_same = least_same if j_same >= _LEAST_J else None
         same = [] if least_same is None else suggestions(centres, least_same, lambda each: (1, int(numbers[each])))
         images, unreadable = int(kept.sum()), int(np.isnan(judged.cosines).sum())
@@ -178,8 +178,8 @@ def _judged(embeddings: NDArray[np.float16], starts: Int64s, least: float | None
 
 
 def _separating(judged: _Judged, model: str | Path) -> tuple[float, float]:
-    for histogram_of, lacking in (judged.own, "no identity with two images"), (judged.other, "only one identity"):
-        if not histogram_of.any():
+    for counts, lacking in (judged.own, "no identity with two images"), (judged.other, "only one identity"):
+        if not counts.any():
             raise InputError(f"the pack has {lacking} that can be decoded, so there is nothing to find a threshold by: give "
                              "--least")
     least, j = separation(judged.own, judged.other)

@@ -62,9 +62,11 @@ def separation(same: Int64s, different: Int64s) -> tuple[float, float]:
 
     Wrong labels in ``same`` (or pairs of one person in ``different``) lower J, but not where it is largest: it is the threshold
     of the least balanced error, which such labels do not move (Menon et al., ICML 2015). Between histograms that do not overlap
-    it is the middle of the gap.
+    it is the middle of the gap. Where one is empty, J is 0.
     """
-    below = [np.cumsum(each) / max(each.sum(), 1) for each in (same, different)]
+    if not (same.any() and different.any()):
+        return 0.0, 0.0
+    below = [np.cumsum(each) / each.sum() for each in (same, different)]
     gain = below[1] - below[0]
     first = int(np.argmax(gain))
     length = int(np.argmin(np.append(gain[first:] >= gain[first], False)))

@@ -23,7 +23,7 @@ from f2c_plugin.evaluation.model_selection import Results, select_net
 from f2c_plugin.evaluation.onnx_export import export_checked, unusable
 from f2c_plugin.evaluation.verification import VerificationSet
 from f2c_plugin.initial import initialize
-from f2c_plugin.method.gallery import GalleryNet
+from f2c_plugin.method.gallery import GalleryNet, gallery_nets
 from f2c_plugin.models import get_model
 from f2c_plugin.trainer import build
 from f2c_plugin.trainer.bad_steps import BadSteps
@@ -87,8 +87,7 @@ def build_state(cfg: TrainConfig, device: torch.device, total_steps: int) -> Tra
     optimizer = build.build_optimizer(cfg, [{"params": backbone.parameters()}, {"params": head.parameters()}])
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.fp16, growth_interval=100)
     state = TrainState(cfg, backbone, net, head, optimizer, scaler, total_steps)
-    beside = (each for each in head.modules() if isinstance(each, GalleryNet))  # also those of loss terms
-    nets = dict.fromkeys([*state.nets.values(), *beside])
+    nets = dict.fromkeys([*state.nets.values(), *gallery_nets(head)])  # those of loss terms are not verified
     state.bad_steps = BadSteps(cfg.get("f2c_max_bad_steps", F2CConfig.max_bad_steps), nets)
     return state
 

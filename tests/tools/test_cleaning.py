@@ -89,6 +89,11 @@ def test_between_cosines_that_do_not_overlap_the_threshold_is_in_the_middle():
     assert found == (pytest.approx(0.4, abs=1e-3), 1)
 
 
+def test_nothing_separates_cosines_from_none():
+    some, none = histogram(np.array([0.7])), histogram(np.array([]))
+    assert separation(some, none)[1] == separation(none, some)[1] == separation(none, none)[1] == 0
+
+
 def test_halves_of_an_identity():
     unit = unit_vectors(np.random.default_rng(3), 7, 4)
     first, second = unit[:4].mean(0), unit[4:].mean(0)
