@@ -79,8 +79,8 @@ class World:
 def train_one(arguments: argparse.Namespace, world: World, run: Run, folder: Path) -> Result:
     """Train in this process, and measure the net."""
     cfg = comparison.config(
-        arguments, run, world.dataset.num_classes, rec=str(world.data), network=arguments.network, num_workers=1,
-        val_targets=world.val_targets, verbose=-(-run.steps // VERIFIED), output=str(folder))
+        arguments, run, world.dataset.num_classes, rec=str(world.data), network=arguments.network, fp16=arguments.fp16,
+        num_workers=1, val_targets=world.val_targets, verbose=-(-run.steps // VERIFIED), output=str(folder))
 
     build_loader = build.build_loader
 
@@ -97,7 +97,8 @@ def train_one(arguments: argparse.Namespace, world: World, run: Run, folder: Pat
     if world.unseen:
         dataset = RecordDataset(world.unseen)
         faces, identity = dataset.faces(np.arange(len(dataset)))
-        found = embed(load_net(folder / "model.pt"), faces, pixels=arguments.pixels)
+        net = load_net(folder / "model.pt").to("cuda" if torch.cuda.is_available() else "cpu")
+        found = embed(net, faces, pixels=arguments.pixels)
         embeddings = torch.nn.functional.normalize(found.sum(1)).float()
         result |= comparison.pair_metrics(embeddings, identity.numpy())
     for name in world.val_targets[:1]:
@@ -147,14 +148,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--val-targets", nargs="*", metavar="NAME", help="verification sets; by default all that the pack has")
     parser.add_argument("--pairs", type=int, default=6000, help="of the verification set, if it is drawn")
     parser.add_argument("--network", default="tiny", help="backbone")
+    parser.add_argument("--fp16", action="store_true", help="mixed precision, as config.fp16")
     return parser
 
 
 def compared_on(world: World, arguments: argparse.Namespace, variants: dict[str, comparison.Keys]) -> comparison.Comparison:
     """The comparison of variants on a world."""
     setting = comparison.setting_of(arguments) | {"network": arguments.network} | world.setting()
-    if arguments.pixels:
-        setting["pixels"] = arguments.pixels
+    # Without these, the setting is that of results from before there were such options.
+    setting |= {name: value for name in ("pixels", "fp16") if (value := getattr(arguments, name))}
     return comparison.Comparison(arguments, variants, setting, len(world.dataset),
                                  lambda run, folder: train_one(arguments, world, run, folder))
 

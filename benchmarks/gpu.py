@@ -1,11 +1,13 @@
-"""All that is to be measured on a GPU, in nine minutes: `make gpu`.
+"""All that is to be measured on a GPU, in eleven minutes: `make gpu`.
 
-    python benchmarks/gpu.py [--parts head steps loader] [--ranks 2]
+    python benchmarks/gpu.py [--parts head steps nets loader] [--ranks 2]
     python benchmarks/gpu.py --small --device cpu        # every line of it without a GPU, in two minutes; measures nothing
 
 - head: a step of the head alone, against Partial FC and against the products that it cannot do without, from 1 to 100 million
   identities, in mixed precision; and its memory against what `f2c-plugin plan` says;
 - steps: whole training steps with r50 and r100, channels_last and in mixed precision, as arcface_torch has them;
+- nets: the same with a light net and a vision transformer, with the full FC layer, and in float32, to see how far off
+  `f2c-plugin plan` estimates them;
 - loader: training steps with r50 that are fed by the loader from a pack, against steps on one batch in the GPU's memory.
 
 Writes OUT/gpu_NAME.json, and a page with tables, gpu_NAME.md, and a plot beside it. How heads are measured: see `head_step.py`.
@@ -28,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from comparison import Result, provenance
-from head_step import EMBEDDING_SIZE, HEADS, MARGIN, plot
+from head_step import EMBEDDING_SIZE, HEADS, MARGIN, TIMED, plot
 
 from f2c_plugin.build import build_head
 from f2c_plugin.data.dataset import RecordDataset
@@ -36,22 +38,31 @@ from f2c_plugin.data.loader import DualLoader
 from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.models import get_model
 from f2c_plugin.synthetic.dataset import write_dataset
+from f2c_plugin.tools import plan_time
+from f2c_plugin.tools.net_costs import count
+from f2c_plugin.tools.plan import Plan
+from f2c_plugin.tools.plan_step import BESIDE, memory
 
 HEAD_STEP = Path(__file__).with_name("head_step.py")
 
 # (identities, pool rate, heads). Weights of 100 million identities do not fit into most main memories: published head alone.
 HEAD = [(1_000_000, 0.1, "f2c f2c_paper partial_fc floor"), (10_000_000, 0.1, "f2c f2c_paper partial_fc floor"),
         (29_000_000, 0.1, "f2c f2c_paper partial_fc floor"), (100_000_000, 0.01, "f2c_paper floor")]
-STEPS = [("r50", 1_000_000), ("r100", 1_000_000)]
+# (network, identities, mixed precision, heads)
+WHOLE = "f2c f2c_paper partial_fc backbone"
+STEPS = [("r50", 1_000_000, True, f"{WHOLE} gallery"), ("r100", 1_000_000, True, f"{WHOLE} gallery")]
+NETS = [("mbf", 1_000_000, True, WHOLE), ("vit_b", 1_000_000, True, WHOLE), ("r50", 200_000, True, "f2c full_fc backbone"),
+        ("r50", 200_000, False, "f2c partial_fc full_fc backbone")]
 SMALL_HEAD = [(20_000, 0.1, "f2c f2c_paper partial_fc floor"), (50_000, 0.1, "f2c_paper floor")]
-SMALL_STEPS = [("tiny", 20_000)]
+SMALL_STEPS = [("tiny", 20_000, False, f"{WHOLE} gallery")]
+SMALL_NETS = [("tiny", 20_000, False, "f2c full_fc backbone")]
 
 
-def head_step(arguments: argparse.Namespace, *options: object) -> Result | None:
+def head_step(arguments: argparse.Namespace, fp16: bool, *options: object) -> Result | None:
     """What `head_step.py` measures; None if it fails, or there is no time for it, which is shown."""
     command = [sys.executable, "-W", "ignore", str(HEAD_STEP), "--json", "--device", arguments.device, "--ranks",
                str(arguments.ranks), "--repeats", str(arguments.repeats), *map(str, options)]
-    if not arguments.small:
+    if fp16:
         command += ["--fp16", "--pool-dtype", "float16"]
     seconds = arguments.end - time.monotonic()
     try:
@@ -66,17 +77,37 @@ def head_step(arguments: argparse.Namespace, *options: object) -> Result | None:
 
 
 def head(arguments: argparse.Namespace) -> list[Result]:
-    found = [head_step(arguments, "--identities", identities, "--pool-rate", rate, "--heads", *heads.split())
+    fp16 = not arguments.small
+    found = [head_step(arguments, fp16, "--identities", identities, "--pool-rate", rate, "--heads", *heads.split())
              for identities, rate, heads in (SMALL_HEAD if arguments.small else HEAD)]
     return [each for each in found if each]
 
 
 def steps(arguments: argparse.Namespace) -> list[Result]:
-    batch_size = 8 if arguments.small else 128
-    found = [head_step(arguments, "--network", network, "--identities", identities, "--pool-rate", 0.1, "--batch-size",
-                       batch_size, "--heads", "f2c", "f2c_paper", "partial_fc", "backbone", "gallery")
-             for network, identities in (SMALL_STEPS if arguments.small else STEPS)]
-    return [each for each in found if each]
+    return whole_steps(arguments, SMALL_STEPS if arguments.small else STEPS)
+
+
+def nets(arguments: argparse.Namespace) -> list[Result]:
+    return whole_steps(arguments, SMALL_NETS if arguments.small else NETS)
+
+
+def whole_steps(arguments: argparse.Namespace, cases: list[tuple[str, int, bool, str]]) -> list[Result]:
+    """What each case took, and what `f2c-plugin plan` estimates of its time on an H200."""
+    found: list[Result] = []
+    for network, identities, fp16, heads in cases:
+        plan = Plan(identities, arguments.ranks, network, batch_size=8 if arguments.small else 128,
+                    pool_dtype="float16" if fp16 else "float32", fp16=fp16)
+        result = head_step(arguments, fp16, "--network", network, "--identities", identities, "--pool-rate", plan.pool_rate,
+                           "--batch-size", plan.batch_size, "--heads", *heads.split())
+        if result:
+            costs = count(network, EMBEDDING_SIZE, plan.batch_size, fp16)
+            for name in {"backbone", *plan_time.HEADS} & set(heads.split()):
+                result[f"{name}_estimated_ms"] = round(plan_time.estimate(plan, name, costs), 1)
+                # The benchmark's peak is above the net's parameters, and it holds more batches of images than a training.
+                planned = memory(plan, costs, name) - BESIDE - costs.parameters + (TIMED - 2) * costs.images
+                result[f"{name}_planned_mb"] = round(planned / 2**20)
+            found.append(result)
+    return found
 
 
 def loader(arguments: argparse.Namespace) -> list[Result]:
@@ -116,8 +147,9 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-PARTS = {"head": head, "steps": steps, "loader": loader}
-TITLES = {"head": "The head alone", "steps": "Whole training steps", "loader": "Steps fed by the loader"}
+PARTS = {"head": head, "steps": steps, "nets": nets, "loader": loader}
+TITLES = {"head": "The head alone", "steps": "Whole training steps", "nets": "Whole training steps of other kinds",
+          "loader": "Steps fed by the loader"}
 
 
 def rows(result: Result) -> list[Result]:
@@ -127,11 +159,13 @@ def rows(result: Result) -> list[Result]:
     heads = [head for head in HEADS if f"{head}_ms" in result]
     made: list[Result] = []
     for name in heads:
-        keys = dict(ms="ms", quartiles="ms_quartiles", images_per_s="images_per_s", peak_mb="peak_mb", planned_mb="planned_mb")
+        keys = dict(ms="ms", quartiles="ms_quartiles", estimated_ms="estimated_ms", images_per_s="images_per_s",
+                    peak_mb="peak_mb", planned_mb="planned_mb")
         row = {title: result.get(f"{name}_{key}", "") for title, key in keys.items()}
         of_f2c = round(result[f"{name}_ms"] / result["f2c_ms"], 2) if "f2c" in heads else ""
-        made.append({"network": result.get("network") or "", "identities": result["identities"], "slots": result["slots"],
-                     "head": name, **row, "time / f2c": of_f2c})
+        precision = "" if result["fp16"] else "float32"
+        made.append({"network": result.get("network") or "", "precision": precision, "identities": result["identities"],
+                     "slots": result["slots"], "head": name, **row, "time / f2c": of_f2c})
     return made
 
 
@@ -153,7 +187,7 @@ def page(report: Result, picture: str | None) -> str:
     """The results for people."""
     setting = f"PyTorch {report['versions']['torch']}, {report['ranks']} rank(s), commit {report['commit']}."
     parts = [f"# {report['machine']}",
-             f"{setting} Milliseconds a step, medians and quartiles; peak MB, and what `f2c-plugin plan` says."]
+             f"{setting} Milliseconds a step, medians and quartiles; peak MB; and what `f2c-plugin plan` says of them."]
     for name, results in report["parts"].items():
         parts += [f"## {TITLES[name]}", table(results) if results else "nothing could be measured"]
     if picture:
@@ -167,7 +201,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--ranks", type=int, default=1, help="GPUs")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--minutes", type=float, default=9, help="after which what is left is left out")
+    parser.add_argument("--minutes", type=float, default=11, help="after which what is left is left out")
     parser.add_argument("--small", action="store_true", help="only to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()

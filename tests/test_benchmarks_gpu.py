@@ -21,6 +21,9 @@ def test_every_part_writes_its_results_and_the_page(tmp_path):
     assert parts["head"][0]["f2c_planned_mb"] > 0 and "f2c_ms" not in parts["head"][1]
     assert all(each["f2c_paper_planned_mb"] > 0 and each["floor_ms"] > 0 for each in parts["head"])
     assert parts["steps"][0]["backbone_images_per_s"] > 0
+    for head in "f2c", "full_fc", "backbone":
+        assert all(parts["nets"][0][f"{head}_{what}"] > 0 for what in ("ms", "peak_mb", "planned_mb"))
+    assert parts["nets"][0]["full_fc_estimated_ms"] > parts["nets"][0]["f2c_estimated_ms"] > 0
     assert 0 < parts["loader"][0]["share_of_one_batch"] < 10
     for head in "f2c", "f2c_paper", "floor", "backbone":
         assert f"| {head} |" in page
