@@ -39,7 +39,7 @@ from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.models import get_model
 from f2c_plugin.synthetic.dataset import write_dataset
 from f2c_plugin.tools import plan_time
-from f2c_plugin.tools.net_costs import count
+from f2c_plugin.tools.net_costs import CostsByBatch
 from f2c_plugin.tools.plan import Plan
 from f2c_plugin.tools.plan_step import BESIDE, memory
 
@@ -100,11 +100,12 @@ def whole_steps(arguments: argparse.Namespace, cases: list[tuple[str, int, bool,
         result = head_step(arguments, fp16, "--network", network, "--identities", identities, "--pool-rate", plan.pool_rate,
                            "--batch-size", plan.batch_size, "--heads", *heads.split())
         if result:
-            costs = count(network, EMBEDDING_SIZE, plan.batch_size, fp16)
+            costs_of = CostsByBatch(network, EMBEDDING_SIZE, plan.batch_size, fp16)
+            costs = costs_of(plan.batch_size)
             for name in {"backbone", *plan_time.HEADS} & set(heads.split()):
                 result[f"{name}_estimated_ms"] = round(plan_time.estimate(plan, name, costs), 1)
                 # The benchmark's peak is above the net's parameters, and it holds more batches of images than a training.
-                planned = memory(plan, costs, name) - BESIDE - costs.parameters + (TIMED - 2) * costs.images
+                planned = memory(plan, costs_of, name) - BESIDE - costs.parameters + (TIMED - 2) * costs.images
                 result[f"{name}_planned_mb"] = round(planned / 2**20)
             found.append(result)
     return found

@@ -380,11 +380,12 @@ def checkpoint(args: Namespace) -> None:
          argument("--pool-dtype", default="float32", help="float32, bfloat16 or float16; default: %(default)s"),
          argument("--recipe", default="resident", help="resident or paper; default: %(default)s"),
          argument("--shard-pool", action="store_true", help="split the pool over the GPUs, with the recipe paper"),
+         argument("--queue-size", type=int, default=8192, help="class weights in DCQ's queue; default: %(default)s"),
          argument("--fp16", action=BooleanOptionalAction, default=True, help="mixed precision; default: yes"),
          argument("--gpu-memory", type=float, default=24, metavar="GB", help="of each GPU; default: %(default)s"),
          argument("--plot", metavar="PNG", help="draw memory and time against the number of identities"), JSON)
 def plan(args: Namespace) -> None:
-    """Estimate memory and time of a training step with F²C, Partial FC and the full FC layer."""
+    """Estimate memory and time of a training step with F²C, DCQ, Partial FC and the full FC layer."""
     from f2c_plugin.data.dataset import RecordDataset
     from f2c_plugin.tools import plan_step
     from f2c_plugin.tools.plan import Plan
@@ -393,7 +394,7 @@ def plan(args: Namespace) -> None:
         raise InputError("name a pack or --identities N, one of them")
     identities = RecordDataset(args.pack, skip_damaged=True).num_classes if args.pack else args.identities
     planned = Plan(identities, args.gpus, args.network, args.batch_size, args.pool_rate, args.pool_dtype, args.recipe,
-                   args.shard_pool, args.fp16)
+                   args.shard_pool, args.fp16, args.queue_size)
     step = plan_step.StepPlan(planned, args.gpu_memory)
     if args.json:
         print(json.dumps(step.summary(), indent=2))

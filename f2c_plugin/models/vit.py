@@ -77,11 +77,12 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.feature = nn.Sequential(nn.Linear(dim * PATCHES, dim, bias=False), nn.BatchNorm1d(dim, eps=2e-5),
                                      nn.Linear(dim, num_features, bias=False), nn.BatchNorm1d(num_features, eps=2e-5))
+        # As in arcface_torch, which cuts off what lies 100 standard deviations away.
         nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

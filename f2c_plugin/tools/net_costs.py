@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.models import get_model
@@ -39,6 +39,18 @@ class NetCosts:
     forward_flops: int
 
 
+class CostsByBatch:
+    """The costs of a net with any batch, from those with two: they grow evenly."""
+
+    def __init__(self, network: str, embedding_size: int, batch_size: int, fp16: bool):
+        self._batch_size = batch_size
+        self._here, self._twice = (count(network, embedding_size, times * batch_size, fp16) for times in (1, 2))
+
+    def __call__(self, batch_size: int) -> NetCosts:
+        more, twice = batch_size / self._batch_size - 1, vars(self._twice)
+        return NetCosts(**{key: value + int(more * (twice[key] - value)) for key, value in vars(self._here).items()})
+
+
 class _Outputs(TorchDispatchMode):
     """Holds all tensors that operations make in ``memory``."""
 
@@ -52,6 +64,14 @@ class _Outputs(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.memory.hold(tensor)
         return result
+
+
+def _backward_of_convolution(grad: Any, images: Any, weights: Any, *others: Any, output_mask: Any = None, **_: Any) -> int:
+    """By images and by weights each as many operations as forward. PyTorch's own count takes no notice of groups."""
+    return conv_flop_count(images, weights, grad) * sum((output_mask or others[7])[:2])
+
+
+_PRODUCTS = {torch.ops.aten.convolution_backward: _backward_of_convolution}
 
 
 @cache
@@ -69,7 +89,7 @@ def count(network: str, embedding_size: int, batch_size: int, fp16: bool) -> Net
             net = get_model(network, embedding_size, fp16).train()
             images = torch.empty(batch_size, 3, 112, 112)
             before = memory.peak = memory.live
-            with FlopCounterMode(display=False) as flops:
+            with FlopCounterMode(display=False, custom_mapping=_PRODUCTS) as flops:
                 embeddings = net(images)
                 forward_flops = flops.get_total_flops()
                 embeddings.sum().backward()

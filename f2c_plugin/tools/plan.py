@@ -37,10 +37,11 @@ class Plan:
     recipe: str = "resident"
     shard_pool: bool = False
     fp16: bool = True  # mixed precision
+    queue_size: int = F2CConfig.queue_size
 
     def __post_init__(self) -> None:
         problems = [f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0"
-                    for name in ("identities", "gpus") if getattr(self, name) < 1]
+                    for name in ("identities", "gpus", "queue_size") if getattr(self, name) < 1]
         if self.network not in networks():
             problems.append(f"--network {self.network}: must be one of {', '.join(networks())}")
         if problems:
@@ -117,6 +118,23 @@ class Plan:
         """The F²C head at the peak, without the gallery net."""
         return self.pool() + self.slot_table() + self.working_memory(device) + self.recording(device)
 
+    def dcq(self) -> int:
+        """The DCQ head at the peak, without the gallery net. It has no table of all identities.
+
+        A step takes, for each probe and class weight of the queue, cosines, logits, their gradients and what makes them,
+        5.25 float32 in all; the queue in float32, if it is not kept so; and the features gathered.
+
+        Raises:
+            ConfigError: an odd batch.
+        """
+        if self.batch_size % 2:
+            raise ConfigError(f"--batch-size {self.batch_size}: must be even, gallery and probe")
+        queue = self.queue_size * (self._weight() + 2 * _INT64)
+        copied = 0 if self.pool_dtype == "float32" else self.queue_size * EMBEDDING_SIZE
+        probes = self.batch_size // 2
+        gathered = (1 + self.gpus) * probes * EMBEDDING_SIZE
+        return queue + int(_FLOAT * (5.25 * probes * self.queue_size + copied + gathered))
+
     def partial_fc(self, sample_rate: float) -> int:
         """arcface_torch's Partial FC at the peak; at sample rate 1 it is the full FC layer, split."""
         return max(self.partial_fc_moments(sample_rate))
@@ -162,7 +180,8 @@ class Plan:
         if not self.is_resident:
             rows += [("  recorded step", self.recording(), "measured"),
                      (f"  gallery net ({self.network})", self.gallery_net(), "counted")]
-        rows += [(f"Partial FC, sample rate {self.pool_rate:g}", self.partial_fc(self.pool_rate), "estimated"),
+        rows += [(f"DCQ, {self.queue_size:,} class weights", self.dcq(), "estimated"),
+                 (f"Partial FC, sample rate {self.pool_rate:g}", self.partial_fc(self.pool_rate), "estimated"),
                  ("full FC, split over the GPUs", self.partial_fc(1.0), "estimated")]
         if self.is_resident:
             rows.append(("main memory: F²C's class weights", self.kept_weights(), "counted"))

@@ -13,7 +13,7 @@ import numpy as np
 
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.tools import plan_time
-from f2c_plugin.tools.net_costs import NetCosts, count
+from f2c_plugin.tools.net_costs import CostsByBatch, NetCosts
 from f2c_plugin.tools.plan import EMBEDDING_SIZE, Plan, mb
 from f2c_plugin.tools.plan_time import HEADS, Milliseconds
 from f2c_plugin.tools.plotting import pyplot, save_figure
@@ -33,35 +33,37 @@ def parts(plan: Plan, costs: NetCosts) -> dict[str, tuple[int, str]]:
             "CUDA, workspaces, gaps": (BESIDE, "estimated")}
 
 
-def memory(plan: Plan, costs: NetCosts, name: str) -> int:
+def memory(plan: Plan, costs_of: CostsByBatch, name: str) -> int:
     """Bytes of each GPU at the peak, with the head ``name`` of HEADS, or of the "backbone" alone.
 
     The peak is at the beginning of the backward pass, when all activations are alive, or in the optimizer's step, which in
     arcface_torch holds a copy of the gradients with weight decay. The gallery net's forward pass comes before the probe net's,
-    and holds less than that one does later.
+    and holds less than that one does later. With DCQ the probe net sees half of the batch.
     """
+    costs = costs_of(plan.batch_size)
+    peak = costs_of(plan.batch_size // 2).peak if name == "dcq" else costs.peak
     if name in ("partial_fc", "full_fc"):
         at_backward, at_optimizer = plan.partial_fc_moments(plan.pool_rate if name == "partial_fc" else 1.0)
     elif name == "f2c":
         at_backward = at_optimizer = replace(plan, recipe="resident").f2c()
+    elif name == "backbone":
+        at_backward = at_optimizer = 0
     else:
-        at_backward = at_optimizer = 0 if name == "backbone" else replace(plan, recipe="paper").f2c() + costs.parameters
+        head = plan.dcq() if name == "dcq" else replace(plan, recipe="paper").f2c()
+        at_backward = at_optimizer = head + costs.parameters
     always = sum(size for size, _ in parts(plan, costs).values()) - costs.peak
-    return always + max(costs.peak + at_backward, 2 * costs.gradients + at_optimizer)
+    return always + max(peak + at_backward, 2 * costs.gradients + at_optimizer)
 
 
-def largest_batch(plan: Plan, name: str, gpu_memory: int) -> int:
-    """The largest even batch of each GPU that fits; 0 if none does. Costs grow evenly: twice the batch says how fast."""
-    here, twice = (vars(count(plan.network, EMBEDDING_SIZE, times * plan.batch_size, plan.fp16)) for times in (1, 2))
-
+def largest_batch(plan: Plan, costs_of: CostsByBatch, name: str, gpu_memory: int) -> int:
+    """The largest even batch of each GPU that fits; 0 if none does."""
     def fits(batch_size: int) -> bool:
-        share = batch_size / plan.batch_size - 1
-        costs = NetCosts(**{key: value + int(share * (twice[key] - value)) for key, value in here.items()})
         with suppress(ConfigError):  # the pool would be smaller than a batch
-            return memory(replace(plan, batch_size=batch_size), costs, name) <= gpu_memory
+            return memory(replace(plan, batch_size=batch_size), costs_of, name) <= gpu_memory
         return False
 
-    low, high = 0, int(gpu_memory * plan.batch_size / (twice["peak"] - here["peak"]) / 2)
+    of_a_pair = costs_of(4).peak - costs_of(2).peak
+    low, high = 0, 2 * gpu_memory // of_a_pair
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(2 * middle) else (low, middle - 1)
@@ -103,30 +105,33 @@ class StepPlan:
         if not 0 < gpu_memory < 1e6:
             raise ConfigError(f"--gpu-memory {gpu_memory:g}: must be above 0, in GB")
         self.plan, self.gpu_memory = plan, int(gpu_memory * 2**30)
-        self.costs = count(plan.network, EMBEDDING_SIZE, plan.batch_size, plan.fp16)
+        costs_of = CostsByBatch(plan.network, EMBEDDING_SIZE, plan.batch_size, plan.fp16)
+        self.costs_of, self.costs = costs_of, costs_of(plan.batch_size)
         self.steps: list[HeadStep] = []
         for name in ("backbone", *HEADS):
-            with suppress(ConfigError):  # as published, a batch is even
-                size = memory(plan, self.costs, name)
-                self.steps.append(HeadStep(name, size, size <= self.gpu_memory, largest_batch(plan, name, self.gpu_memory),
+            with suppress(ConfigError):  # with a gallery net, a batch is even
+                size, largest = memory(plan, costs_of, name), largest_batch(plan, costs_of, name, self.gpu_memory)
+                self.steps.append(HeadStep(name, size, size <= self.gpu_memory, largest,
                                            plan_time.step(plan, name, self.costs)))
 
     def verdict(self) -> str:
-        """Which heads fit, and which of these is fastest."""
+        """Which heads fit, and which of these is fastest; DCQ comes last, because half of its images get no loss."""
         card = f"{self.gpu_memory / 2**30:g} GB"
         heads = self.steps[1:]
         fitting = sorted((step for step in heads if step.fits), key=lambda step: step.time)
         if not fitting:
-            best = max(heads, key=lambda step: step.largest_batch)
+            best = max(heads, key=lambda step: (step.largest_batch > 0 and step.head != "dcq", step.largest_batch))
             remedy = (f"lower the batch to {best.largest_batch}, for {HEADS[best.head]}" if best.largest_batch else
                       "take a smaller network or larger GPUs")
             return f"No head fits {card}: {remedy}."
         fit = f"All heads fit {card}" if len(fitting) == len(heads) else (
             f"{_listed([step for step in heads if step.fits])} {'fit' if len(fitting) > 1 else 'fits'} {card}")
+        fitting.sort(key=lambda step: step.head == "dcq")
         shortest = fitting[0].time.value
-        fastest = [step for step in fitting if step.time.value <= _EQUAL * shortest]
+        fastest = [step for step in fitting if step.time.value <= _EQUAL * shortest and step.head != "dcq"] or fitting
         speed = _listed(fastest) + (" are about equally fast" if len(fastest) > 1 else " is fastest")
-        slower = [f"{HEADS[step.head]} takes {step.time.value / shortest:.1f} times as long" for step in fitting[len(fastest):]]
+        slower = [f"{HEADS[step.head]} takes {step.time.value / shortest:.1f} times as long"
+                  + (", but half of its images get no loss" if step.head == "dcq" else "") for step in fitting[len(fastest):]]
         return f"{fit}; {', '.join([speed, *slower])}."
 
     def report(self) -> str:
@@ -170,14 +175,14 @@ def _listed(steps: list[HeadStep]) -> str:
 
 def draw(planned: StepPlan, path: str | Path) -> None:
     """Draw memory and time of a step against the number of identities, around the plan's. Needs matplotlib."""
-    plan, costs = planned.plan, planned.costs
+    plan, costs, costs_of = planned.plan, planned.costs, planned.costs_of
     plans: list[Plan] = []
     for identities in plan.identities * np.logspace(-1, 1, 21):
         with suppress(ConfigError):  # too few: the pool would be smaller than a batch
             plans.append(replace(plan, identities=int(identities)))
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     names = [step.head for step in planned.steps[1:]]
-    for axis, label, value in ((axes[0], "GB of each GPU", lambda p, name: memory(p, costs, name) / 2**30),
+    for axis, label, value in ((axes[0], "GB of each GPU", lambda p, name: memory(p, costs_of, name) / 2**30),
                                (axes[1], "ms a step on an H200", lambda p, name: plan_time.estimate(p, name, costs))):
         for name in names:
             axis.semilogx([each.identities for each in plans], [value(each, name) for each in plans], label=HEADS[name])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from f2c_plugin.tools.net_costs import NetCosts
 from f2c_plugin.tools.plan import EMBEDDING_SIZE, Plan
 
-HEADS = {"f2c": "F²C", "f2c_paper": "F²C as published", "partial_fc": "Partial FC", "full_fc": "full FC"}
+HEADS = {"f2c": "F²C", "f2c_paper": "F²C as published", "dcq": "DCQ", "partial_fc": "Partial FC", "full_fc": "full FC"}
 
 # Milliseconds of whole steps: 1 million identities, pool and samples of 10 %, the pool in float16, mixed precision.
 MEASURED = {("r50", "backbone"): 34.6, ("r50", "f2c"): 34.2, ("r50", "f2c_paper"): 45.8, ("r50", "partial_fc"): 45.3,
@@ -34,6 +34,9 @@ _FLOAT32 = {"resident": 23.0, "paper": 10.0}
 # Partial FC: its head alone took 2.7 ms and 15.7 ns a class. Rows of D float32 that it reads or writes for a class: 13 for
 # all (gradient, weight decay, momentum, weights), 12 for those sampled (8 without a copy), 3 for their logits of 128 images.
 _PARTIAL_FC_FIXED, _ROWS, _BYTES_A_NS = 2.7, (13, 12, 8, 3), 2000
+# DCQ: bytes that its operators move for each number of a class weight, if it is kept in half precision and if not, and for
+# each pair of probe and class weight, counted on the stand-in for a GPU. Not measured: its fixed part is that of "paper".
+_DCQ_BYTES = (14, 8), 78
 _FLOAT32_PRODUCTS = 50e12  # operations a second, by the data sheet at most 67e12
 
 
@@ -52,7 +55,9 @@ def step(plan: Plan, name: str, costs: NetCosts) -> Milliseconds:
 
 def estimate(plan: Plan, name: str, costs: NetCosts) -> float:
     """Milliseconds as of ``step``, estimated also where it was measured."""
-    flops = costs.flops + (costs.forward_flops if name == "f2c_paper" else 0)
+    flops = costs.flops + (costs.forward_flops if name in ("f2c_paper", "dcq") else 0)
+    if name == "dcq":  # half of the batch is gallery, the other half probes
+        flops //= 2
     return 1000 * flops / (_BACKBONE if plan.fp16 else _BACKBONE_FLOAT32) + head(plan, name)
 
 
@@ -60,6 +65,8 @@ def head(plan: Plan, name: str) -> float:
     """Milliseconds of a head alone, without gallery net, estimated."""
     if name == "backbone":
         return 0.0
+    if name == "dcq":
+        return _dcq(plan)
     if name.startswith("f2c"):
         return _f2c(plan, "paper" if name == "f2c_paper" else "resident")
     return _partial_fc(plan, plan.pool_rate if name == "partial_fc" else 1.0)
@@ -73,6 +80,14 @@ def _f2c(plan: Plan, recipe: str) -> float:
     slots = plan.slots / plan.gpus if recipe == "resident" or plan.shard_pool else plan.slots
     size = 2 if plan.pool_dtype == "float32" else 1  # of float16
     return _FIXED[recipe] + 1e-6 * (_PRODUCTS[recipe] * products + _SLOT[recipe] * size * slots)
+
+
+def _dcq(plan: Plan) -> float:
+    rows, matrices = _DCQ_BYTES
+    probes = plan.batch_size // 2
+    moved = plan.queue_size * (rows[plan.pool_dtype == "float32"] * EMBEDDING_SIZE + matrices * probes)
+    flops = 2 * 2 * EMBEDDING_SIZE * probes * plan.queue_size
+    return _FIXED["paper"] + 1e-6 * moved / _BYTES_A_NS + 1000 * flops / _FLOAT32_PRODUCTS
 
 
 def _partial_fc(plan: Plan, rate: float) -> float:

@@ -46,3 +46,11 @@ def test_the_plan_says_what_is_counted(case):
                 recipe=case.get("f2c_recipe", "resident"), shard_pool=case.get("f2c_shard_pool", False))
     assert plan.working_memory() == pytest.approx(counted["peak"], rel=0.2)
     assert plan.f2c() - plan.recording() == pytest.approx(counted["pool"] + counted["peak"], rel=0.1)
+
+
+@pytest.mark.parametrize("case", [{}, dict(f2c_queue_size=65_536), dict(ranks=8), dict(batch_size=1024), FLOAT32], ids=str)
+def test_the_plan_says_what_is_counted_of_dcq(case):
+    counted = counts(head="dcq", **case)
+    plan = Plan(2_000_000, gpus=case.get("ranks", 1), batch_size=case.get("batch_size", 128),
+                pool_dtype=case.get("f2c_pool_dtype", "float16"), queue_size=case.get("f2c_queue_size", 8192))
+    assert plan.dcq() == pytest.approx(counted["pool"] + counted["peak"], rel=0.03)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from f2c_plugin.errors import ConfigError
-from f2c_plugin.models import get_model
+from f2c_plugin.models import get_model, networks
 from f2c_plugin.tools.net_costs import count
 
 
@@ -25,7 +25,7 @@ def test_state_and_products_are_those_of_the_net():
     assert costs.images == 4 * 2 * 3 * 112 * 112
 
 
-@pytest.mark.parametrize("network", ["r18", "mbf", "mixfacenet_s", "vargfacenet", "small"])
+@pytest.mark.parametrize("network", ["r18", "mbf", "mixfacenet_s", "vargfacenet", "small", "vit_t_dp005_mask0"])
 def test_the_peak_is_what_autograd_saves_of_real_tensors_and_little_more(network):
     net = get_model(network, 512)
     state = {each.untyped_storage().data_ptr() for each in net.state_dict().values()}
@@ -45,6 +45,13 @@ def test_the_peak_is_what_autograd_saves_of_real_tensors_and_little_more(network
     peak = count(network, 512, 8, fp16=False).peak
     first_gradient = max(each.nbytes for each in net.parameters())  # the last layer's, which comes while all of it is there
     assert sum(saved.values()) < peak < 1.1 * sum(saved.values()) + first_gradient
+
+
+@pytest.mark.parametrize("network", networks())
+def test_the_backward_pass_of_every_net_takes_twice_what_forward_takes(network):
+    costs = count(network, 512, 2, fp16=True)
+    with_checkpoints = network.startswith(("vit_b", "vit_l", "vit_h"))  # forward once more
+    assert costs.flops / costs.forward_flops == pytest.approx(4 if with_checkpoints else 3, rel=0.05)
 
 
 def test_mixed_precision_halves_what_grows_with_the_batch():

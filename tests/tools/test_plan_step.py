@@ -6,38 +6,54 @@ import pytest
 
 from f2c_plugin.cli import main as cli
 from f2c_plugin.errors import ConfigError
+from f2c_plugin.tools.net_costs import CostsByBatch, count
 from f2c_plugin.tools.plan import Plan
 from f2c_plugin.tools.plan_step import BESIDE, StepPlan, memory, parts
-from tests.tools.test_plan_time import costs, measured
+from tests.tools.test_plan_time import costs_of, measured
 
 
 def test_memory_is_what_was_measured():
     """The benchmark's peak is above the net's parameters, and holds 20 batches of images."""
     ratios = {}
     for _, plan, head, _, peak_mb in measured("steps"):
-        net = costs(plan)
-        planned = memory(plan, net, head) - BESIDE - net.parameters + (20 - 2) * net.images
+        net = costs_of(plan)(plan.batch_size)
+        planned = memory(plan, costs_of(plan), head) - BESIDE - net.parameters + (20 - 2) * net.images
         ratios[plan.network, head] = planned / (peak_mb * 2**20)
     assert len(ratios) == 8 and min(ratios.values()) > 0.98 and max(ratios.values()) < 1.005
 
 
 def test_several_gpus_keep_gradients_twice():
     alone, together = Plan(10**6, 1, "small"), Plan(10**6, 2, "small")
-    net = costs(alone)
-    assert memory(together, net, "backbone") - memory(alone, net, "backbone") == net.gradients
+    net = costs_of(alone)(alone.batch_size)
+    assert memory(together, costs_of(together), "backbone") - memory(alone, costs_of(alone), "backbone") == net.gradients
     assert parts(together, net)["DDP's buckets"] == (net.gradients, "counted")
 
 
 def test_what_a_head_holds_while_activations_live_counts_and_not_its_optimizer_step():
     plan = Plan(10**6, 1, "r18")
-    net, matrix = costs(plan), 4 * 512 * 10**6
+    net, matrix = costs_of(plan), 4 * 512 * 10**6
     at_backward, at_optimizer = plan.partial_fc_moments(0.1)
     assert at_backward == pytest.approx(3.1 * matrix) and at_optimizer == pytest.approx(4.1 * matrix)
     assert memory(plan, net, "partial_fc") - memory(plan, net, "backbone") == at_backward
     small = Plan(10**6, 1, "small")  # activations are less than a matrix
-    net = costs(small)
+    net = costs_of(small)
     assert (memory(small, net, "partial_fc") - memory(small, net, "backbone")
-            == at_optimizer + 2 * net.gradients - net.peak)
+            == at_optimizer + 2 * net(128).gradients - net(128).peak)
+
+
+def test_the_probe_net_of_dcq_sees_half_of_the_batch():
+    plan = Plan(10**6, 1, "r18")
+    net = costs_of(plan)
+    taken = memory(plan, net, "dcq") - memory(plan, net, "backbone")
+    assert taken == plan.dcq() + net(128).parameters + net(64).peak - net(128).peak < 0
+
+
+def test_costs_grow_evenly_with_the_batch():
+    for network in "mbf", "r18", "vit_t":
+        costs = CostsByBatch(network, 512, 64, True)
+        for batch_size in 32, 64, 96, 256:
+            expected, found = (vars(each) for each in (count(network, 512, batch_size, True), costs(batch_size)))
+            assert found == pytest.approx(expected, rel=0.02), (network, batch_size)
 
 
 def test_the_largest_batch_just_fits():
@@ -48,22 +64,24 @@ def test_the_largest_batch_just_fits():
             assert step.head == "full_fc" and not step.fits
             continue
         just, more = (Plan(10**6, 1, network, step.largest_batch + add) for add in (0, 2))
-        assert memory(just, costs(just), step.head) <= planned.gpu_memory < memory(more, costs(more), step.head), step.head
+        sizes = [memory(each, costs_of(each), step.head) for each in (just, more)]
+        assert sizes[0] <= planned.gpu_memory < sizes[1], step.head
 
 
 def test_the_verdict_says_which_heads_fit_and_which_is_fastest():
     assert StepPlan(Plan(10**5, 8, "r100"), 24).verdict() == (
         "All heads fit 24 GB; F²C and Partial FC are about equally fast, full FC takes 1.1 times as long, F²C as published "
-        "takes 1.3 times as long.")
+        "takes 1.3 times as long, DCQ takes 0.7 times as long, but half of its images get no loss.")
     assert StepPlan(Plan(10**6, 1, "r18"), 10).verdict() == (
-        "F²C and F²C as published fit 10 GB; F²C is fastest, F²C as published takes 1.3 times as long.")
-    assert StepPlan(Plan(10**6, 1, "r18"), 4.9).verdict() == "F²C fits 4.9 GB; F²C is fastest."
+        "F²C, F²C as published and DCQ fit 10 GB; F²C is fastest, F²C as published takes 1.3 times as long, DCQ takes 0.7 "
+        "times as long, but half of its images get no loss.")
+    assert StepPlan(Plan(10**6, 1, "r18"), 4.6).verdict() == "DCQ fits 4.6 GB; DCQ is fastest."
     few = StepPlan(Plan(10**6, 1, "r18"), 3)
     assert few.verdict() == f"No head fits 3 GB: lower the batch to {few.steps[1].largest_batch}, for F²C."
     assert StepPlan(Plan(10**6, 1, "r18"), 0.1).verdict() == "No head fits 0.1 GB: take a smaller network or larger GPUs."
 
 
-def test_an_odd_batch_has_no_published_step():
+def test_an_odd_batch_has_no_step_with_a_gallery_net():
     assert [step.head for step in StepPlan(Plan(10**5, 1, "small", 33), 24).steps] == [
         "backbone", "f2c", "partial_fc", "full_fc"]
 
@@ -87,6 +105,6 @@ def test_the_command_prints_the_steps_in_words_and_in_json(tmp_path, capsys):
     assert found == json.loads(json.dumps(planned.summary()))
     assert found["without_head"]["activations and gradients"] == {"value": planned.costs.peak, "source": "counted"}
     assert found["head"]["slot table"]["source"] == "counted" and not found["fp16"]
-    assert [step["head"] for step in found["steps"]] == ["backbone", "f2c", "f2c_paper", "partial_fc", "full_fc"]
+    assert [step["head"] for step in found["steps"]] == ["backbone", "f2c", "f2c_paper", "dcq", "partial_fc", "full_fc"]
     assert {step["milliseconds"]["source"] for step in found["steps"]} == {"estimated"}
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
