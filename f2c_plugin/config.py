@@ -293,7 +293,12 @@ REPLACED = {
     "wandb_key": "log in by `wandb login`, or set WANDB_API_KEY",
     "wandb_log_all": "all scalars are logged", "wandb_resume": "a run that resumes goes on in Weights & Biases, too",
     "save_artifacts": "models stay in config.output",
+    "base": "config files name theirs, config.base; to start from another file, name it in place of this one",
+    "learning_rate": "did you mean lr?",
 }
+# Keys that are not read here, and the values that arcface_torch's own base.py gives them.
+UNUSED_OF_BASE = {"sample_rate": 1, "dali_aug": False, "wandb_key": "X" * 40, "wandb_log_all": True, "save_artifacts": False,
+                  "wandb_resume": False}
 
 
 def known_keys() -> list[str]:
@@ -310,7 +315,7 @@ def unused_keys(cfg: Config) -> list[str]:
 def _remedy(key: str) -> str:
     if key in REPLACED:
         return REPLACED[key]
-    close = difflib.get_close_matches(key, known_keys(), 1)
+    close = difflib.get_close_matches(key.lower(), known_keys(), 1)
     return f"did you mean {close[0]}?" if close else "neither the built-in trainer nor F²C has such a key"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from f2c_plugin.config import DEFAULTS, REPLACED, REQUIRED, TrainConfig, parsed_override, plain
+from f2c_plugin.config import DEFAULTS, REQUIRED, UNUSED_OF_BASE, TrainConfig, parsed_override, plain
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.utils.paths import data_folder
 
@@ -15,48 +15,52 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Load a config file in arcface_torch's form: Python that sets ``config``.
 
     A ``base.py`` beside the file is loaded first, as arcface_torch does. Then the file that ``config.base`` names, if it does,
-    with the bases of that; then the file; then the overrides.
+    in the same way; then the file; then the overrides.
 
     Args:
         name: path of the file, with or without ``.py``, or the name of a config that comes with
             this package.
         overrides: "KEY=VALUE" each; see ``parsed_override``.
     Raises:
-        ConfigError: there is no such file, it cannot be run (gives the line), it does not set ``config``, it is its own base,
-            it lacks a key without default, or there is no such key to override. ``check`` looks at the values.
+        ConfigError: there is no such file, it cannot be run (gives the line), it does not set ``config``, or it is its own
+            base; or all keys without default that it lacks, and all overrides of no key. ``check`` looks at the values.
     """
     path = _find_config(name)
     cfg = TrainConfig(DEFAULTS)
-    arcface_torchs = path.with_name("base.py")
-    if arcface_torchs.is_file() and arcface_torchs != path:
-        cfg.update({key: value for key, value in _keys(arcface_torchs).items() if key not in REPLACED})
     for keys in _with_bases(path):
         cfg.update(keys)
-    cfg.update(map(parsed_override, overrides))
-    if missing := [key for key in REQUIRED if key not in cfg]:
-        raise ConfigError("\n".join(f"{path}: lacks {key}" for key in missing))
+    wrong: list[str] = []
+    for override in overrides:
+        try:
+            cfg.update([parsed_override(override)])
+        except ConfigError as error:
+            wrong.append(str(error))
+    wrong += [f"{path}: lacks {key}" for key in REQUIRED if key not in cfg]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     if cfg.output is None:
         cfg.output = str(Path("work_dirs") / path.stem)
     return cfg
 
 
-def _with_bases(path: Path) -> list[dict[str, Any]]:
-    """The keys of the bases of a file, the lowest first, and its own."""
+def _with_bases(path: Path, above: Sequence[Path] = ()) -> list[dict[str, Any]]:
+    """The keys of the bases of a file, the lowest first, and its own. ``above`` are the files that it is a base of."""
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: is its own base: {' → '.join(file.name for file in [*above, path])}: take one out")
+    above = [*above, path.resolve()]
+    keys, beside = _keys(path), path.with_name("base.py")
     found: list[dict[str, Any]] = []
-    files: list[Path] = []
-    while True:
-        if path.resolve() in files:
-            raise ConfigError(f"{path}: is its own base: {' → '.join(file.name for file in [*files, path])}: take one out")
-        files.append(path.resolve())
-        keys = _keys(path)
-        base = keys.pop("base", None)
-        found.insert(0, keys)
-        if base is None:
-            return found
+    if beside.is_file() and beside.resolve() not in above:
+        found += _with_bases(beside, above)
+    base = keys.pop("base", None)
+    if base is not None:
         if not isinstance(base, str):
             raise ConfigError(f"{path}: base={base!r}: must be the path of a config file, or the name of one that comes with "
                               "the package")
-        path = _find_config(base, path.parent, f"{path}: base: ")
+        found += _with_bases(_find_config(base, path.parent, f"{path}: base: "), above)
+    if path.name == "base.py":  # most often arcface_torch's, which sets these whatever the training
+        keys = {key: value for key, value in keys.items() if key not in UNUSED_OF_BASE or UNUSED_OF_BASE[key] != value}
+    return [*found, keys]
 
 
 def _keys(file: Path) -> dict[str, Any]:

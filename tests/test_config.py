@@ -116,6 +116,30 @@ def test_a_config_may_name_another_as_its_base(tmp_path):
         load_config(write(tmp_path / "mine.py", "config.base = 'nowhere'\n"))
 
 
+def test_a_base_gives_what_it_would_give_by_itself(tmp_path):
+    for folder in "ours", "theirs":
+        (tmp_path / folder).mkdir()
+    write(tmp_path / "theirs/base.py", "config.seed = 7\nconfig.lr = 0.5\n")
+    write(tmp_path / "theirs/r50.py", "config.rec = 'x'\nconfig.num_classes = config.num_image = 9\nconfig.momentum = 0.8\n")
+    write(tmp_path / "ours/base.py", "config.seed = 8\nconfig.weight_decay = 0.1\n")
+    mine = write(tmp_path / "ours/mine.py", "config.base = '../theirs/r50'\nconfig.momentum = 0.7\n")
+    assert (found := load_config(mine)) and (found.seed, found.lr, found.momentum, found.weight_decay) == (7, 0.5, 0.7, 0.1)
+
+
+def test_base_py_may_have_a_base_and_be_named_as_one(tmp_path):
+    write(tmp_path / "lowest.py", "config.rec = 'x'\nconfig.num_classes = config.num_image = 9\n")
+    write(tmp_path / "base.py", "config.base = 'lowest'\nconfig.lr = 0.5\n")
+    for name, base in ("mine.py", ""), ("named.py", "config.base = 'base'\n"):
+        found = load_config(write(tmp_path / name, base + "config.momentum = 0.7\n"))
+        assert (found.rec, found.lr, found.momentum) == ("x", 0.5, 0.7) and not unused_keys(found)
+
+
+def test_all_wrong_overrides_are_named_with_the_keys_that_lack(tmp_path):
+    path = write(tmp_path / "mine.py", "config.rec = 'x'\nconfig.num_image = 9\n")
+    with pytest.raises(ConfigError, match="(?s)zebra: unknown key.*lrr: unknown key.*mine.py: lacks num_classes"):
+        load_config(path, ["zebra=1", "lr=0.1", "lrr=3"])
+
+
 @pytest.mark.parametrize("text, value", [
     ("lr=0.2", 0.2), ("lr=1", 1), ("f2c_pool_rate=.05", 0.05), ("fp16=true", True), ("fp16=False", False),
     ("network=r18", "r18"),
@@ -135,6 +159,8 @@ def test_an_override_is_typed_by_its_key(config, text, value):
     ("lrr=3", "lrr: unknown key: did you mean lr?"),
     ("f2c_poolrate=3", "f2c_poolrate: unknown key: did you mean f2c_pool_rate?"),
     ("sample_rate=0.1", "sample_rate: unknown key: it is Partial FC's; .* f2c_pool_rate"),
+    ("LR=0.1", r"LR: unknown key: did you mean lr\?"), ("learning_rate=0.1", r"learning_rate: unknown key: did you mean lr\?"),
+    ("base=other", "base: unknown key: config files name theirs, config.base; .* name it in place of this one"),
     ("zebra=1", "zebra: unknown key: neither the built-in trainer nor F²C has such a key")])
 def test_an_override_of_no_key_is_refused_with_the_nearest(config, text, message):
     with pytest.raises(ConfigError, match=message):
@@ -150,8 +176,10 @@ def test_keys_that_nobody_reads_are_named_with_what_there_is_instead(config, tmp
         "lerning_rate=3 is not used: neither the built-in trainer nor F²C has such a key",
         "zebra=1 is not used: neither the built-in trainer nor F²C has such a key"]
     # arcface_torch's base.py sets some of them whatever the training.
-    write(tmp_path / "base.py", "config.sample_rate = 1\nconfig.wandb_key = 'XXX'\nconfig.momentun = 1\n")
+    write(tmp_path / "base.py", f"config.sample_rate = 1\nconfig.wandb_key = {'X' * 40!r}\nconfig.momentun = 1\n")
     assert unused_keys(load_config(config())) == ["momentun=1 is not used: did you mean momentum?"]
+    write(tmp_path / "base.py", "config.sample_rate = 0.1\nconfig.wandb_log_all = True\n")
+    assert unused_keys(load_config(config())) == [found[0].replace("0.3", "0.1")]
 
 
 def test_a_training_takes_overrides_and_says_which_keys_it_does_not_use(config):
@@ -159,6 +187,8 @@ def test_a_training_takes_overrides_and_says_which_keys_it_does_not_use(config):
     said = Path("out/training.log").read_text()
     assert "sample_rate=0.3 is not used: it is Partial FC's" in said
     assert "step 5: loss" in said and "left 0:00:0" in said
+    assert " and 2 verifications" in said.split("step 5: loss")[1].split("\n")[0]  # of this step and at the end
+    assert "verifications" not in said.split("step 10: loss")[1].split("\n")[0]  # by then it is known how long one takes
     assert history()[-1]["images"] == 120 and history()[0]["learning_rate"] == pytest.approx(0.01 * 0.6)
 
 
@@ -210,7 +240,7 @@ WRONG = dict(
     f2c_teacher=["nowhere.pt", 3],
     f2c_pool_rat=[0.1], f2c_momentun=[0.9], f2c_=[1])
 # Keys that are wrong only beside others, or only where F²C is trained.
-DEPENDS = {"f2c_pool_rate": 0.01, "batch_size": 3, "warmup_epoch": 10**7}
+DEPENDS = {"f2c_pool_rate": 0.01, "batch_size": 3, "warmup_epoch": 10**7, "f2c_export": "best"}
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

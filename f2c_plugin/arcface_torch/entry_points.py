@@ -3,6 +3,7 @@ config, and of the backbones that arcface_torch does not have."""
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,15 @@ def _head(cfg: Config, backbone: nn.Module, margin_loss: CombinedMargin) -> ArcF
     _, world_size = this_rank()
     settings = F2CConfig.read(cfg, world_size)
     total_steps = steps_per_epoch(cfg, world_size) * cfg["num_epoch"]
+    margin = margin_from(margin_loss, settings.margin)
+    if "scale" in cfg:  # a key of the built-in trainer; arcface_torch's margin always has 64
+        margin = replace(margin, scale=float(cfg["scale"]))
     folder = Path(cfg.get("output") or ".") if settings.kept_weights == "file" else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     head = build_head(
         backbone, cfg["num_classes"], total_steps, embedding_size=cfg["embedding_size"],
-        margin=margin_from(margin_loss, settings.margin),
+        margin=margin,
         pool_rate=settings.pool_rate, pool_dtype=getattr(torch, settings.pool_dtype), recipe=settings.recipe,
         kept_weights=folder, shard_pool=settings.shard_pool, momentum=settings.momentum, symmetric=settings.symmetric,
         num_hard_negatives=settings.hard_negatives, sub_centers=settings.sub_centers, forget_rate=settings.forget_rate,
@@ -78,3 +82,4 @@ def _backbone(name: str) -> Callable[..., nn.Module]:
 
 
 mixfacenet_s, mixfacenet_m, vargfacenet = map(_backbone, ("mixfacenet_s", "mixfacenet_m", "vargfacenet"))
+small, tiny = map(_backbone, ("small", "tiny"))

@@ -39,7 +39,7 @@ def check(cfg: TrainConfig, world_size: int = 1) -> None:
         (["network", "embedding_size", "num_classes", "f2c_init"], lambda: _init_file(rest)),
         (["f2c_teacher"], lambda: cfg.get("f2c_teacher") and read_teacher(rest)),
         (["optimizer"], lambda: build_optimizer(rest, [torch.zeros(1)])),
-        (["num_image", "batch_size"], lambda: steps_per_epoch(cfg, world_size)),
+        (["num_image", "batch_size"], lambda: _require_optimizer_steps(rest, world_size)),
         (["rec", "num_classes", "num_image"], lambda: open_pack(cfg)),
         (["rec", "val_targets"], lambda: [each.check() for each in verification_sets(cfg).values()]),
     ]
@@ -51,6 +51,13 @@ def check(cfg: TrainConfig, world_size: int = 1) -> None:
                 found += str(error).splitlines()
     if found:
         raise ConfigError("\n".join(found))
+
+
+def _require_optimizer_steps(cfg: TrainConfig, world_size: int) -> None:
+    steps = steps_per_epoch(cfg, world_size) * cfg.num_epoch
+    if steps < cfg.gradient_acc:
+        raise ConfigError(f"gradient_acc={cfg.gradient_acc}: the training has {steps} batches, so its optimizer would take no "
+                          f"step: lower it to {steps} or less")
 
 
 def _init_file(cfg: TrainConfig) -> None:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -77,14 +77,27 @@ def _only_a_file(path: str, flags: int) -> int:
 
 
 class PatientFile:
-    """Appends lines to a file, in UTF-8. Lines that a full disk does not take wait until it does, while training goes on."""
+    """Appends lines to a file, in UTF-8. Lines that a full disk does not take wait until it does, while training goes on.
 
-    def __init__(self, path: Path, mode: Literal["ab", "wb"] = "ab"):
+    Args:
+        replaces: whether the lines replace what the file holds. That stays until ``begin``, and lines wait until then.
+    """
+
+    def __init__(self, path: Path, replaces: bool = False):
         self.path, self._waiting, self._failed = path, b"", False
-        self._file = open(path, mode, buffering=0, opener=_only_a_file)  # noqa: SIM115  # closed by close()
+        self._file = open(path, "ab", buffering=0, opener=_only_a_file)  # noqa: SIM115  # closed by close()
+        self._held = replaces and self._file.tell() > 0
+
+    def begin(self) -> None:
+        if self._held:
+            self._held = False
+            self._file.truncate(0)
+            self.write("")
 
     def write(self, lines: str) -> None:
         self._waiting += lines.encode(errors="backslashreplace")
+        if self._held:
+            return
         try:
             self._write()
         except OSError as error:
@@ -98,6 +111,7 @@ class PatientFile:
                 self._waiting = self._waiting[self._file.write(self._waiting):]
 
     def close(self) -> None:
-        """Raise OSError with the name of the file if it still lacks something."""
+        """Raise OSError with the name of the file if it still lacks something. Lines before ``begin`` are dropped."""
         with self._file:
-            self._write()
+            if not self._held:
+                self._write()

@@ -101,8 +101,8 @@ def test_a_history_or_log_that_lacks_lines_in_the_end_is_an_error(config, monkey
         def __exit__(self, *_):
             self.file.close()
 
-    def patient(path, *arguments, original=logger.PatientFile):
-        made = original(path, *arguments)
+    def patient(path, original=logger.PatientFile, **keys):
+        made = original(path, **keys)
         if path.name == name:
             made._file = Full(made._file)
         return made

@@ -9,6 +9,7 @@ import mlflow
 import pytest
 from wandb.proto import wandb_internal_pb2
 
+from f2c_plugin import train
 from f2c_plugin.trainer import trackers
 from tests.runs import history, losses, refusal, run, start
 
@@ -86,10 +87,17 @@ def test_a_service_that_cannot_be_had_is_said_before_training_begins(config, tmp
     monkeypatch.setenv("HOME", str(tmp_path))  # where nobody has logged in
     for name in "WANDB_MODE", "WANDB_API_KEY":
         monkeypatch.delenv(name, raising=False)
+    train.main([config(num_epoch=1)])  # a run that is there already
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file() and path.name != ".lock"}
     training = start(config(using_wandb=True))  # this process may have been told that it is offline
     said, _ = training.communicate(timeout=300)
     assert training.returncode == 1 and "using_wandb=True: UsageError: " in said.splitlines()[-1]
-    assert not history()
+    assert "Traceback" not in said and len(before) > 5 and before == {path: path.read_bytes() for path in before}
+    train.main([config(num_epoch=1, lr=0.01)])
+    events = list(Path("out/tensorboard").iterdir())
+    assert not set(events) & before.keys() and len(history()) == len(before[Path("out/history.jsonl")].splitlines())
+    log = Path("out/training.log").read_text()
+    assert "lr                       0.01" in log and "lr                       0.05" not in log
 
     def missing(module, extra):
         raise trackers.F2CError(f"{module} cannot be imported: pip install 'f2c-plugin[{extra}]'")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from f2c_plugin.config_files import load_config
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.data.writer import RecordWriter
 from f2c_plugin.errors import TrainingDiverged
@@ -15,6 +16,7 @@ from f2c_plugin.evaluation.verification import VerificationSet
 from f2c_plugin.models import get_model
 from f2c_plugin.tools.report import report
 from f2c_plugin.trainer.logger import TrainingLog
+from f2c_plugin.trainer.rendezvous import process_group
 from f2c_plugin.utils.safe_load import load_states
 from tests.runs import IDENTITIES, history, launch, refusal, run, run_on
 
@@ -217,3 +219,24 @@ def test_damaged_packs_are_refused_with_the_file(config, faces, tmp_path):
     (broken / "train.rec").write_bytes((faces / "train.rec").read_bytes()[:-5000])
     (broken / "train.idx").write_bytes((faces / "train.idx").read_bytes())
     assert "broken/train.rec" in refusal(config(rec="broken"))
+
+
+def test_a_training_whose_optimizer_would_never_take_a_step_is_refused(config):
+    assert refusal(config(gradient_acc=21)).endswith(
+        "gradient_acc=21: the training has 20 batches, so its optimizer would take no step: lower it to 20 or less")
+    assert refusal(config(gradient_acc=0)).endswith("gradient_acc=0: must be a whole number above 0")
+
+
+def test_the_time_left_has_the_verifications_that_are_yet_to_come(config):
+    Path("out").mkdir()
+    with process_group():
+        log = TrainingLog(load_config(config(verbose=5)), 20, 0)
+    seconds = [(step, log._left(step, 3600)) for step in (1, 5, 6, 15, 20)]
+    assert seconds == [(1, "19:00:00 and 4 verifications"), (5, "15:00:00 and 4 verifications"),
+                       (6, "14:00:00 and 3 verifications"), (15, "5:00:00 and 2 verifications"),
+                       (20, "0:00:00 and 1 verification")]
+    log._seconds_of_verification = 60
+    assert [log._left(step, 3600) for step in (1, 15, 20)] == ["19:04:00", "5:02:00", "0:01:00"]
+    log.cfg.val_targets = []
+    assert log._left(20, 3600) == "0:00:00"
+    log.close()
