@@ -380,6 +380,7 @@ def checkpoint(args: Namespace) -> None:
          argument("--pool-dtype", default="float32", help="float32, bfloat16 or float16; default: %(default)s"),
          argument("--recipe", default="resident", help="resident or paper; default: %(default)s"),
          argument("--shard-pool", action="store_true", help="split the pool over the GPUs, with the recipe paper"),
+         argument("--embedding-size", type=int, default=512, help="D; default: %(default)s"),
          argument("--queue-size", type=int, default=8192, help="class weights in DCQ's queue; default: %(default)s"),
          argument("--fp16", action=BooleanOptionalAction, default=True, help="mixed precision; default: yes"),
          argument("--gpu-memory", type=float, default=24, metavar="GB", help="of each GPU; default: %(default)s"),
@@ -394,12 +395,14 @@ def plan(args: Namespace) -> None:
         raise InputError("name a pack or --identities N, one of them")
     identities = RecordDataset(args.pack, skip_damaged=True).num_classes if args.pack else args.identities
     planned = Plan(identities, args.gpus, args.network, args.batch_size, args.pool_rate, args.pool_dtype, args.recipe,
-                   args.shard_pool, args.fp16, args.queue_size)
+                   args.shard_pool, args.fp16, args.queue_size, args.embedding_size)
     step = plan_step.StepPlan(planned, args.gpu_memory)
     if args.json:
         print(json.dumps(step.summary(), indent=2))
     else:
-        print(f"{planned.identities:,} identities on {planned.gpus} GPUs, batch {planned.batch_size}: the head on each GPU")
+        gpus = f"{planned.gpus} GPU{'s' * (planned.gpus > 1)}"
+        print(f"{planned.identities:,} identities on {gpus}, batch {planned.batch_size}, embeddings of "
+              f"{planned.embedding_size}: the head on each GPU")
         for name, size, source in planned.table():
             print(f"  {name:<34} {size / 2**20:>11,.0f} MB  {source}")
         print(step.report())

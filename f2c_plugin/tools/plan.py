@@ -6,22 +6,27 @@ measures on a CPU. The optimizer is SGD with momentum and weight decay, as arcfa
 are float32.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from f2c_plugin.config import F2CConfig
+from f2c_plugin.config import F2CConfig, problems as config_problems
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.method.loss import default_hard_negatives
 from f2c_plugin.method.pool_softmax import CHUNK_ENTRIES, are_kept, num_parts
 from f2c_plugin.models import get_model_on_meta, networks
 
-EMBEDDING_SIZE = 512
 SIMILAR = 1.25  # ratio of memory within which two heads are about equal
 _FLOAT, _INT32, _INT64 = 4, 4, 8  # bytes
 # What the published step holds beside once it is recorded: not counted, but measured on an H200, with 100,000 and 200,000
 # slots. Libraries take memory for the stream of a recording.
 _RECORDED_PAPER = 50 * 2**20
+_MOST = {"identities": 10**10, "gpus": 10**6, "batch_size": 10**6, "queue_size": 10**9, "embedding_size": 2**16}
+# Keys of a config, and the options that give them.
+_OPTIONS = {"f2c_pool_rate=": "--pool-rate ", "f2c_pool_dtype=": "--pool-dtype ", "f2c_recipe=": "--recipe ",
+            "f2c_shard_pool=": "--shard-pool ", "batch_size=": "--batch-size ", "num_classes=": "--identities "}
 
 
 @dataclass(frozen=True)
@@ -38,16 +43,31 @@ class Plan:
     shard_pool: bool = False
     fp16: bool = True  # mixed precision
     queue_size: int = F2CConfig.queue_size
+    embedding_size: int = 512  # D
 
     def __post_init__(self) -> None:
-        problems = [f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0"
-                    for name in ("identities", "gpus", "queue_size") if getattr(self, name) < 1]
+        problems = [f"--{name.replace('_', '-')} {getattr(self, name)}: must be from 1 to {most:,}"
+                    for name, most in _MOST.items() if not 1 <= getattr(self, name) <= most]
         if self.network not in networks():
             problems.append(f"--network {self.network}: must be one of {', '.join(networks())}")
+        problems += self._problems({"f2c_pool_rate": self.pool_rate, "f2c_pool_dtype": self.pool_dtype,
+                                    "f2c_recipe": self.recipe})
         if problems:
             raise ConfigError("\n".join(problems))
-        F2CConfig.read({"f2c_pool_rate": self.pool_rate, "f2c_pool_dtype": self.pool_dtype, "batch_size": self.batch_size,
-                        "f2c_recipe": self.recipe, "num_classes": self.identities}, self.gpus)
+
+    def _problems(self, keys: dict[str, Any]) -> list[str]:
+        """What is wrong with the keys of a config that these options stand for, in the words of the options."""
+        found = "\n".join(config_problems(keys, self.gpus))
+        for key, option in _OPTIONS.items():
+            found = found.replace(key, option)
+        return found.splitlines()
+
+    def check_pool(self) -> None:
+        """Raise ConfigError if the pool has no room for a batch, or the recipe splits batches and this one is odd."""
+        keys = {"f2c_pool_rate": self.pool_rate, "batch_size": self.batch_size, "f2c_recipe": self.recipe,
+                "num_classes": self.identities, "f2c_shard_pool": self.shard_pool}
+        if found := self._problems(keys):
+            raise ConfigError("\n".join(found))
 
     @property
     def slots(self) -> int:
@@ -63,7 +83,7 @@ class Plan:
         return rows * (self._weight() + _FLOAT) if self.is_resident else rows * 2 * self._weight()
 
     def _weight(self) -> int:
-        return EMBEDDING_SIZE * getattr(torch, self.pool_dtype).itemsize
+        return self.embedding_size * getattr(torch, self.pool_dtype).itemsize
 
     def kept_weights(self) -> int:
         """The weights of all identities, in the main memory of all machines together, or in files."""
@@ -75,9 +95,10 @@ class Plan:
 
     def gallery_net(self) -> int:
         """The gallery net's parameters and buffers; 0 without one."""
-        if self.is_resident:
-            return 0
-        return sum(tensor.nbytes for tensor in get_model_on_meta(self.network, EMBEDDING_SIZE).state_dict().values())
+        return 0 if self.is_resident else self._copied_net()
+
+    def _copied_net(self) -> int:
+        return sum(tensor.nbytes for tensor in get_model_on_meta(self.network, self.embedding_size).state_dict().values())
 
     def working_memory(self, device: str = "cuda") -> int:
         """What a step of the F²C head takes for a while.
@@ -90,32 +111,33 @@ class Plan:
         the logits, if they are few enough to be kept.
         """
         probes, gathered = self.batch_size, self.batch_size * self.gpus
-        hardest_rows = probes * default_hard_negatives(self.slots) * EMBEDDING_SIZE
+        hardest_rows = probes * default_hard_negatives(self.slots) * self.embedding_size
         # Sharded, each GPU scores the probes of all.
         scored = gathered if self.shard_pool or self.is_resident else probes
         touched = scored + gathered  # as published: target slots, slots written
         if device == "cpu" and self.is_resident:
             logits = -(-self.slots // self.gpus) * gathered
             kept = logits if are_kept(logits, device) else 0
-            return _FLOAT * (max(4 * CHUNK_ENTRIES[device], 8 * gathered * EMBEDDING_SIZE) + kept)
+            return _FLOAT * (max(4 * CHUNK_ENTRIES[device], 8 * gathered * self.embedding_size) + kept)
         if device == "cpu":
             # Two views; cosines, their filtered and scaled copies, logits and their gradients: about 12 matrices.
             return _FLOAT * (3 * CHUNK_ENTRIES[device] + max(8 * hardest_rows, 12 * 2 * probes * touched))
         if not self.fp16:
             logits = scored * (-(-self.slots // self.gpus) if scored == gathered else self.slots)
-            return int(_FLOAT * (2.5 * min(CHUNK_ENTRIES[device], logits) + 16 * gathered * EMBEDDING_SIZE))
+            return int(_FLOAT * (2.5 * min(CHUNK_ENTRIES[device], logits) + 16 * gathered * self.embedding_size))
         parts = num_parts(-(-self.slots // self.gpus) if scored == gathered else self.slots, scored)
         vectors = parts * scored
         if self.is_resident:
-            return _FLOAT * EMBEDDING_SIZE * (vectors + 5 * gathered)
-        return _FLOAT * (max(vectors * EMBEDDING_SIZE, 4 * hardest_rows) + 8 * touched * EMBEDDING_SIZE)
+            return _FLOAT * self.embedding_size * (vectors + 5 * gathered)
+        return _FLOAT * (max(vectors * self.embedding_size, 4 * hardest_rows) + 8 * touched * self.embedding_size)
 
     def recording(self, device: str = "cuda") -> int:
         """What a recorded step holds beside its working memory."""
         return 0 if self.is_resident or device == "cpu" else _RECORDED_PAPER
 
     def f2c(self, device: str = "cuda") -> int:
-        """The F²C head at the peak, without the gallery net."""
+        """The F²C head at the peak, without the gallery net. Raises ConfigError as ``check_pool``."""
+        self.check_pool()
         return self.pool() + self.slot_table() + self.working_memory(device) + self.recording(device)
 
     def dcq(self) -> int:
@@ -125,14 +147,16 @@ class Plan:
         5.25 float32 in all; the queue in float32, if it is not kept so; and the features gathered.
 
         Raises:
-            ConfigError: an odd batch.
+            ConfigError: an odd batch, or a queue without room for a batch.
         """
         if self.batch_size % 2:
-            raise ConfigError(f"--batch-size {self.batch_size}: must be even, gallery and probe")
+            raise ConfigError(f"--batch-size {self.batch_size}: DCQ splits a batch into two halves: make it even")
+        if self.queue_size < (entering := self.batch_size // 2 * self.gpus):
+            raise ConfigError(f"--queue-size {self.queue_size}: a gathered batch brings {entering} class weights: raise it")
         queue = self.queue_size * (self._weight() + 2 * _INT64)
-        copied = 0 if self.pool_dtype == "float32" else self.queue_size * EMBEDDING_SIZE
+        copied = 0 if self.pool_dtype == "float32" else self.queue_size * self.embedding_size
         probes = self.batch_size // 2
-        gathered = (1 + self.gpus) * probes * EMBEDDING_SIZE
+        gathered = (1 + self.gpus) * probes * self.embedding_size
         return queue + int(_FLOAT * (5.25 * probes * self.queue_size + copied + gathered))
 
     def partial_fc(self, sample_rate: float) -> int:
@@ -153,12 +177,16 @@ class Plan:
             optimizer, weights, at_logits = 4 + sample_rate, max(2 + 6 * sample_rate, 3 + sample_rate), 2 + 2 * sample_rate
         else:  # nothing is copied out of the weights
             optimizer, weights, at_logits = 4, 7, 3
-        matrix = classes * EMBEDDING_SIZE
+        matrix = classes * self.embedding_size
         logits = 4 * self.batch_size * self.gpus * sample_rate * classes
         return int(_FLOAT * max(weights * matrix, at_logits * matrix + logits)), int(_FLOAT * optimizer * matrix)
 
     def verdict(self) -> str:
-        """Which head to use, by memory, in a sentence."""
+        """Which head to use, by memory, in a sentence; or why it cannot be F²C."""
+        try:
+            self.check_pool()
+        except ConfigError as error:
+            return f"No pool of F²C: {error}."
         f2c, partial_fc = self.f2c() + self.gallery_net(), self.partial_fc(self.pool_rate)
         sizes = f"{mb(f2c)} of each GPU for F²C, {mb(partial_fc)} for Partial FC"
         more = (f"F²C keeps {mb(self.kept_weights())} of class weights in main memory" if self.is_resident else
@@ -173,19 +201,23 @@ class Plan:
 
     def table(self) -> list[tuple[str, int, str]]:
         """(what, its size, source): states are counted, from their shapes; peaks are estimated."""
-        pool = "pool" if self.is_resident else "pool, two rows a slot"
-        rows = [(f"F²C, {self.slots:,} slots", self.f2c() + self.gallery_net(), "estimated"),
-                (f"  {pool}" + (", shared by the GPUs" if self.is_resident or self.shard_pool else ""), self.pool(), "counted"),
-                ("  slot table", self.slot_table(), "counted"), ("  working memory", self.working_memory(), "estimated")]
-        if not self.is_resident:
-            rows += [("  recorded step", self.recording(), "measured"),
-                     (f"  gallery net ({self.network})", self.gallery_net(), "counted")]
-        rows += [(f"DCQ, {self.queue_size:,} class weights", self.dcq(), "estimated"),
-                 (f"Partial FC, sample rate {self.pool_rate:g}", self.partial_fc(self.pool_rate), "estimated"),
-                 ("full FC, split over the GPUs", self.partial_fc(1.0), "estimated")]
-        if self.is_resident:
-            rows.append(("main memory: F²C's class weights", self.kept_weights(), "counted"))
-        return rows
+        rows: list[tuple[str, int, str]] = []
+        with suppress(ConfigError):
+            pool = "pool" if self.is_resident else "pool, two rows a slot"
+            shared = self.gpus > 1 and (self.is_resident or self.shard_pool)
+            rows += [(f"F²C, {self.slots:,} slots", self.f2c() + self.gallery_net(), "estimated"),
+                     (f"  {pool}" + (", shared by the GPUs" if shared else ""), self.pool(), "counted"),
+                     ("  slot table", self.slot_table(), "counted"), ("  working memory", self.working_memory(), "estimated")]
+            if self.is_resident:
+                rows.append(("  in main memory: class weights", self.kept_weights(), "counted"))
+            else:
+                rows += [("  recorded step", self.recording(), "measured"),
+                         (f"  gallery net ({self.network})", self.gallery_net(), "counted")]
+        with suppress(ConfigError):
+            rows += [(f"DCQ, {self.queue_size:,} class weights", self.dcq() + self._copied_net(), "estimated"),
+                     (f"  gallery net ({self.network})", self._copied_net(), "counted")]
+        return [*rows, (f"Partial FC, sample rate {self.pool_rate:g}", self.partial_fc(self.pool_rate), "estimated"),
+                ("full FC, split over the GPUs", self.partial_fc(1.0), "estimated")]
 
 
 def mb(size: float) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.tools import plan_time
 from f2c_plugin.tools.net_costs import CostsByBatch, NetCosts
-from f2c_plugin.tools.plan import EMBEDDING_SIZE, Plan, mb
+from f2c_plugin.tools.plan import Plan, mb
 from f2c_plugin.tools.plan_time import HEADS, Milliseconds
 from f2c_plugin.tools.plotting import pyplot, save_figure
 
@@ -97,25 +97,29 @@ class StepPlan:
         gpu_memory: of each GPU, GB of 2**30 bytes.
     Attributes:
         steps: of the backbone alone first.
+        refused: {head: why it cannot have this training}.
     Raises:
         ConfigError: the GPU has no memory, or the net cannot be counted.
     """
 
     def __init__(self, plan: Plan, gpu_memory: float):
-        if not 0 < gpu_memory < 1e6:
-            raise ConfigError(f"--gpu-memory {gpu_memory:g}: must be above 0, in GB")
+        if not 0.01 <= gpu_memory <= 10_000:
+            raise ConfigError(f"--gpu-memory {gpu_memory:g}: must be from 0.01 to 10,000 GB")
         self.plan, self.gpu_memory = plan, int(gpu_memory * 2**30)
-        costs_of = CostsByBatch(plan.network, EMBEDDING_SIZE, plan.batch_size, plan.fp16)
+        costs_of = CostsByBatch(plan.network, plan.embedding_size, plan.batch_size, plan.fp16)
         self.costs_of, self.costs = costs_of, costs_of(plan.batch_size)
         self.steps: list[HeadStep] = []
+        self.refused: dict[str, str] = {}
         for name in ("backbone", *HEADS):
-            with suppress(ConfigError):  # with a gallery net, a batch is even
+            try:
                 size, largest = memory(plan, costs_of, name), largest_batch(plan, costs_of, name, self.gpu_memory)
                 self.steps.append(HeadStep(name, size, size <= self.gpu_memory, largest,
                                            plan_time.step(plan, name, self.costs)))
+            except ConfigError as error:
+                self.refused[name] = str(error)
 
     def verdict(self) -> str:
-        """Which heads fit, and which of these is fastest; DCQ comes last, because half of its images get no loss."""
+        """Which heads fit, and which of these is fastest; DCQ is by itself, because half of its images get no loss."""
         card = f"{self.gpu_memory / 2**30:g} GB"
         heads = self.steps[1:]
         fitting = sorted((step for step in heads if step.fits), key=lambda step: step.time)
@@ -124,15 +128,21 @@ class StepPlan:
             remedy = (f"lower the batch to {best.largest_batch}, for {HEADS[best.head]}" if best.largest_batch else
                       "take a smaller network or larger GPUs")
             return f"No head fits {card}: {remedy}."
-        fit = f"All heads fit {card}" if len(fitting) == len(heads) else (
+        fit = f"All heads fit {card}" if len(fitting) == len(HEADS) else (
             f"{_listed([step for step in heads if step.fits])} {'fit' if len(fitting) > 1 else 'fits'} {card}")
-        fitting.sort(key=lambda step: step.head == "dcq")
-        shortest = fitting[0].time.value
-        fastest = [step for step in fitting if step.time.value <= _EQUAL * shortest and step.head != "dcq"] or fitting
+        compared = [step for step in fitting if step.head != "dcq"]
+        if not compared:
+            return f"{fit}."
+        shortest = compared[0].time.value
+        fastest = [step for step in compared if step.time.value <= _EQUAL * shortest]
         speed = _listed(fastest) + (" are about equally fast" if len(fastest) > 1 else " is fastest")
         slower = [f"{HEADS[step.head]} takes {step.time.value / shortest:.1f} times as long"
-                  + (", but half of its images get no loss" if step.head == "dcq" else "") for step in fitting[len(fastest):]]
-        return f"{fit}; {', '.join([speed, *slower])}."
+                  for step in compared[len(fastest):]]
+        said = ", ".join([speed, *slower])
+        if queue := next((step for step in fitting if step.head == "dcq"), None):
+            said = (f"of those that learn from every image {said}; DCQ, which learns from half of them, takes "
+                    f"{queue.time.value / shortest:.1f} times as long")
+        return f"{fit}; {said}."
 
     def report(self) -> str:
         """In lines for people."""
@@ -148,6 +158,7 @@ class StepPlan:
         lines += [f"  {HEADS.get(step.head, 'no head'):<18}{mb(step.memory):>12}{'fits' if step.fits else 'no':>9}"
                   f"{step.largest_batch:>15,}{step.time.value:>9.1f}  {step.time.source:<10}{step.time.value / alone:>10.2f}"
                   for step in self.steps]
+        lines += [f"  {HEADS[name]:<18}{reason}" for name, reason in self.refused.items()]
         return "\n".join([*lines, f"What was measured on an H200, r50 and r100 in mixed precision, took {low} to {high} times "
                                   "what is estimated."])
 
@@ -160,7 +171,8 @@ class StepPlan:
         return asdict(plan) | {
             "gpu_memory": self.gpu_memory, "head": {what.strip(): _figure(size, source) for what, size, source in plan.table()},
             "without_head": {what: _figure(*size) for what, size in parts(plan, self.costs).items()},
-            "flops": _figure(self.costs.flops, "counted"), "steps": steps, "measured_by_estimated": plan_time.RANGE_OF_STEPS,
+            "flops": _figure(self.costs.flops, "counted"), "steps": steps, "refused": self.refused,
+            "measured_by_estimated": plan_time.RANGE_OF_STEPS,
             "verdict": [self.verdict(), plan.verdict()]}
 
 

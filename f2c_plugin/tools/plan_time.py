@@ -8,7 +8,7 @@ moves at others. All constants come from ``benchmarks/results/gpu_nvidia_h200*.j
 from typing import NamedTuple
 
 from f2c_plugin.tools.net_costs import NetCosts
-from f2c_plugin.tools.plan import EMBEDDING_SIZE, Plan
+from f2c_plugin.tools.plan import Plan
 
 HEADS = {"f2c": "F²C", "f2c_paper": "F²C as published", "dcq": "DCQ", "partial_fc": "Partial FC", "full_fc": "full FC"}
 
@@ -16,6 +16,7 @@ HEADS = {"f2c": "F²C", "f2c_paper": "F²C as published", "dcq": "DCQ", "partial
 MEASURED = {("r50", "backbone"): 34.6, ("r50", "f2c"): 34.2, ("r50", "f2c_paper"): 45.8, ("r50", "partial_fc"): 45.3,
             ("r100", "backbone"): 64.9, ("r100", "f2c"): 58.5, ("r100", "f2c_paper"): 98.5, ("r100", "partial_fc"): 77.3}
 # Least and most that a whole step, or a step of a head alone, took of its estimate.
+_MEASURED_SIZE = 512
 RANGE_OF_STEPS, RANGE_OF_HEADS = (0.82, 1.17), (0.92, 1.25)
 
 # Operations a second, mixed precision: the median of six steps of r50 and r100, which reached 140e12 to 182e12.
@@ -47,8 +48,8 @@ class Milliseconds(NamedTuple):
 
 def step(plan: Plan, name: str, costs: NetCosts) -> Milliseconds:
     """A whole step with the head ``name`` of HEADS, or of the "backbone" alone."""
-    setting = plan.gpus, plan.batch_size, plan.fp16, plan.identities, plan.pool_rate, plan.pool_dtype
-    if (plan.network, name) in MEASURED and setting == (1, 128, True, 10**6, 0.1, "float16"):
+    setting = (plan.gpus, plan.batch_size, plan.fp16, plan.identities, plan.pool_rate, plan.pool_dtype, plan.embedding_size)
+    if (plan.network, name) in MEASURED and setting == (1, 128, True, 10**6, 0.1, "float16", _MEASURED_SIZE):
         return Milliseconds(MEASURED[plan.network, name], "measured")
     return Milliseconds(estimate(plan, name, costs), "estimated")
 
@@ -74,25 +75,25 @@ def head(plan: Plan, name: str) -> float:
 
 def _f2c(plan: Plan, recipe: str) -> float:
     # A GPU that has a share of the slots compares them with the probes of all.
-    products = plan.slots * plan.batch_size / 128
+    products = plan.slots * plan.batch_size / 128 * plan.embedding_size / _MEASURED_SIZE
     if not plan.fp16:
         return _FIXED[recipe] + 1e-6 * _FLOAT32[recipe] * products
     slots = plan.slots / plan.gpus if recipe == "resident" or plan.shard_pool else plan.slots
-    size = 2 if plan.pool_dtype == "float32" else 1  # of float16
+    size = (2 if plan.pool_dtype == "float32" else 1) * plan.embedding_size / _MEASURED_SIZE  # of float16
     return _FIXED[recipe] + 1e-6 * (_PRODUCTS[recipe] * products + _SLOT[recipe] * size * slots)
 
 
 def _dcq(plan: Plan) -> float:
     rows, matrices = _DCQ_BYTES
     probes = plan.batch_size // 2
-    moved = plan.queue_size * (rows[plan.pool_dtype == "float32"] * EMBEDDING_SIZE + matrices * probes)
-    flops = 2 * 2 * EMBEDDING_SIZE * probes * plan.queue_size
+    moved = plan.queue_size * (rows[plan.pool_dtype == "float32"] * plan.embedding_size + matrices * probes)
+    flops = 2 * 2 * plan.embedding_size * probes * plan.queue_size
     return _FIXED["paper"] + 1e-6 * moved / _BYTES_A_NS + 1000 * flops / _FLOAT32_PRODUCTS
 
 
 def _partial_fc(plan: Plan, rate: float) -> float:
     every, sampled, uncopied, logits = _ROWS
     rows = every + (sampled if rate < 1 else uncopied) * rate + logits * rate * plan.batch_size * plan.gpus / 128
-    moved = rows * 4 * EMBEDDING_SIZE * plan.identities / plan.gpus  # bytes
-    flops = 3 * 2 * EMBEDDING_SIZE * plan.batch_size * rate * plan.identities
+    moved = rows * 4 * plan.embedding_size * plan.identities / plan.gpus  # bytes
+    flops = 3 * 2 * plan.embedding_size * plan.batch_size * rate * plan.identities
     return _PARTIAL_FC_FIXED + 1e-6 * moved / _BYTES_A_NS + 1000 * flops / _FLOAT32_PRODUCTS

@@ -15,7 +15,7 @@ from f2c_plugin.build import CombinedMargin, margin_from
 from f2c_plugin.config import Config
 from f2c_plugin.data.from_config import record_loader, steps_per_epoch
 from f2c_plugin.data.loader import DualLoader
-from f2c_plugin.errors import ConfigError, VerificationSetError
+from f2c_plugin.errors import ConfigError, UnknownPlugin, VerificationSetError
 from f2c_plugin.evaluation.verification import VerificationSet
 from f2c_plugin.method.schedule import Schedule
 from f2c_plugin.terms import put_terms_beside
@@ -51,7 +51,12 @@ def head_factory(name: str | None) -> HeadFactory:
     if name is None:
         raise ConfigError("head is not set, and the built-in trainer has no Partial FC: set head='f2c_dcp', or 'softmax' "
                           "for the full FC layer")
-    return BUILT_IN_HEADS[name] if name in BUILT_IN_HEADS else load_plugin(HEADS, name)
+    if name in BUILT_IN_HEADS:
+        return BUILT_IN_HEADS[name]
+    try:
+        return load_plugin(HEADS, name)
+    except UnknownPlugin as error:
+        raise UnknownPlugin(f"{error}; built in: {', '.join(BUILT_IN_HEADS)}") from None
 
 
 def build_loader(cfg: Config, factory: HeadFactory, local_rank: int) -> DualLoader:

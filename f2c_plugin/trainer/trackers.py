@@ -56,6 +56,11 @@ class _MLflow:
 
 _TRACKERS: dict[str, Callable[[Config, str, str | None], Any]] = {"using_wandb": _WeightsAndBiases, "using_mlflow": _MLflow}
 
+_REMEDIES = {
+    "using_wandb": "log in by `wandb login`, or set WANDB_MODE=offline, which keeps the run in config.output",
+    "using_mlflow": "set MLFLOW_TRACKING_URI to your server's address; or, without a server, to file:///FOLDER, and "
+                    "MLFLOW_ALLOW_FILE_STORE=true"}
+
 
 class Trackers:
     """The runs of a training at the services that its config asks for.
@@ -82,7 +87,7 @@ class Trackers:
                 except F2CError as error:
                     raise ConfigError(f"{key}=True: {error}") from error
                 except Exception as error:  # of many kinds: no network, no key, no such project
-                    raise ConfigError(f"{key}=True: {type(error).__name__}: {error}") from error
+                    raise ConfigError(f"{key}=True: {type(error).__name__}: {error}: {_REMEDIES[key]}") from error
         if self._open:
             with written_whole(folder / "trackers.json") as file:
                 file.write(json.dumps({key: tracker.run_id for key, tracker in self._open.items()}).encode())

@@ -24,6 +24,7 @@ from f2c_plugin.tools.report import Run
 from tests.arcface_torch.killed import die_at_change, tree
 from tests.models.light import LIGHT
 from tests.runs import by_torchrun, completed
+from tests.test_tutorial import BLOCKS
 from tests.trainer.test_checkpoint import equal
 
 pytestmark = pytest.mark.host
@@ -132,6 +133,18 @@ def test_class_weights_that_learn_train_save_and_resume(patched, packs):
     clocks = [head["pool.clock"].item() for head in (heads[0], resumed["state_dict_softmax_fc"])]
     assert resumed["global_step"] * clocks[0] == heads[0]["_extra_state"] * clocks[1] > 0
     assert resumed["state_dict_softmax_fc"]["_extra_state"] == resumed["global_step"]
+
+
+def test_the_config_of_the_tutorial_trains_with_its_network_and_scale(patched, packs):
+    of_page = next(text for language, text in BLOCKS if language == "python" and text.startswith("# faces.py"))
+    identities, images = MORE
+    here = dict(rec=str(packs[MORE]), num_classes=identities, num_image=identities * images, batch_size=8, num_epoch=1,
+                verbose=30, frequent=2, val_targets=["synth"], output="work_dirs/tutorial")
+    lines = [f"config.{key} = {value!r}" for key, value in here.items()]
+    (patched / "configs/tutorial.py").write_text("\n".join([of_page, *lines]))
+    log = run(patched, "tutorial", ranks=1)
+    assert "network                  tiny" in log and re.findall(r"scale ([\d.]+)", log)[-1] == "32.0"
+    assert "Accuracy-Flip" in log and all(map(math.isfinite, losses(log)))
 
 
 @pytest.mark.parametrize("name, keys", [

@@ -59,7 +59,7 @@ def test_the_command_prints_the_table_and_draws_it(tmp_path, capsys):
 
 def test_the_number_of_identities_may_come_from_a_pack(faces, capsys):
     cli(["plan", str(faces), "--pool-rate", "1", "--gpus", "1", "--batch-size", "12"])
-    assert "12 identities on 1 GPUs" in capsys.readouterr().out
+    assert "12 identities on 1 GPU, batch 12, embeddings of 512: " in capsys.readouterr().out
     for arguments in ["plan"], ["plan", str(faces), "--identities", "12"]:
         with pytest.raises(SystemExit, match="f2c-plugin plan: name a pack or --identities N, one of them"):
             cli(arguments)
@@ -79,7 +79,7 @@ def test_the_verdict_names_the_head_that_takes_less_memory():
 
 
 def test_what_cannot_be_planned_is_refused_with_the_value():
-    with pytest.raises(ConfigError, match="(?s)--gpus 0: must be above 0.*--network r7: must be one of r18"):
+    with pytest.raises(ConfigError, match="(?s)--gpus 0: must be from 1 to .*--network r7: must be one of r18"):
         Plan(1000, gpus=0, network="r7")
-    with pytest.raises(SystemExit, match="f2c_pool_rate=0.0001 gives 1 slots .* raise it to at least"):
-        cli(["plan", "--identities", "10000", "--pool-rate", "0.0001"])
+    with pytest.raises(SystemExit, match="f2c-plugin plan: --pool-rate 0.0: must be above 0"):
+        cli(["plan", "--identities", "10000", "--pool-rate", "0"])

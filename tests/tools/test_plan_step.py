@@ -70,26 +70,56 @@ def test_the_largest_batch_just_fits():
 
 def test_the_verdict_says_which_heads_fit_and_which_is_fastest():
     assert StepPlan(Plan(10**5, 8, "r100"), 24).verdict() == (
-        "All heads fit 24 GB; F²C and Partial FC are about equally fast, full FC takes 1.1 times as long, F²C as published "
-        "takes 1.3 times as long, DCQ takes 0.7 times as long, but half of its images get no loss.")
+        "All heads fit 24 GB; of those that learn from every image F²C and Partial FC are about equally fast, full FC takes "
+        "1.1 times as long, F²C as published takes 1.3 times as long; DCQ, which learns from half of them, takes 0.7 times as "
+        "long.")
     assert StepPlan(Plan(10**6, 1, "r18"), 10).verdict() == (
-        "F²C, F²C as published and DCQ fit 10 GB; F²C is fastest, F²C as published takes 1.3 times as long, DCQ takes 0.7 "
-        "times as long, but half of its images get no loss.")
-    assert StepPlan(Plan(10**6, 1, "r18"), 4.6).verdict() == "DCQ fits 4.6 GB; DCQ is fastest."
+        "F²C, F²C as published and DCQ fit 10 GB; of those that learn from every image F²C is fastest, F²C as published takes "
+        "1.3 times as long; DCQ, which learns from half of them, takes 0.7 times as long.")
+    assert StepPlan(Plan(10**6, 1, "r18"), 4.6).verdict() == "DCQ fits 4.6 GB."
     few = StepPlan(Plan(10**6, 1, "r18"), 3)
     assert few.verdict() == f"No head fits 3 GB: lower the batch to {few.steps[1].largest_batch}, for F²C."
     assert StepPlan(Plan(10**6, 1, "r18"), 0.1).verdict() == "No head fits 0.1 GB: take a smaller network or larger GPUs."
 
 
 def test_an_odd_batch_has_no_step_with_a_gallery_net():
-    assert [step.head for step in StepPlan(Plan(10**5, 1, "small", 33), 24).steps] == [
-        "backbone", "f2c", "partial_fc", "full_fc"]
+    planned = StepPlan(Plan(10**5, 1, "small", 33), 24)
+    assert [step.head for step in planned.steps] == ["backbone", "f2c", "partial_fc", "full_fc"]
+    assert list(planned.refused) == ["f2c_paper", "dcq"] and all("--batch-size 33: " in why for why in planned.refused.values())
+    assert planned.verdict().startswith("F²C, Partial FC and full FC fit 24 GB; F²C is fastest, ")
+    assert "  DCQ               --batch-size 33: DCQ splits a batch into two halves: make it even" in planned.report()
 
 
-def test_memory_that_no_gpu_has_is_refused():
+def test_heads_without_a_pool_are_planned_where_the_pool_is_too_small():
+    planned = StepPlan(Plan(1000, 8, "small"), 24)
+    assert planned.refused["f2c"] == ("--pool-rate 0.1 gives 100 slots for --identities 1000, but a gathered batch holds up to "
+                                      "1000 identities: raise it to at least 1")
+    assert planned.plan.verdict() == f"No pool of F²C: {planned.refused['f2c']}."
+    assert [name.split(",")[0] for name, *_ in planned.plan.table()] == [
+        "DCQ", "  gallery net (small)", "Partial FC", "full FC"]
+    largest = {step.head: step.largest_batch for step in StepPlan(Plan(10**4, 1, "small", 128, 0.1), 24).steps}
+    assert largest["f2c"] == 1000 and largest["f2c_paper"] == 2000  # slots; the others have what memory takes
+    assert largest["full_fc"] > 3000 and largest["backbone"] > 3000 and largest["dcq"] > 3000
+
+
+def test_what_no_gpu_has_is_refused():
     for size in 0, -1, float("nan"), float("inf"):
-        with pytest.raises(ConfigError, match=f"--gpu-memory {size:g}: must be above 0, in GB"):
+        with pytest.raises(ConfigError, match=f"--gpu-memory {size:g}: must be from 0.01 to 10,000 GB"):
             StepPlan(Plan(10**5, 1, "small"), size)
+    with pytest.raises(ConfigError) as found:
+        Plan(10**20, 0, "small", 0, 2.0, "int8")
+    assert str(found.value).splitlines() == [
+        "--identities 100000000000000000000: must be from 1 to 10,000,000,000", "--gpus 0: must be from 1 to 1,000,000",
+        "--batch-size 0: must be from 1 to 1,000,000", "--pool-rate 2.0: must be above 0, up to 1",
+        "--pool-dtype 'int8': must be one of 'float32', 'bfloat16', 'float16'"]
+
+
+def test_smaller_embeddings_take_less():
+    half, whole = (Plan(10**6, 1, "small", embedding_size=size) for size in (256, 512))
+    assert half.pool() - 4 * half.slots == (whole.pool() - 4 * whole.slots) / 2
+    assert half.kept_weights() == whole.kept_weights() / 2 and half.partial_fc(0.1) < whole.partial_fc(0.1)
+    assert half.dcq() < whole.dcq() and half.f2c() < whole.f2c()
+    assert StepPlan(half, 24).costs.flops < StepPlan(whole, 24).costs.flops
 
 
 def test_the_command_prints_the_steps_in_words_and_in_json(tmp_path, capsys):

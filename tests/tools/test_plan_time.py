@@ -9,7 +9,7 @@ import pytest
 
 from f2c_plugin.tools import plan_time
 from f2c_plugin.tools.net_costs import CostsByBatch
-from f2c_plugin.tools.plan import EMBEDDING_SIZE, Plan
+from f2c_plugin.tools.plan import Plan
 from f2c_plugin.tools.plan_time import HEADS, MEASURED
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -29,7 +29,7 @@ def measured(part):
 
 @cache
 def costs_of(plan):
-    return CostsByBatch(plan.network, EMBEDDING_SIZE, plan.batch_size, plan.fp16)
+    return CostsByBatch(plan.network, plan.embedding_size, plan.batch_size, plan.fp16)
 
 
 def costs(plan):
@@ -42,7 +42,7 @@ def test_what_is_called_measured_is_the_latest_measurement():
     for _, plan, head, milliseconds, _ in latest:
         assert plan_time.step(plan, head, costs(plan)) == (milliseconds, "measured")
         for other in (dict(gpus=2), dict(batch_size=64), dict(fp16=False), dict(identities=10**6 + 1), dict(pool_rate=0.2),
-                      dict(pool_dtype="float32"), dict(network="r18")):
+                      dict(pool_dtype="float32"), dict(network="r18"), dict(embedding_size=256)):
             changed = replace(plan, **other)
             assert plan_time.step(changed, head, costs(plan)).source == "estimated"
 
@@ -62,6 +62,8 @@ def test_time_follows_what_a_gpu_has_to_do():
     for head in set(HEADS) - {"dcq"}:
         assert plan_time.head(replace(plan, identities=10**7), head) > plan_time.head(plan, head)
         assert plan_time.head(replace(plan, gpus=1), head) > plan_time.head(plan, head) or head == "f2c_paper"
+    for head in HEADS:
+        assert plan_time.head(replace(plan, embedding_size=256), head) < plan_time.head(plan, head)
     assert plan_time.head(replace(plan, shard_pool=True), "f2c_paper") < plan_time.head(plan, "f2c_paper")
     assert plan_time.head(replace(plan, pool_dtype="float16"), "f2c") < plan_time.head(plan, "f2c")
     assert plan_time.head(plan, "partial_fc") < plan_time.head(replace(plan, pool_rate=0.5), "partial_fc")

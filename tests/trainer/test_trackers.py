@@ -92,12 +92,17 @@ def test_a_service_that_cannot_be_had_is_said_before_training_begins(config, tmp
     training = start(config(using_wandb=True))  # this process may have been told that it is offline
     said, _ = training.communicate(timeout=300)
     assert training.returncode == 1 and "using_wandb=True: UsageError: " in said.splitlines()[-1]
+    assert said.splitlines()[-1].endswith("or set WANDB_MODE=offline, which keeps the run in config.output")
     assert "Traceback" not in said and len(before) > 5 and before == {path: path.read_bytes() for path in before}
     train.main([config(num_epoch=1, lr=0.01)])
     events = list(Path("out/tensorboard").iterdir())
     assert not set(events) & before.keys() and len(history()) == len(before[Path("out/history.jsonl")].splitlines())
     log = Path("out/training.log").read_text()
     assert "lr                       0.01" in log and "lr                       0.05" not in log
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://")
+    assert "using_mlflow=True: " in (said := refusal(config(using_mlflow=True)))
+    assert said.endswith("or, without a server, to file:///FOLDER, and MLFLOW_ALLOW_FILE_STORE=true")
 
     def missing(module, extra):
         raise trackers.F2CError(f"{module} cannot be imported: pip install 'f2c-plugin[{extra}]'")
