@@ -136,6 +136,8 @@ def inspect(args: Namespace) -> None:
     from f2c_plugin.data.dataset import RecordDataset
     from f2c_plugin.tools import packs
 
+    if args.identity is not None and args.image is not None:
+        raise InputError(f"--identity {args.identity} --image {args.image}: a sheet shows one of them")
     packs.draw_sheet(RecordDataset(args.folder, skip_damaged=True), args.out, args.identity, args.image)
     print(args.out)
 
@@ -186,7 +188,8 @@ def pack(args: Namespace) -> None:
     _show(args, pack_images(source, args.out, args.resize, args.quality))
 
 
-@command(argument("folders", nargs="+", metavar="folder", help="folder of train.rec and train.idx, of two packs or more"),
+@command(argument("folders", nargs="+", metavar="folder", help="folder of train.rec and train.idx, of two packs or more; of "
+                                                               "one alone with --same or --drop-duplicates"),
          argument("out", help="folder to write train.rec, train.idx, property, identities.tsv (new number, pack, old number) "
                               "and duplicates.tsv (images whose bytes come twice) into"),
          argument("--same", metavar="LIST", help="identities that are one: in each line the number of the pack, from 1, the "
@@ -196,6 +199,9 @@ def merge(args: Namespace) -> None:
     """Write the images of several packs into one."""
     from f2c_plugin.tools import repack
 
+    if len(args.folders) < 2 and not (args.same or args.drop_duplicates):
+        raise InputError(f"{args.folders[0]}, {args.out}: two packs or more are merged into a folder; name another pack, "
+                         "--same or --drop-duplicates")
     _show(args, repack.merge(args.folders, args.out, args.same, args.drop_duplicates))
 
 

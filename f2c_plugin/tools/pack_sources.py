@@ -8,7 +8,6 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +24,7 @@ _TAR = re.compile(r"\.(tar|tar\.(gz|bz2|xz)|tgz)$", re.IGNORECASE)
 _SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)  # key, which ends at the first dot as in WebDataset; extension
 _LABELS = ("cls", "txt", "json")
 _NUMBER = re.compile(r"^(\d+)(?:\.0+)?$")
+_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")  # as Hugging Face names its files
 _ROWS = 32  # of a dataset that are read at a time
 _FACES = f"images of {IMAGE_SIZE}×{IMAGE_SIZE} pixels"
 Folder = tuple[str, tuple[str, ...]]  # path below the source; its real path behind those of the folders around it
@@ -74,13 +74,14 @@ def source_of(paths: Sequence[str | Path], root: str | Path | None = None, image
         InputError: several that are not of one kind, or an option that the source has not.
     """
     files = [Path(path) for path in paths]
+    beside: list[Path] = []
     if len(files) == 1 and files[0].is_dir() and not _is_saved_dataset(files[0]):
-        files = _shards(files[0]) or files
+        files, beside = _shards(files[0])
     options = {"root": root, "image-key": image_key, "label-key": label_key}
     if all(_TAR.search(file.name) for file in files):
-        source, takes = Tars(files, label_key), {"label-key"}
+        source, takes = Tars(files, label_key, beside), {"label-key"}
     elif all(file.suffix == ".parquet" for file in files):
-        source, takes = HuggingFace(files, image_key, label_key), {"image-key", "label-key"}
+        source, takes = HuggingFace(files, image_key, label_key, beside), {"image-key", "label-key"}
     elif len(files) > 1:
         raise InputError(f"{files[0]}, {files[1]}: several sources must all be .tar files, or all .parquet files")
     elif _is_saved_dataset(files[0]):
@@ -95,13 +96,30 @@ def source_of(paths: Sequence[str | Path], root: str | Path | None = None, image
     return source
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The tar files in a folder, or else the parquet files; none if it has folders."""
-    with os.scandir(folder) as entries:
-        if any(entry.is_dir() and not _is_hidden(entry.name) for entry in entries):
-            return []
-    files = sorted(path for path in folder.iterdir() if not _is_hidden(path.name))
-    return [path for path in files if _TAR.search(path.name)] or [path for path in files if path.suffix == ".parquet"]
+def _shards(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The tar files in a folder, or else the parquet files, and the other files; the folder itself if it has folders.
+
+    In a repository of Hugging Face, as it is downloaded, the parquet files are in the folder ``data``.
+    """
+    visible = sorted(path for path in folder.iterdir() if not _is_hidden(path.name))
+    folders = [path for path in visible if path.is_dir()]
+    if [path.name for path in folders] == ["data"] and any(path.suffix == ".parquet" for path in folders[0].iterdir()):
+        shards, others = _shards(folders[0])
+        return shards, [path for path in visible if path.is_file()] + others
+    shards = [path for path in visible if _TAR.search(path.name)] or [path for path in visible if path.suffix == ".parquet"]
+    if folders or not shards:
+        return [folder], []
+    if len(splits := sorted({match[1] for path in shards if (match := _SPLIT.fullmatch(path.name))})) > 1:
+        raise InputError(f"{folder}: has the splits {', '.join(splits)}: name the files of one, as "
+                         f"{folder / splits[-1]}-*.parquet")
+    return shards, [path for path in visible if path not in shards]
+
+
+def _beside(files: Sequence[Path]) -> Iterator[Item]:
+    """Files that lie beside those of a source."""
+    for file in files:
+        if file.name != LEFT_OUT:
+            yield Item("", file.name, "not one of the files that are packed")
 
 
 def _is_saved_dataset(path: Path) -> bool:
@@ -186,7 +204,7 @@ def walk(source: Path) -> Iterator[File]:
 
 class Listed:
     """A list of images: in each line a path and an identity; or an index, a label and a path, as in im2rec's lists; or a
-    flag, a path and a label, as in face2rec2's."""
+    flag, a path, a label and perhaps a box and points, as in face2rec2's. Images of labels such as −1 and nan are left out."""
 
     kind = "a list"
     needs = f"the paths and identities of {_FACES}"
@@ -209,7 +227,8 @@ class Listed:
         for identity, path in self._lines():
             # A list from elsewhere must not pack other files of this machine.
             outside = not os.path.realpath(self.root / path).startswith(around)
-            yield Item(identity, path, "not in the list's folder, or that of --root" if outside else self.root / path)
+            image = "not in the list's folder, or that of --root" if outside else self.root / path
+            yield Item(identity, path, image if identity else "an image, no label")
 
     def _lines(self) -> Iterator[tuple[str, str]]:
         """Identity and path of each line that is not empty."""
@@ -220,13 +239,28 @@ class Listed:
                 match [word.strip() for word in line.split("\t")]:
                     case [path, identity] if path and identity:
                         yield identity, path
-                    case [flag, path, label] if flag.isdecimal() and _NUMBER.fullmatch(label) and not _NUMBER.fullmatch(path):
-                        yield label, path
-                    case [index, label, *_, path] if index.isdecimal() and label and path:
-                        yield _NUMBER.sub(r"\1", label), path  # im2rec writes its labels as floats
+                    case [flag, path, label, *box] if (flag.isdecimal() and not _is_number(path) and _is_number(label)
+                                                       and all(map(_is_number, box))):
+                        yield _identity_of(label), path
+                    case [index, label, *_, path] if index.isdecimal() and label and path and not _is_number(path):
+                        yield _identity_of(label), path
                     case _:
                         raise RecordError(f"{self.path}: line {number} is {line[:60]!r}, but must be a path and an identity, "
                                           "or as in im2rec's lists an index, a label and a path, separated by tabs")
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _identity_of(label: str) -> str:
+    """The name of the identity of a label in a list; empty if it is a number, and not a whole one from 0."""
+    match = _NUMBER.fullmatch(label)  # im2rec writes its labels as floats
+    return match[1] if match else "" if _is_number(label) else label
 
 
 class _Header(tarfile.TarInfo):
@@ -251,8 +285,8 @@ class Tars:
     kind = "of tar files"
     needs = f"{_FACES}, each with a .cls, .txt or .json of the same name beside it"
 
-    def __init__(self, paths: Sequence[Path], label_key: str | None = None):
-        self.paths, self.label_key = paths, label_key
+    def __init__(self, paths: Sequence[Path], label_key: str | None = None, beside: Sequence[Path] = ()):
+        self.paths, self.label_key, self.beside = paths, label_key, beside
 
     def __str__(self) -> str:
         return f"{self.paths[0]}{', …' if len(self.paths) > 1 else ''}"
@@ -263,6 +297,7 @@ class Tars:
                 raise RecordError(f"{path}: no such file")
 
     def items(self) -> Iterator[Item]:
+        yield from _beside(self.beside)
         for path in self.paths:
             key, parts = "", dict[str, bytes | str]()  # content by extension; as text, why there is none
             for name, content in self._files(path):
@@ -327,8 +362,9 @@ class HuggingFace:
     kind = "a dataset"
     needs = f"{_FACES} with labels"
 
-    def __init__(self, paths: Sequence[Path], image_key: str | None = None, label_key: str | None = None):
-        self.paths, self._image_key, self._label_key = paths, image_key, label_key
+    def __init__(self, paths: Sequence[Path], image_key: str | None = None, label_key: str | None = None,
+                 beside: Sequence[Path] = ()):
+        self.paths, self._image_key, self._label_key, self.beside = paths, image_key, label_key, beside
 
     def __str__(self) -> str:
         return f"{self.paths[0]}{', …' if len(self.paths) > 1 else ''}"
@@ -336,9 +372,10 @@ class HuggingFace:
     @cached_property
     def _features(self) -> dict[str, Any]:
         """What is in each column."""
-        if self._saved is not None:
-            return self._saved.features
-        return require("datasets", extra="huggingface").Features.from_arrow_schema(self._parquet(self.paths[0]).schema_arrow)
+        return self._features_of(self.paths[0]) if self._saved is None else self._saved.features
+
+    def _features_of(self, path: Path) -> dict[str, Any]:
+        return require("datasets", extra="huggingface").Features.from_arrow_schema(self._parquet(path).schema_arrow)
 
     @cached_property
     def _saved(self) -> Any:
@@ -380,15 +417,21 @@ class HuggingFace:
         for path in self.paths:
             if not path.exists():
                 raise RecordError(f"{path}: no such file")
-        self._columns()  # raises before the work begins
+        columns = self._columns()  # raises before the work begins
         if self._saved is not None:
             return len(self._saved)
-        return sum(self._parquet(path).metadata.num_rows for path in self.paths)
+        for path in self.paths[1:]:
+            for column in columns:
+                kinds = [type(features.get(column)).__name__ for features in (self._features, self._features_of(path))]
+                if kinds[0] != kinds[1]:
+                    raise InputError(f"{path}: its column {column} is of the kind {kinds[1]}, and that of {self.paths[0]} "
+                                     f"{kinds[0]}: pack them apart, and merge the packs")
+        return len(self.beside) + sum(self._parquet(path).metadata.num_rows for path in self.paths)
 
     def items(self) -> Iterator[Item]:
         image_column, label_column = self._columns()
-        names = getattr(self._features[label_column], "names", None)
-        for number, row in enumerate(self._rows()):
+        yield from _beside(self.beside)
+        for number, (row, names) in enumerate(self._rows(label_column)):
             label, image = row.get(label_column), row.get(image_column)
             if names is not None:
                 label = names[label] if label is not None and 0 <= label < len(names) else None  # -1: not known
@@ -399,15 +442,18 @@ class HuggingFace:
                 image = "no bytes of an image"
             yield Item(identity, f"row {number}", image if identity else f"an image, no label: {label_column}")
 
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        """Images as they are stored, not decoded."""
+    def _rows(self, label_column: str) -> Iterator[tuple[dict[str, Any], list[str] | None]]:
+        """Images as they are stored, not decoded; and the names of labels, of which each file has its own."""
         columns = self._columns()
+        parts: Iterable[tuple[Any, dict[str, Any]]]
         if self._saved is not None:
-            tables: Iterable[Any] = self._saved.select_columns(columns).with_format("arrow").iter(_ROWS)
+            parts = [(self._saved.select_columns(columns).with_format("arrow").iter(_ROWS), self._features)]
         else:
-            tables = chain.from_iterable(self._parquet(path).iter_batches(_ROWS, columns=columns) for path in self.paths)
+            parts = ((self._parquet(path).iter_batches(_ROWS, columns=columns), self._features_of(path)) for path in self.paths)
         try:
-            for table in tables:
-                yield from table.to_pylist()
+            for tables, features in parts:
+                names = getattr(features[label_column], "names", None)
+                for table in tables:
+                    yield from ((row, names) for row in table.to_pylist())
         except (OSError, ValueError) as error:
             raise RecordError(f"{self}: cannot be read: {error}") from error

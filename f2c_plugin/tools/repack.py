@@ -76,12 +76,25 @@ class _Images(NamedTuple):
 
 
 class _Packs:
-    """Packs that are read one image at a time."""
+    """Packs that are read one image at a time.
+
+    Attributes:
+        readable: of each pack, bool (images,): whose records are not damaged. The index of packs in InsightFace's layout
+            takes identities from other records, and has not seen those of the images.
+        unusable: images that are left out of the packs.
+    """
 
     def __init__(self, folders: Sequence[str | Path]):
         self.folders = [Path(folder) for folder in folders]
         self.datasets = [RecordDataset(folder, skip_damaged=True) for folder in folders]
-        self.unusable = sum(len(dataset.index.unusable) for dataset in self.datasets)
+        self.readable = list(map(_readable, self.datasets))
+        self.unusable = sum(len(dataset.index.unusable) for dataset in self.datasets) + sum(
+            int(np.count_nonzero(~readable)) for readable in self.readable)
+
+    def sizes(self, source: int) -> Int64s:
+        """Readable images of each identity of a pack, int64 (identities,)."""
+        index = self.datasets[source].index
+        return np.add.reduceat(self.readable[source][index.grouped], index.starts[:-1], dtype=np.int64)
 
     def __len__(self) -> int:
         return sum(map(len, self.datasets))
@@ -100,7 +113,7 @@ class _Packs:
                     bar.update()
 
     def named(self, number_of: Sequence[Int64s]) -> _Images:
-        """All images of the packs' identities, with the new numbers of these; those below 0 are left out.
+        """All readable images of the packs' identities, with the new numbers of these; those below 0 are left out.
 
         Args:
             number_of: of each pack, int64 (identities,) in the order of ``index.numbers``.
@@ -109,7 +122,8 @@ class _Packs:
         for source, (dataset, numbers) in enumerate(zip(self.datasets, number_of, strict=True)):
             index = dataset.index
             identity = np.repeat(numbers, np.diff(index.starts))
-            parts.append(_Images(np.full(len(index), source), index.grouped.astype(np.int64), identity).chosen(identity >= 0))
+            images = _Images(np.full(len(index), source), index.grouped.astype(np.int64), identity)
+            parts.append(images.chosen((identity >= 0) & self.readable[source][index.grouped]))
         images = _Images(*(np.concatenate(each) for each in zip(*parts, strict=True)))
         return images.chosen(np.argsort(images.identity, kind="stable"))
 
@@ -123,6 +137,11 @@ class _Packs:
                 for new, old in zip(numbers.tolist(), dataset.index.numbers.tolist(), strict=True):
                     if new >= 0:
                         file.write(f"{new}\t{on_one_line(str(path))}\t{old}\n".encode())
+
+
+def _readable(dataset: RecordDataset) -> NDArray[np.bool_]:
+    offsets = tqdm(dataset.index.offsets.tolist(), f"checking {dataset.root_dir}", unit=" records", disable=None)
+    return np.fromiter((dataset.records.damage(offset) is None for offset in offsets), np.bool_, len(dataset))
 
 
 def merge(folders: Sequence[str | Path], out: str | Path, same: str | Path | None = None,
@@ -178,15 +197,16 @@ def split(source: str | Path, train: str | Path, unseen: str | Path, identities:
     with new_pack(outs[0], _NAMES) as first, new_pack(outs[1], _NAMES) as second:
         packs = _Packs([source])
         index = packs.datasets[0].index
-        enough = np.flatnonzero(np.diff(index.starts) >= min_images)
+        sizes = packs.sizes(0)
+        enough = np.flatnonzero(sizes >= max(1, min_images))
         if not 0 < identities <= len(enough):
             raise InputError(f"--identities {identities}: {source} has {len(enough)} identities with {min_images} images or "
                              "more")
-        if identities == len(index.numbers):
+        if identities == np.count_nonzero(sizes):
             raise InputError(f"--identities {identities}: are all that {source} has; none would be left to train on")
         is_unseen = np.zeros(len(index.numbers), bool)
         is_unseen[np.random.default_rng(seed).permutation(enough)[:identities]] = True
-        return _write_chosen(packs, outs[0], first, ~is_unseen), _write_chosen(packs, outs[1], second, is_unseen)
+        return _write_chosen(packs, outs[0], first, ~is_unseen & (sizes > 0)), _write_chosen(packs, outs[1], second, is_unseen)
 
 
 def filtered(source: str | Path, out: str | Path, min_images: int = 1, max_images: int | None = None,
@@ -203,8 +223,8 @@ def filtered(source: str | Path, out: str | Path, min_images: int = 1, max_image
     with new_pack(out, _NAMES) as folder:
         packs = _Packs([source])
         index = packs.datasets[0].index
-        sizes = np.diff(index.starts)
-        chosen = (sizes >= min_images) & (sizes <= (np.inf if max_images is None else max_images))
+        sizes = packs.sizes(0)
+        chosen = (sizes >= max(1, min_images)) & (sizes <= (np.inf if max_images is None else max_images))
         if only:
             chosen &= np.isin(index.numbers, _read_identities(Path(only), index.numbers))
         if without:
@@ -237,7 +257,7 @@ def _write_chosen(packs: _Packs, out: Path, folder: Path, chosen: NDArray[np.boo
 
 
 def _merged_numbers(packs: _Packs, same: dict[tuple[int, int], str]) -> list[Int64s]:
-    """The new number of each identity of each pack, in the order of their first ones.
+    """The new number of each identity of each pack, in the order of their first ones; −1 of those without a readable image.
 
     ``same`` are names by number of the pack, from 0, and identity.
     """
@@ -245,8 +265,11 @@ def _merged_numbers(packs: _Packs, same: dict[tuple[int, int], str]) -> list[Int
     number_of_name: dict[str, int] = {}
     count = 0
     for source, dataset in enumerate(packs.datasets):
-        numbers = np.empty(len(dataset.index.numbers), np.int64)
+        numbers = np.full(len(dataset.index.numbers), -1, np.int64)
+        sizes = packs.sizes(source)
         for i, identity in enumerate(dataset.index.numbers.tolist()):
+            if not sizes[i]:
+                continue
             name = same.get((source, identity))
             if name is None or name not in number_of_name:
                 if name is not None:

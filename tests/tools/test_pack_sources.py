@@ -308,3 +308,54 @@ def test_an_image_that_needs_pillow_is_named_without_its_content(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(F2CError, match=r"^an image is not a JPEG of 112×112 in RGB or gray: PIL.*\[images\]"):
         storable(b"BM", False, None)
+
+
+def test_each_parquet_file_has_its_own_names_of_identities(tmp_path):
+    def write(name, names):
+        of = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+        rows = dict(image=[dict(bytes=jpeg(len(names[0]) + i), path=None) for i in range(2)], label=[0, 1])
+        datasets.Dataset.from_dict(rows, of).to_parquet(tmp_path / name)
+
+    write("0.parquet", ["anna", "bob"])
+    write("1.parquet", ["caroline", "anna"])
+    packed = pack(source_of([tmp_path / "0.parquet", tmp_path / "1.parquet"]), tmp_path / "pack", processes=1)
+    names = json.loads((tmp_path / "pack/identities.json").read_text())
+    assert packed.sizes == {name: 2 if name == "anna" else 1 for name in names} and len(names) == 3
+    dataset = RecordDataset(tmp_path / "pack")
+    of_anna = [dataset.encoded(int(i)) for i in dataset.index.images_of(names.index("anna"))]
+    assert sorted(of_anna) == sorted([jpeg(4), jpeg(9)])
+    parquet.write_table(pyarrow.table(dict(image=[b""], label=[3])), tmp_path / "2.parquet")
+    with pytest.raises(InputError, match="2.parquet: its column image is of the kind Value, and that of .* Image: pack"):
+        pack(source_of([tmp_path / "0.parquet", tmp_path / "2.parquet"]), tmp_path / "other", processes=1)
+
+
+def test_files_beside_those_that_are_packed_are_listed(drawn, tmp_path):
+    folder_of_tars(drawn, tmp_path / "tars")
+    for name in "loose.jpg", "x.parquet":
+        (tmp_path / "tars" / name).write_bytes(jpeg(1))
+    pack(source_of([tmp_path / "tars"]), tmp_path / "a", processes=1)
+    assert left_out(tmp_path / "a") == dict.fromkeys(["loose.jpg", "x.parquet"], "not one of the files that are packed")
+
+
+def test_a_repository_of_hugging_face_is_packed_as_it_is_downloaded_but_not_its_splits_together(drawn, tmp_path):
+    (tmp_path / "hub/data").mkdir(parents=True)
+    (tmp_path / "hub/README.md").write_text("faces")
+    dataset_of(drawn).to_parquet(tmp_path / "hub/data/train-00000-of-00001.parquet")
+    packed = pack(source_of([tmp_path / "hub"]), tmp_path / "a", processes=1)
+    assert packed.sizes == dict.fromkeys(map(str, range(IDENTITIES)), IMAGES)
+    assert left_out(tmp_path / "a") == {"README.md": "not one of the files that are packed"}
+    dataset_of(drawn[:3]).to_parquet(tmp_path / "hub/data/test-00000-of-00001.parquet")
+    for folder in "hub", "hub/data":
+        with pytest.raises(InputError, match=r"has the splits test, train: name the files of one, as .*train-\*.parquet"):
+            source_of([tmp_path / folder])
+
+
+def test_boxes_in_face2rec2s_lists_are_passed_over_and_labels_that_are_none_are_left_out(tmp_path):
+    lines = ["1\ta.jpg\t7\t1\t2\t3\t4", "1\tb.jpg\t7.0\t1\t2\t3\t4" + "\t5.5" * 10, "0\t-1\tc.jpg", "1\t2.5\td.jpg",
+             "2\tnan\te.jpg", "3\t8.000000\tf.jpg", "1\tg.jpg\tnan"]
+    for name in "abcdefg":
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg(ord(name) - ord("a")))
+    (tmp_path / "list.lst").write_text("\n".join(lines))
+    packed = pack(source_of([tmp_path / "list.lst"]), tmp_path / "pack", processes=1)
+    assert packed.sizes == {"7": 2, "8": 1}
+    assert left_out(tmp_path / "pack") == dict.fromkeys(["c.jpg", "d.jpg", "e.jpg", "g.jpg"], "an image, no label")

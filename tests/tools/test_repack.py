@@ -235,3 +235,37 @@ def test_no_images_at_most_and_an_identity_beyond_all_are_refused(tmp_path):
     (tmp_path / "list").write_text(f"0\n{10**30}\n")
     with pytest.raises(InputError, match=r"line 2 is '10+', but must be an identity, a whole number from 0 to below 2\*\*40"):
         filtered(pack, tmp_path / "out", only=tmp_path / "list")
+
+
+def test_one_pack_is_merged_with_nothing(packs, tmp_path):
+    words = ["merge", str(packs[0]), str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="a, .*out: two packs or more are merged into a folder; name another pack, --same or"):
+        cli(words)
+    assert not (tmp_path / "out").exists()
+    cli([*words, "--drop-duplicates"])
+    assert sum(map(len, read(tmp_path / "out").values())) == sum(map(len, read(packs[0]).values())) - 1
+
+
+@pytest.mark.parametrize("tool", ["merge", "split", "filter"])
+def test_images_whose_records_are_damaged_are_left_out_and_counted_also_where_the_index_has_not_seen_them(tmp_path, tool):
+    """The index of this layout has the identities from records of their own."""
+    sizes = [3, 1, 2, 2]
+    write_insightface_pack(tmp_path / "train.rec", map(picture, range(8)), sizes)
+    dataset = RecordDataset(tmp_path)
+    content = bytearray((tmp_path / "train.rec").read_bytes())
+    for position in 1, 3:  # the only image of identity 1, too
+        offset = int(dataset.index.offsets[position])
+        content[offset:offset + 4] = b"\0" * 4
+    (tmp_path / "train.rec").write_bytes(content)
+    out = tmp_path / "out"
+    if tool == "merge":
+        done = merge([tmp_path], out, drop_duplicates=True)
+    elif tool == "filter":
+        done = filtered(tmp_path, out)
+    else:
+        done, unseen = split(tmp_path, out, tmp_path / "unseen", 1, min_images=2)
+        assert (unseen.images, unseen.identities, len(read(tmp_path / "unseen"))) == (2, 1, 1)
+    expected = {0: [0, 2], 2: [4, 5], 3: [6, 7]}
+    there = {int(old): read(out)[int(new)] for new, _, old in table(out / "identities.tsv")}
+    assert there == {old: pictures(expected)[old] for old in there} and len(there) == 3 - (tool == "split")
+    assert done.left_out[repack.UNUSABLE] == 2 and done.identities == len(there)
