@@ -47,6 +47,10 @@ def _seed(text: str) -> int:
 
 
 SEED = argument("--seed", type=_seed, default=0, metavar="N", help="of what is random; default: %(default)s")
+NET = argument("--net", default="probe", choices=["probe", "gallery"],
+               help="the gallery net is in checkpoints alone, of trainings that have one")
+NETWORK = argument("--network", metavar="NAME", help="of the net; needed where a file does not say it and nets of several "
+                                                     "packages fit")
 
 
 class Result(Protocol):
@@ -290,17 +294,17 @@ def unpack(args: Namespace) -> None:
 
 
 @command(argument("model", help="a model.pt, or a checkpoint of arcface_torch or f2c_plugin.train"),
-         argument("out", help="the .onnx file to write"),
-         argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net"))
+         argument("out", help="the .onnx file to write"), NET, NETWORK)
 def export(args: Namespace) -> None:
     """Write a trained net as ONNX for the insightface package."""
-    from f2c_plugin.evaluation.onnx_export import embedding_size, export_checked, load_net
+    from f2c_plugin.evaluation.onnx_export import export_checked, load_net
+    from f2c_plugin.evaluation.verification import embedding_size
 
     if os.path.realpath(args.model) == os.path.realpath(args.out):
         raise ExportError(f"{args.out} is the trained model itself and is not overwritten: name another file")
-    net = load_net(args.model, args.net)
+    net = load_net(args.model, args.net, args.network)
     cosine = export_checked(net, args.out)
-    print(f"{args.out}: the {args.net} net, {embedding_size(net.state_dict())}-dimensional embeddings"
+    print(f"{args.out}: the {args.net} net, {embedding_size(net)}-dimensional embeddings"
           + ("" if cosine is None else f"; smallest cosine to PyTorch: {cosine:.6f}"))
 
 
@@ -325,7 +329,7 @@ def verification_set(args: Namespace) -> None:
 @command(argument("model", help="a model.pt, a checkpoint of arcface_torch or f2c_plugin.train, or an .onnx file"),
          argument("sets", nargs="+", metavar="set",
                   help="a verification set, .bin, or the folder of IJB-B, IJB-C or TinyFace"),
-         argument("--net", default="probe", choices=["probe", "gallery"], help="only checkpoints hold the gallery net"),
+         NET, NETWORK,
          argument("--resolutions", nargs="+", type=int, default=[], metavar="PIXELS",
                   help="evaluate .bin sets at these resolutions, too: both images of a pair, and one against a sharp one"),
          argument("--quality", metavar="TSV",
@@ -345,7 +349,7 @@ def evaluate(args: Namespace) -> None:
     if args.plot:  # not after hours
         require_drawable(args.plot)
     with process_group() if "RANK" in os.environ else nullcontext():
-        found = tool.evaluate(args.model, args.sets, args.net, args.resolutions, bool(args.quality))
+        found = tool.evaluate(args.model, args.sets, args.net, args.resolutions, bool(args.quality), args.network)
     if not found:  # rank 0 shows it
         return
     print(json.dumps([each.summary() for each in found], indent=2) if args.json else tool.table(found))

@@ -46,7 +46,11 @@ class CheckoutError(F2CError):
 
 
 class UnknownPlugin(F2CError):
-    """No installed package offers a head or loader of that name."""
+    """No installed package offers a head, a loader or a backbone of that name."""
+
+
+class BrokenPlugin(ConfigError):
+    """A head, a loader or a backbone of an installed package that cannot be used."""
 
 
 class OverwriteError(F2CError, FileExistsError):

@@ -8,7 +8,8 @@ from torch import nn
 
 from f2c_plugin.config import Config, F2CConfig
 from f2c_plugin.errors import ConfigError, F2CError
-from f2c_plugin.evaluation.onnx_export import embedding_size, load_net
+from f2c_plugin.evaluation.onnx_export import load_net
+from f2c_plugin.evaluation.verification import embedding_size
 from f2c_plugin.method.distillation import Distillation
 from f2c_plugin.method.low_resolution import LowResolution
 from f2c_plugin.utils.distributed import this_rank
@@ -53,7 +54,7 @@ def read_teacher(cfg: Config) -> nn.Module:
         teacher = load_net(path)
     except (F2CError, OSError) as error:
         raise ConfigError(f"f2c_teacher: {error}") from error
-    if (found := embedding_size(teacher.state_dict())) != cfg["embedding_size"]:
+    if (found := embedding_size(teacher)) != cfg["embedding_size"]:
         raise ConfigError(f"f2c_teacher={str(path)!r}: its embeddings have {found} numbers: set embedding_size={found}")
     if names := not_finite(teacher.state_dict()):
         raise ConfigError(f"f2c_teacher={str(path)!r}: {some(names)} not finite: choose another file")

@@ -1,5 +1,6 @@
 """Shared fixtures: packs, mxnet, configs."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -134,13 +135,28 @@ def make(num_features, fp16, dropout):
 
 
 @pytest.fixture
-def other_package(tmp_path, monkeypatch):
-    """A package with the backbone "pixels", installed; the folder that holds it."""
+def install_backbones(tmp_path, monkeypatch):
+    """Installs a package: its name, its code, and {name of a backbone: its function there, or "module:function"}."""
     site = tmp_path / "site"
-    (site / "others-1.0.dist-info").mkdir(parents=True)
-    (site / "others_nets.py").write_text(PACKAGE)
-    (site / "others-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
-    (site / "others-1.0.dist-info/entry_points.txt").write_text("[arcface_torch.backbones]\npixels = others_nets:make\n")
-    monkeypatch.syspath_prepend(str(site))
-    yield site
-    sys.modules.pop("others_nets", None)
+
+    def install(package, code, backbones):
+        (site / f"{package}-1.0.dist-info").mkdir(parents=True)
+        (site / f"{package}_nets.py").write_text(code)
+        (site / f"{package}-1.0.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        lines = [f"{name} = {where if ':' in where else f'{package}_nets:{where}'}\n" for name, where in backbones.items()]
+        (site / f"{package}-1.0.dist-info/entry_points.txt").write_text("[arcface_torch.backbones]\n" + "".join(lines))
+        installed.append(f"{package}_nets")
+        if str(site) not in sys.path:
+            monkeypatch.syspath_prepend(str(site))
+        importlib.invalidate_caches()
+        return site
+    installed: list[str] = []
+    yield install
+    for module in installed:
+        sys.modules.pop(module, None)
+
+
+@pytest.fixture
+def other_package(install_backbones):
+    """A package with the backbone "pixels", installed; the folder that holds it."""
+    return install_backbones("others", PACKAGE, {"pixels": "make"})

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from f2c_plugin.data.dataset import IMAGE_SIZE, Pixels
+from f2c_plugin.data.dataset import Pixels
 from f2c_plugin.errors import F2CError
-from f2c_plugin.evaluation.verification import embed
+from f2c_plugin.evaluation.verification import embed, embedding_size
 from f2c_plugin.utils.distributed import Shard, this_rank
 from f2c_plugin.utils.workers import worker_pool
 
@@ -40,8 +40,7 @@ def pooled(net: nn.Module, face: Callable[[Item], Pixels], items: Iterable[Item]
     """
     shard = Shard(*this_rank())
     first, end = shard.range_of(len(rows))
-    size = embed(net, torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)).size(2)  # a rank may have no image
-    sums = torch.zeros(int(rows.max()) + 1, size, dtype=torch.float64)
+    sums = torch.zeros(int(rows.max()) + 1, embedding_size(net), dtype=torch.float64)
     with (worker_pool() as workers,
           tqdm(total=end - first, desc=f"embedding {Path(name).name}", unit=" images",
                disable=True if shard.rank else None) as bar):

@@ -89,7 +89,7 @@ def load_pickle(path: Path) -> tuple[list[bytes], list[bool]]:
     NumPy arrays. Raises VerificationSetError.
     """
     if not path.is_file():
-        raise VerificationSetError(f"{path}: no such file")
+        raise VerificationSetError(f"{path}: {'a folder, not a .bin file' if path.is_dir() else 'no such file'}")
     content = path.read_bytes()
     try:
         if is_lfs_pointer(content):

@@ -16,6 +16,7 @@ from f2c_plugin.evaluation.accuracy import FOLDS, GEOMETRY, fold_accuracies, tar
 from f2c_plugin.evaluation.resize import resize_short
 from f2c_plugin.evaluation.safe_pickle import load_pickle
 from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.utils.inputs import embeddings_in
 from f2c_plugin.utils.resolution import at_resolution
 
 MAX_SIZE = 2048  # pixels; a small file can announce a huge picture
@@ -139,9 +140,15 @@ def embed(net: nn.Module, faces: Tensor, batch_size: int = 256, pixels: int | No
         images = normalize_faces(part.to(device))
         if pixels:
             images = at_resolution(images, pixels)
-        embeddings.append(torch.stack([net(images), net(images.flip(3))], dim=1).double().cpu())
+        pair = embeddings_in(net(images)), embeddings_in(net(images.flip(3)))
+        embeddings.append(torch.stack(pair, dim=1).double().cpu())
     net.train(was_training)
     return torch.cat(embeddings)
+
+
+def embedding_size(net: nn.Module) -> int:
+    """D of a net that embeds images (B, 3, 112, 112), found by embedding one."""
+    return embed(net, torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)).size(2)
 
 
 def load_bin(path: str | Path, image_size: Sequence[int] = (IMAGE_SIZE, IMAGE_SIZE)) -> tuple[list[Tensor], list[bool]]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
 
 
 def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
@@ -39,11 +40,21 @@ def _stage(inputs: int, outputs: int, count: int) -> nn.Sequential:
 
 
 class IResNet(nn.Module):
-    """The residual net of ArcFace (arXiv 1801.07698, section 3.2.2). Ends in BN-dropout-FC-BN on 7×7 features."""
+    """The residual net of ArcFace (arXiv 1801.07698, section 3.2.2). Ends in BN-dropout-FC-BN on 7×7 features.
 
-    def __init__(self, blocks: Sequence[int], num_features: int = 512, dropout: float = 0.0, fp16: bool = False):
+    Args:
+        blocks: in each of the four stages.
+        num_features: D.
+        dropout: of the features before the last layer.
+        fp16: whether all but the last layers run under autocast.
+        segments: parts of the second and the third stage of which activations are computed again in the backward pass, but
+            for the last part's, to save their memory; None keeps them.
+    """
+
+    def __init__(self, blocks: Sequence[int], num_features: int = 512, dropout: float = 0.0, fp16: bool = False,
+                 segments: tuple[int, int] | None = None):
         super().__init__()
-        self.fp16 = fp16
+        self.fp16, self.segments = fp16, segments
         self.conv1 = conv(3, 64, 3)
         self.bn1 = nn.BatchNorm2d(64)
         self.prelu = nn.PReLU(64)
@@ -64,6 +75,12 @@ class IResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=self.fp16):
             x = self.prelu(self.bn1(self.conv1(x)))  # (B, 64, 112, 112)
-            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 512, 7, 7)
+            x = self.layer1(x)  # (B, 64, 56, 56)
+            if self.segments and self.training:
+                for stage, parts in zip((self.layer2, self.layer3), self.segments, strict=True):
+                    x = checkpoint_sequential(stage, parts, x, use_reentrant=False)
+            else:
+                x = self.layer3(self.layer2(x))
+            x = self.layer4(x)  # (B, 512, 7, 7)
             x = self.dropout(self.bn2(x).flatten(1))
         return self.features(self.fc(x.float()))

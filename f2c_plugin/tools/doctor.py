@@ -12,9 +12,10 @@ from f2c_plugin.arcface_torch import patching
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.errors import F2CError
 from f2c_plugin.evaluation.verification import VerificationSet
+from f2c_plugin.models import NETWORKS, get_model_on_meta
 from f2c_plugin.tools.packs import describe, spread
 from f2c_plugin.utils.extras import installing
-from f2c_plugin.utils.registry import HEADS, SAMPLERS, load_plugin
+from f2c_plugin.utils.registry import BACKBONES, HEADS, SAMPLERS, installed, load_plugin, origin
 
 PACKAGES = ("f2c-plugin", "torch", "numpy", "easydict", "simplejpeg", "tqdm", "onnx")
 # Optional packages, and the extra that installs each.
@@ -42,6 +43,8 @@ def _findings(checkout: str | Path | None, dataset: str | Path | None) -> Iterat
     yield True, "CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()}"
     for group, name in (HEADS, "f2c_dcp"), (SAMPLERS, "f2c_dual"):
         yield from _found(name, lambda group=group, name=name: _plugin(group, name))
+    for name in installed(BACKBONES):
+        yield from _found(name, lambda name=name: _backbone(name))
     if checkout:
         yield from _found("checkout", lambda: _checkout(checkout))
     if dataset:
@@ -78,6 +81,17 @@ def _gpus() -> Iterator[Finding]:
 
 def _plugin(group: str, name: str) -> Iterator[Finding]:
     yield True, name, f"found, {load_plugin(group, name).__module__} in {group}"
+
+
+def _backbone(name: str) -> Iterator[Finding]:
+    where = origin(BACKBONES, name)
+    if where.startswith("f2c_plugin."):  # arcface_torch finds them so
+        return
+    if name in NETWORKS:
+        yield False, name, f"{where} is hidden by this package's own net of that name: it needs another name in {BACKBONES}"
+    else:
+        get_model_on_meta(name)
+        yield True, name, f"found, {where} in {BACKBONES}"
 
 
 def _checkout(folder: str | Path) -> Iterator[Finding]:

@@ -57,18 +57,20 @@ class Evaluated(NamedTuple):
                 **({"recognizability": self.quality.summary()} if self.quality else {})}
 
 
-def load_model(path: str | Path, which: str = "probe") -> nn.Module:
+def load_model(path: str | Path, which: str = "probe", network: str | None = None) -> nn.Module:
     """A ``model.pt``, a checkpoint or an ``.onnx`` file as a net; on a GPU where there is one, but for ONNX.
 
-    Raises ExportError if it is none; F2CError if a package is missing.
+    ``which`` and ``network`` as of ``load_net``. Raises ExportError if it is none; F2CError if a package is missing.
     """
     if not Path(path).is_file():
         raise ExportError(f"{path}: no such file")
     if Path(path).suffix.lower() == ".onnx":
         if which != "probe":
             raise InputError(f"--net {which}: only checkpoints hold the gallery net")
+        if network is not None:
+            raise InputError(f"--network {network}: an ONNX file holds its net: leave it out")
         return OnnxNet(path)
-    return load_net(path, which).to("cuda" if torch.cuda.is_available() else "cpu")
+    return load_net(path, which, network).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def open_set(path: str | Path) -> Set:
@@ -79,7 +81,7 @@ def open_set(path: str | Path) -> Set:
 
 
 def evaluate(model: str | Path, sets: Sequence[str | Path], which: str = "probe", resolutions: Sequence[int] = (),
-             quality: bool = False) -> list[Evaluated]:
+             quality: bool = False, network: str | None = None) -> list[Evaluated]:
     """Evaluate a model: on ``.bin`` sets, accuracy over ten folds and TAR at FAR; on IJB-B and IJB-C, TAR at FAR of pairs of
     templates; on TinyFace, the rate of identification at ranks 1, 5 and 20.
 
@@ -92,6 +94,7 @@ def evaluate(model: str | Path, sets: Sequence[str | Path], which: str = "probe"
         resolutions: pixels, at which ``.bin`` sets are evaluated, too: with both images of a pair so (7/7 pixels), and the
             first so and the second as it is (7/112 pixels).
         quality: also find how recognizable the images of ``.bin`` sets are.
+        network: the name of the net, where the file does not say it and several fit.
     Raises:
         F2CError: the model or a set cannot be read, or the model's embeddings are not finite.
     """
@@ -104,7 +107,7 @@ def evaluate(model: str | Path, sets: Sequence[str | Path], which: str = "probe"
         for each in opened:
             check_pairs(each.path, cast(VerificationSet, each).same)
     names = [each.path.stem if isinstance(each, VerificationSet) else each.path.resolve().name for each in opened]
-    net = load_model(model, which)
+    net = load_model(model, which, network)
     rank, _ = this_rank()
     found: list[Evaluated] = []
     for each, name in zip(opened, names, strict=True):

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from f2c_plugin.errors import ConfigError
-from f2c_plugin.models import get_model
+from f2c_plugin.errors import BrokenPlugin, ConfigError
+from f2c_plugin.models import get_model, get_model_on_meta, import_package_of
 from f2c_plugin.utils.live_memory import LiveMemory
 
 
@@ -83,10 +83,18 @@ def count(network: str, embedding_size: int, batch_size: int, fp16: bool) -> Net
     Raises:
         ConfigError: there is no such net, or it needs values, as a net whose shapes depend on them.
     """
+    import_package_of(network)
     try:
-        with FakeTensorMode(), _Outputs() as outputs:
+        # Inputs that are not fake: a net that needs values comes from outside, without its own any more.
+        with FakeTensorMode(allow_non_fake_inputs=True), _Outputs() as outputs:
             memory = outputs.memory
-            net = get_model(network, embedding_size, fp16).train()
+            try:
+                net = get_model(network, embedding_size, fp16)
+            except BrokenPlugin:
+                with unset_fake_temporarily():
+                    net = get_model_on_meta(network, embedding_size, fp16)
+                net.to_empty(device="cpu")
+            net.train()
             images = torch.empty(batch_size, 3, 112, 112)
             before = memory.peak = memory.live
             with FlopCounterMode(display=False, custom_mapping=_PRODUCTS) as flops:

@@ -67,4 +67,5 @@ class BadSteps:
 
 
 def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
-    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]  # one kernel for all of them
+    if sources:  # a net may have no buffers
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]  # one kernel for all of them

@@ -1,5 +1,6 @@
 """Finds everything that is wrong with a config before the training starts."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,12 @@ from f2c_plugin.build import margin_from
 from f2c_plugin.config import DEFAULTS, TrainConfig, bad_keys, problems
 from f2c_plugin.data.from_config import open_pack, steps_per_epoch
 from f2c_plugin.errors import ConfigError, F2CError
-from f2c_plugin.evaluation.onnx_export import require_exportable
-from f2c_plugin.models import get_model_on_meta
+from f2c_plugin.evaluation.onnx_export import rehearse_export, require_exportable
+from f2c_plugin.models import NETWORKS, get_model, get_model_on_meta
 from f2c_plugin.terms import read_teacher
 from f2c_plugin.trainer.build import build_optimizer, head_factory, margin_loss, verification_sets
 from f2c_plugin.trainer.output import checkpoints_in
-from f2c_plugin.utils.registry import SAMPLERS, load_plugin
+from f2c_plugin.utils.registry import BACKBONES, SAMPLERS, load_plugin, origin
 
 
 def check(cfg: TrainConfig, world_size: int = 1) -> None:
@@ -33,8 +34,7 @@ def check(cfg: TrainConfig, world_size: int = 1) -> None:
     attempts: list[tuple[list[str], Callable[[], Any]]] = [
         (["head"], lambda: head_factory(cfg.head)),
         (["sampler"], lambda: cfg.sampler and load_plugin(SAMPLERS, cfg.sampler)),
-        (["network"], lambda: require_exportable(get_model_on_meta(rest.network, rest.embedding_size),
-                                                 f"network={rest.network!r}")),
+        (["network", "embedding_size"], lambda: _network(rest)),
         (["margin_list"], lambda: margin_from(margin_loss(rest), None if "f2c_margin" in bad else cfg.get("f2c_margin"))),
         (["network", "embedding_size", "num_classes", "f2c_init"], lambda: _init_file(rest)),
         (["f2c_teacher"], lambda: cfg.get("f2c_teacher") and read_teacher(rest)),
@@ -58,6 +58,14 @@ def _require_optimizer_steps(cfg: TrainConfig, world_size: int) -> None:
     if steps < cfg.gradient_acc:
         raise ConfigError(f"gradient_acc={cfg.gradient_acc}: the training has {steps} batches, so its optimizer would take no "
                           f"step: lower it to {steps} or less")
+
+
+def _network(cfg: TrainConfig) -> None:
+    name = f"network={cfg.network!r}"
+    require_exportable(get_model_on_meta(cfg.network, cfg.embedding_size), name)
+    if cfg.network not in NETWORKS and int(os.environ.get("RANK", 0)) == 0:  # the export would fail after days
+        rehearse_export(get_model(cfg.network, cfg.embedding_size), cfg.embedding_size, f"{name}: "
+                        + origin(BACKBONES, cfg.network))
 
 
 def _init_file(cfg: TrainConfig) -> None:

@@ -232,6 +232,21 @@ for name in "r18", "r50", "r100", "mbf", "mbf_large":
                                        torch.load(tmp_path / f"{name}_embeddings.pt"), rtol=1e-3, atol=1e-3)
 
 
+def test_states_of_the_largest_residual_net_are_those_of_arcface_torch(checkout):
+    script = """
+import torch
+from backbones import get_model
+from f2c_plugin.models import get_model_on_meta
+ours = get_model_on_meta("r2060")
+with torch.device("meta"):
+    theirs = get_model("r2060", num_features=512)
+one, other = ([(name, value.shape, value.dtype) for name, value in net.state_dict().items()] for net in (theirs, ours))
+assert one == other, set(one) ^ set(other)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # timm's own functions without the rest of timm, which needs the torchvision that was built for this torch.
 LAYERS_OF_TIMM = """
 import importlib.util, sys, types

@@ -52,6 +52,10 @@ def test_what_holds_no_net_is_refused_and_nothing_is_written(files):
     folder, *_ = files
     with pytest.raises(ExportError, match="holds no gallery net: give a checkpoint of"):
         load_net(folder / "model.pt", "gallery")
+    torch.save({"backbone": torch.load(folder / "model.pt"), "head": {"pool.clock": torch.tensor(3)}}, folder / "resident.pt")
+    with pytest.raises(SystemExit, match="resident.pt: holds no gallery net, because its training had none: with the recipe "
+                                         "'resident' .* f2c_forget_rate .*f2c_recipe='paper', head='dcq' or"):
+        cli(["export", str(folder / "resident.pt"), str(folder / "model.onnx"), "--net", "gallery"])
     (folder / "text.pt").write_text("not a checkpoint")
     with pytest.raises(ExportError, match="text.pt: holds no net"):
         load_net(folder / "text.pt")

@@ -12,8 +12,9 @@ import torch
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import normalize_faces
 from f2c_plugin.errors import ConfigError, ExportError
-from f2c_plugin.evaluation.onnx_export import export_checked, load_net
-from f2c_plugin.models import NETWORKS, get_model, get_model_on_meta, networks
+from f2c_plugin.evaluation.onnx_export import ONNX_BYTES, export_checked, load_net
+from f2c_plugin.models import NETWORKS, TOO_LARGE, get_model, get_model_on_meta, networks
+from f2c_plugin.models.iresnet import IResNet
 from f2c_plugin.trainer.output import write_states
 from tests.models.light import LIGHT, PUBLISHED, parameters_and_operations
 from tests.runs import history, run
@@ -21,10 +22,28 @@ from tests.runs import history, run
 
 @pytest.mark.parametrize("name, millions", [("r18", 24.0), ("r50", 43.6), ("r100", 65.2), ("mbf", 2.06), ("mbf_large", 6.31),
                                             ("vit_t", 19.14), ("vit_s", 76.02), ("vit_b", 113.8),
-                                            ("vit_l_dp005_mask_005", 255.7), ("vit_h", 756.4)])  # counted in its nets
+                                            ("vit_l_dp005_mask_005", 255.7), ("vit_h", 756.4),
+                                            ("r2060", 1123.2)])  # counted in its nets
 def test_nets_have_as_many_parameters_as_those_of_arcface_torch(name, millions):
     count = sum(parameter.numel() for parameter in get_model_on_meta(name).parameters())
     assert count / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+def test_nets_that_are_too_large_for_an_onnx_file_are_listed():
+    sizes = {name: sum(each.nbytes for each in get_model_on_meta(name).state_dict().values()) for name in NETWORKS}
+    assert {name for name, size in sizes.items() if size >= ONNX_BYTES} == {*TOO_LARGE}
+
+
+def test_activations_that_are_computed_again_change_no_gradient():
+    gradients = []
+    for segments in None, (2, 3):
+        torch.manual_seed(0)
+        net = IResNet((1, 3, 4, 1), 8, segments=segments)
+        net(torch.randn(2, 3, 112, 112))[:, 0].exp().sum().backward()
+        gradients.append([each.grad for each in net.parameters() if each.requires_grad])
+        assert net.eval()(torch.zeros(1, 3, 112, 112)).isfinite().all()
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -123,9 +142,10 @@ def test_a_backbone_of_another_package_trains_and_is_loaded_and_exported(other_p
 
 
 def test_an_unknown_network_names_those_there_are(other_package, tmp_path):
-    with pytest.raises(ConfigError, match="network='r51': must be one of r18, r34, .* mbf, mbf_large, vit_t, .* vit_h, small, "
-                                          "tiny, pixels"):
+    with pytest.raises(ConfigError, match="network='r51': must be one of r18, r34, .* mbf, mbf_large, vit_t, .* small, tiny, "
+                                          "pixels$") as refused:
         get_model("r51")
+    assert "vit_h" not in str(refused.value) and "r2060" not in str(refused.value)  # which the training refuses
     write_states({"weight": torch.zeros(3)}, tmp_path / "model.pt")
     with pytest.raises(ExportError, match="its weights fit none of the nets r18, .*pixels"):
         load_net(tmp_path / "model.pt")

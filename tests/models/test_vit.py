@@ -148,8 +148,9 @@ def test_nets_of_the_same_parameters_are_told_apart_by_their_shapes(shorts, tmp_
 
 
 def test_a_net_too_large_for_an_onnx_file_is_refused_before_it_is_trained_or_exported(config, tmp_path):
-    problem = "its weights take 2.8 GiB, and an ONNX file holds less than 2 GiB: choose a smaller net"
-    with pytest.raises(ConfigError, match=f"network='vit_h': {problem}"):
-        check(load_config(config(network="vit_h")))
-    with pytest.raises(ExportError, match=f"model.onnx: not written: {problem}"):
-        export_checked(get_model_on_meta("vit_h"), tmp_path / "model.onnx")
+    for name, size in ("vit_h", "2.8"), ("r2060", "4.[12]"):
+        problem = f"its weights take {size} GiB, and an ONNX file holds less than 2 GiB: choose a smaller net"
+        with pytest.raises(ConfigError, match=f"network='{name}': {problem}"):
+            check(load_config(config(network=name)))
+        with pytest.raises(ExportError, match=f"model.onnx: not written: {problem}"):
+            export_checked(get_model_on_meta(name), tmp_path / "model.onnx")
