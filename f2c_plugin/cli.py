@@ -108,7 +108,10 @@ def index(args: Namespace) -> None:
     from f2c_plugin.data.dataset import RecordDataset
     from f2c_plugin.data.index import open_index
     from f2c_plugin.tools import packs
+    from f2c_plugin.tools.plotting import require_drawable
 
+    if args.plot:  # not after hours
+        require_drawable(args.plot)
     damaged: dict[int, str] = {}
     if args.verify:
         number, damaged = packs.verify(args.folder)
@@ -389,7 +392,10 @@ def plan(args: Namespace) -> None:
     from f2c_plugin.data.dataset import RecordDataset
     from f2c_plugin.tools import plan_step
     from f2c_plugin.tools.plan import Plan
+    from f2c_plugin.tools.plotting import require_drawable
 
+    if args.plot:
+        require_drawable(args.plot)
     if (args.pack is None) == (args.identities is None):
         raise InputError("name a pack or --identities N, one of them")
     identities = RecordDataset(args.pack, skip_damaged=True).num_classes if args.pack else args.identities

@@ -160,6 +160,33 @@ def test_a_file_that_finds_no_room_is_named_and_all_stays_as_it_was(command, fil
     assert not list(Path("given").glob("*.partial"))
 
 
+def test_the_folder_of_what_is_written_is_made(given):
+    cli(["synth", "pack", "--identities", "3", "--images-per-identity", "20", "--pairs", "20", "--processes", "1"])
+    for command in (["plan", "--identities", "9000", "--gpus", "1", "--network", "tiny", "--plot", "new/1/plan.png"],
+                    ["index", "pack", "--plot", "new/2/index.svg"], ["inspect", "pack", "--out", "new/3/sheet.png"],
+                    ["export", "model.pt", "new/4/model.onnx"], ["verification-set", "pack", "new/5/set.bin", "--pairs", "20"],
+                    ["evaluate", "model.pt", "pack/synth.bin", "--plot", "new/6/roc.png", "--quality", "new/7/quality.tsv"],
+                    ["duplicates", "pack", "new/8/same.tsv", "--model", "model.pt"]):
+        cli(command)
+    assert sorted(path.name for path in Path("new").glob("*/*")) == [
+        "index.svg", "model.onnx", "plan.png", "quality.tsv", "roc.png", "same.tsv", "set.bin", "sheet.png"]
+
+
+@pytest.mark.parametrize("command", [
+    ["clean", "pack", "no model", "file/out"], ["thin", "pack", "no model", "file/out"], ["inspect", "pack", "--out", "file/a.png"],
+    ["duplicates", "pack", "file/list", "--model", "no model"], ["verification-set", "pack", "file/set.bin", "--pairs", "20"],
+    ["pack", "photos", "file/out"], ["unpack", "pack", "file/out"], ["merge", "pack", "pack", "file/out"],
+    ["evaluate", "no model", "no set", "--quality", "file/quality.tsv"], ["export", "model.pt", "file/model.onnx"],
+    ["convert", "pack", "list", "file/out"], ["split", "pack", "file/a", "b", "--identities", "1"]])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, given):
+    cli(["synth", "pack", "--identities", "3", "--images-per-identity", "20", "--pairs", "2", "--processes", "1"])
+    cli(["unpack", "pack", "photos"])
+    Path("file").touch()
+    Path("list").write_text("1\t0\n")
+    with pytest.raises(SystemExit, match=rf"^f2c-plugin {command[0]}: .*Its folder cannot be made, because .*/file is not a folder"):
+        cli(command)
+
+
 @pytest.mark.parametrize("command, size, file", [
     (["pack", "photos", "new"], 200, "new/train.rec"), (["merge", "pack", "pack", "new"], 2000, "new/train.rec"),
     (["split", "pack", "new", "new2", "--identities", "1"], 2000, "new/train.rec"),

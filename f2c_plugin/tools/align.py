@@ -277,7 +277,6 @@ def _align(photos: Path, out: Path, model: Path, file: File) -> tuple[str, str]:
     encoded = _face(photos / path, model)
     if isinstance(encoded, str):
         return path, encoded
-    face.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(face) as written:
         written.write(encoded)
     return path, ""

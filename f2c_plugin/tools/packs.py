@@ -18,7 +18,7 @@ from f2c_plugin.data.recordio import Buffer, Int64s, RecordFile, read_idx, unpac
 from f2c_plugin.data.tail import images_per_identity, large_identities, many_alone
 from f2c_plugin.errors import InputError, OverwriteError, RecordError
 from f2c_plugin.tools.plotting import pyplot, save_figure
-from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.utils.atomic import require_writable, written_whole
 from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.workers import worker_pool
 
@@ -168,6 +168,7 @@ def draw_sheet(dataset: RecordDataset, path: str | Path, identity: int | None = 
     form = pillow.registered_extensions().get(Path(path).suffix.lower())
     if form not in pillow.SAVE:
         raise InputError(f"{path}: unknown image format: name a file that ends with .png or .jpg")
+    require_writable(path)
     index = dataset.index
     if image is not None:
         positions = np.flatnonzero(index.keys == image)

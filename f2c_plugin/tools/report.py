@@ -53,7 +53,6 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     folders = list({os.path.realpath(folder): folder for folder in folders}.values())
     runs = [Run.read(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
     out = Path(out or folders[0])
-    out.mkdir(parents=True, exist_ok=True)
     pictures = {"curves": draw_curves(runs, out / "curves.png")}
     if any(run.speed for run in runs):
         pictures["hours"] = draw_curves(runs, out / "curves_hours.png", against_hours=True)

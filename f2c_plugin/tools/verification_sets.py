@@ -110,7 +110,6 @@ def write_verification_set(source: Source, pairs: Sequence[Pair], out: str | Pat
     for name in names:
         if name not in images:
             images[name] = source.image(name)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_bin(out, [images[name] for name in names], [pair.same for pair in pairs])
 
 
