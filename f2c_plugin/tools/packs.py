@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, Pixels, RecordDataset, decode_face
 from f2c_plugin.data.identities import Ints
-from f2c_plugin.data.recordio import Buffer, Int64s, RecordFile, read_idx, unpack_image_record
+from f2c_plugin.data.recordio import Buffer, Int64s, RecordFile, read_idx, rec_in, unpack_image_record
 from f2c_plugin.data.tail import images_per_identity, large_identities, many_alone
 from f2c_plugin.errors import InputError, OverwriteError, RecordError
 from f2c_plugin.tools.plotting import pyplot, save_figure
@@ -93,7 +93,7 @@ def verify(root_dir: str | Path, processes: int | None = None) -> tuple[int, dic
     Returns the number of records, and {record number: what is wrong with it} for every unusable record. Raises
     RecordError if the ``.rec`` or the ``.idx`` is missing or empty, or the ``.idx`` is not an index.
     """
-    records = RecordFile(Path(root_dir) / "train.rec")
+    records = RecordFile(rec_in(root_dir))
     keys, offsets = read_idx(records.path.with_suffix(".idx"), progress=True)
     with worker_pool(processes, _open, (records.path,)) as pool:
         found = tqdm(pool.imap(_damage, offsets.tolist(), _CHUNK), "decoding", len(keys), unit=" records", disable=None)
@@ -122,7 +122,7 @@ def reindex(root_dir: str | Path) -> int:
     gets number 0 and the images follow from 1, wherever it stands: face2rec2 writes it behind the images. Raises
     OverwriteError if there is a ``train.idx``, RecordError if ``train.rec`` is damaged; then nothing is written.
     """
-    records = RecordFile(Path(root_dir) / "train.rec")
+    records = RecordFile(rec_in(root_dir))
     path = records.path.with_suffix(".idx")
     if os.path.lexists(path):
         raise OverwriteError(f"{path} exists and is not overwritten: move it away to have another one made")

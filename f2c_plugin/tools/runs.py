@@ -15,6 +15,7 @@ import numpy as np
 from f2c_plugin.errors import ReportError
 from f2c_plugin.evaluation.accuracy import FARS, GEOMETRY, tar_at_far, tar_text
 from f2c_plugin.tools.plotting import Scores
+from f2c_plugin.utils.paths import require_no_file
 
 # Settings that change no result.
 NO_RESULT = re.compile("output|resume|frequent|verbose|num_workers|f2c_save_every|save_all_states|suffix_run_name|"
@@ -50,6 +51,7 @@ class Run:
     def read(cls, folder: str | Path, name: str | None = None) -> "Run":
         """Read the output folder of a training, which names the run by default. Raises ReportError without intact results."""
         folder = Path(folder)
+        require_no_file(folder, "the output folder of a training", "training.log", ReportError)
         log = folder / "training.log"
         if not log.is_file():
             raise ReportError(f"{folder}: no training.log; give the output folder of a training by arcface_torch or by "
