@@ -415,7 +415,7 @@ def plan(args: Namespace) -> None:
 
 
 @command(argument("folders", nargs="+", metavar="folder", help="output folder of arcface_torch or f2c_plugin.train"),
-         argument("--out", metavar="DIR", help="folder to write report.html and PNGs into; default: the first folder"))
+         argument("--out", metavar="DIR", help="folder to write report.html and PNGs into; default: the first folder shown"))
 def report(args: Namespace) -> None:
     """Plot training runs and write a page that compares them."""
     from f2c_plugin.tools.report import report as write_report

@@ -256,7 +256,8 @@ main(["doctor", "--dataset", {str(tmp_path)!r}])
     (["unpack", "pack/train.rec", "new"], ", pack"), (["duplicates", "pack/train.rec", "new", "--model", "model.pt"], ", pack"),
     (["verification-set", "pack/train.rec", "new"], ", pack"), (["align", "model.pt", "new"], ""),
     (["install", "model.pt"], ""), (["checkpoint", "merge", "model.pt", "new", "--ranks", "1"], ""),
-    (["report", "given/training.log"], ", given"), (["report", "given/history.jsonl"], ", given"), (["report", "model.pt"], "")])
+    (["report", "given/training.log"], ", given"), (["report", "given/history.jsonl"], ", given"),
+    (["report", "model.pt"], "")])
 def test_a_file_where_a_folder_is_needed_is_called_one(command, names_it, given):
     cli(["synth", "pack", "--identities", "3", "--images-per-identity", "2", "--pairs", "2", "--processes", "1"])
     with pytest.raises(SystemExit, match=rf"^f2c-plugin {command[0]}: \S+: a file: give the .+{names_it}$") as refused:
