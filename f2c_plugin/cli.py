@@ -112,7 +112,10 @@ def index(args: Namespace) -> None:
     from f2c_plugin.data.dataset import RecordDataset
     from f2c_plugin.data.index import open_index
     from f2c_plugin.tools import packs
+    from f2c_plugin.tools.plotting import require_drawable
 
+    if args.plot:  # not after hours
+        require_drawable(args.plot)
     damaged: dict[int, str] = {}
     if args.verify:
         number, damaged = packs.verify(args.folder)
@@ -400,7 +403,10 @@ def plan(args: Namespace) -> None:
     from f2c_plugin.data.dataset import RecordDataset
     from f2c_plugin.tools import plan_step
     from f2c_plugin.tools.plan import Plan
+    from f2c_plugin.tools.plotting import require_drawable
 
+    if args.plot:
+        require_drawable(args.plot)
     if (args.pack is None) == (args.identities is None):
         raise InputError("name a pack or --identities N, one of them")
     identities = RecordDataset(args.pack, skip_damaged=True).num_classes if args.pack else args.identities
@@ -422,7 +428,7 @@ def plan(args: Namespace) -> None:
 
 
 @command(argument("folders", nargs="+", metavar="folder", help="output folder of arcface_torch or f2c_plugin.train"),
-         argument("--out", metavar="DIR", help="folder to write report.html and PNGs into; default: the first folder"))
+         argument("--out", metavar="DIR", help="folder to write report.html and PNGs into; default: the first folder shown"))
 def report(args: Namespace) -> None:
     """Plot training runs and write a page that compares them."""
     from f2c_plugin.tools.report import report as write_report

@@ -160,6 +160,34 @@ def test_a_file_that_finds_no_room_is_named_and_all_stays_as_it_was(command, fil
     assert not list(Path("given").glob("*.partial"))
 
 
+def test_the_folder_of_what_is_written_is_made(given):
+    cli(["synth", "pack", "--identities", "3", "--images-per-identity", "20", "--pairs", "20", "--processes", "1"])
+    for command in (["plan", "--identities", "9000", "--gpus", "1", "--network", "tiny", "--plot", "new/1/plan.png"],
+                    ["index", "pack", "--plot", "new/2/index.svg"], ["inspect", "pack", "--out", "new/3/sheet.png"],
+                    ["export", "model.pt", "new/4/model.onnx"], ["verification-set", "pack", "new/5/set.bin", "--pairs", "20"],
+                    ["evaluate", "model.pt", "pack/synth.bin", "--plot", "new/6/roc.png", "--quality", "new/7/quality.tsv"],
+                    ["duplicates", "pack", "new/8/same.tsv", "--model", "model.pt"]):
+        cli(command)
+    assert sorted(path.name for path in Path("new").glob("*/*")) == [
+        "index.svg", "model.onnx", "plan.png", "quality.tsv", "roc.png", "same.tsv", "set.bin", "sheet.png"]
+
+
+@pytest.mark.parametrize("command", [
+    ["clean", "pack", "no model", "file/out"], ["thin", "pack", "no model", "file/out"],
+    ["inspect", "pack", "--out", "file/a.png"], ["duplicates", "pack", "file/list", "--model", "no model"],
+    ["verification-set", "pack", "file/set.bin", "--pairs", "20"],
+    ["pack", "photos", "file/out"], ["unpack", "pack", "file/out"], ["merge", "pack", "pack", "file/out"],
+    ["evaluate", "no model", "no set", "--quality", "file/quality.tsv"], ["export", "model.pt", "file/model.onnx"],
+    ["convert", "pack", "list", "file/out"], ["split", "pack", "file/a", "b", "--identities", "1"]])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, given):
+    cli(["synth", "pack", "--identities", "3", "--images-per-identity", "20", "--pairs", "2", "--processes", "1"])
+    cli(["unpack", "pack", "photos"])
+    Path("file").touch()
+    Path("list").write_text("1\t0\n")
+    with pytest.raises(SystemExit, match=rf"^f2c-plugin {command[0]}: .*Its folder cannot be made, because .*/file is not a f"):
+        cli(command)
+
+
 @pytest.mark.parametrize("command, size, file", [
     (["pack", "photos", "new"], 200, "new/train.rec"), (["merge", "pack", "pack", "new"], 2000, "new/train.rec"),
     (["split", "pack", "new", "new2", "--identities", "1"], 2000, "new/train.rec"),
@@ -217,3 +245,22 @@ main(["doctor", "--dataset", {str(tmp_path)!r}])
     done = subprocess.run([sys.executable, "-OO", "-c", script], check=True, capture_output=True, text=True)
     assert [f"{command} ends with 0" in done.stdout for command in COMMANDS] == [True] * len(COMMANDS)
     assert "decoded                6 images" in done.stdout and "synth.bin              4 pairs" in done.stdout
+
+
+@pytest.mark.parametrize("command, names_it", [
+    (["plan", "pack/train.rec"], ", pack"), (["plan", "model.pt"], ""), (["index", "pack/train.idx", "--verify"], ", pack"),
+    (["index", "pack/property"], ", pack"), (["inspect", "model.pt"], ""), (["reindex", "pack/train.rec"], ", pack"),
+    (["merge", "pack", "model.pt", "new"], ""), (["split", "model.pt", "a", "b", "--identities", "1"], ""),
+    (["filter", "pack/train.rec", "new"], ", pack"), (["clean", "pack/train.rec", "model.pt", "new"], ", pack"),
+    (["thin", "pack/train.rec", "model.pt", "new"], ", pack"), (["convert", "pack/train.rec", "list", "new"], ", pack"),
+    (["unpack", "pack/train.rec", "new"], ", pack"), (["duplicates", "pack/train.rec", "new", "--model", "model.pt"], ", pack"),
+    (["verification-set", "pack/train.rec", "new"], ", pack"), (["align", "model.pt", "new"], ""),
+    (["install", "model.pt"], ""), (["checkpoint", "merge", "model.pt", "new", "--ranks", "1"], ""),
+    (["report", "given/training.log"], ", given"), (["report", "given/history.jsonl"], ", given"),
+    (["report", "model.pt"], "")])
+def test_a_file_where_a_folder_is_needed_is_called_one(command, names_it, given):
+    cli(["synth", "pack", "--identities", "3", "--images-per-identity", "2", "--pairs", "2", "--processes", "1"])
+    with pytest.raises(SystemExit, match=rf"^f2c-plugin {command[0]}: \S+: a file: give the .+{names_it}$") as refused:
+        cli(command)
+    assert bool(names_it) == str(refused.value).endswith((", pack", ", given"))
+    assert not Path("new").exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from f2c_plugin.errors import CheckoutError
 from f2c_plugin.utils.atomic import partials_of, written_whole
-from f2c_plugin.utils.paths import cache_folder, data_folder
+from f2c_plugin.utils.paths import cache_folder, data_folder, require_no_file
 
 ARCFACE_TORCH_URL = "https://github.com/deepinsight/insightface"
 ARCFACE_TORCH_FOLDER = Path("recognition/arcface_torch")
@@ -43,6 +43,7 @@ def arcface_torch_configs() -> list[Path]:
 
 def find_checkout(folder: str | Path) -> Path:
     """Find arcface_torch in ``folder``, which is arcface_torch itself or a checkout of insightface, or raise CheckoutError."""
+    require_no_file(folder, "the folder of arcface_torch", "train_v2.py", CheckoutError)
     for candidate in (Path(folder), Path(folder) / ARCFACE_TORCH_FOLDER):
         if (candidate / "train_v2.py").is_file() and (candidate / "partial_fc_v2.py").is_file():
             return candidate.resolve()

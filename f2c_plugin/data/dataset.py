@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from f2c_plugin.data.exif import exif_orientation, turned_upright
 from f2c_plugin.data.image_sizes import IMAGE_SIZE
 from f2c_plugin.data.index import open_index
-from f2c_plugin.data.recordio import FLOAT32_EXACT, Buffer, Int64s, RecordFile, image_of_record
+from f2c_plugin.data.recordio import FLOAT32_EXACT, Buffer, Int64s, RecordFile, image_of_record, rec_in
 from f2c_plugin.errors import RecordError
 from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
@@ -128,7 +128,7 @@ class RecordDataset(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, root_dir: str | Path, skip_damaged: bool = False):
         self.root_dir, self.skip_damaged = Path(root_dir), skip_damaged
         self.damaged: list[RecordError] = []
-        self.records = RecordFile(self.root_dir / "train.rec")
+        self.records = RecordFile(rec_in(root_dir))
         self.index = open_index(root_dir)
         if len(self.index.unusable) and not skip_damaged:
             key, offset = self.index.unusable[0].tolist()

@@ -12,6 +12,7 @@ from f2c_plugin.data.sampler import DualSampler
 from f2c_plugin.data.tail import images_per_identity, large_identities
 from f2c_plugin.errors import ConfigError
 from f2c_plugin.utils.distributed import this_rank
+from f2c_plugin.utils.paths import require_no_file
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def record_loader(cfg: Config, local_rank: int, identity_rate: float) -> DualLoa
 
 def open_pack(cfg: Config) -> RecordDataset:
     """The pack in ``cfg.rec``. Raises ConfigError if it is missing or does not fit, RecordError if it cannot be read."""
+    require_no_file(cfg["rec"], "rec the folder of train.rec and train.idx", "train.rec", ConfigError)
     if not (Path(cfg["rec"]) / "train.rec").is_file():
         raise ConfigError(f"rec={cfg['rec']!r}: there is no train.rec in {Path(cfg['rec']).absolute()}; give the folder of "
                           "a pack, or draw one with `f2c-plugin synth`")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from f2c_plugin.data.identities import IdentityIndex, index_identities
-from f2c_plugin.data.recordio import NO_IDX, RecordFile, read_idx
+from f2c_plugin.data.recordio import NO_IDX, RecordFile, read_idx, rec_in
 from f2c_plugin.errors import RecordError
 from f2c_plugin.utils.atomic import to_disk
 from f2c_plugin.utils.locks import locked
@@ -72,7 +72,7 @@ def _stamp(root_dir: Path) -> Stamp:
     """Identifies this state of the pack."""
     stamp: Stamp = {}
     for name, problem in ("train.rec", "no such file"), ("train.idx", NO_IDX):
-        path = root_dir / name
+        path = rec_in(root_dir).with_name(name)
         if not path.is_file():
             raise RecordError(f"{path}: {problem}")
         stamp[name] = [path.stat().st_size, path.stat().st_mtime_ns]

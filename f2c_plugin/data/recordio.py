@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from f2c_plugin.errors import RecordError
 from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
+from f2c_plugin.utils.paths import require_no_file
 
 Buffer = bytes | memoryview
 Int64s = NDArray[np.int64]
@@ -93,6 +94,12 @@ def image_of_record(payload: Buffer) -> Buffer:
         return unpack_image_record(payload).image  # raises
     flag = IMAGE_HEADER.unpack_from(payload)[0]
     return payload[IMAGE_HEADER.size + 4 * flag:]
+
+
+def rec_in(folder: str | Path) -> Path:
+    """Path of ``train.rec`` in the folder of a pack. Raises RecordError if a file is given instead."""
+    require_no_file(folder, "the folder of train.rec and train.idx", "train.rec", RecordError)
+    return Path(folder) / "train.rec"
 
 
 class RecordFile:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate, chain, pairwise, repeat
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from f2c_plugin.data.recordio import (
     id2_of,
 )
 from f2c_plugin.errors import OverwriteError, RecordError
-from f2c_plugin.utils.atomic import to_disk, written_whole
+from f2c_plugin.utils.atomic import made, require_writable, to_disk, written_whole
 from f2c_plugin.utils.locks import temporary_folder
 
 
@@ -85,10 +85,14 @@ class RecordWriter:
 
 
 def refuse_to_overwrite(folder: Path, names: Iterable[str] = ("train.rec",)) -> None:
-    """Raise OverwriteError if ``folder`` holds a file of one of these names; by default, if it holds a pack."""
+    """Raise OverwriteError if ``folder`` holds a file of one of these names; by default, if it holds a pack.
+
+    And OSError, as ``require_writable``, if none could be written there.
+    """
     for path in map(folder.joinpath, names):
         if os.path.lexists(path):
             raise OverwriteError(f"{path} exists and is not overwritten: choose another folder or remove it")
+        require_writable(path)
 
 
 @contextmanager
@@ -103,25 +107,17 @@ def new_pack(out: Path, names: Sequence[str]) -> Generator[Path]:
         OverwriteError: ``out`` holds a file of one of the names.
     """
     refuse_to_overwrite(out, names)
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary_folder(out, ".packing-") as folder:
-            try:
-                yield folder
-            except OSError as error:
-                if error.filename is not None and Path(error.filename).parent == folder:
-                    error.filename = str(out / Path(error.filename).name)
-                raise
-            refuse_to_overwrite(out, names)  # another process may have packed meanwhile
-            for name in names:
-                if (folder / name).exists():
-                    os.replace(folder / name, out / name)
-    except BaseException:
-        with suppress(OSError):
-            for folder in missing:
-                folder.rmdir()
-        raise
+    with made(out), temporary_folder(out, ".packing-") as folder:
+        try:
+            yield folder
+        except OSError as error:
+            if error.filename is not None and Path(error.filename).parent == folder:
+                error.filename = str(out / Path(error.filename).name)
+            raise
+        refuse_to_overwrite(out, names)  # another process may have packed meanwhile
+        for name in names:
+            if (folder / name).exists():
+                os.replace(folder / name, out / name)
 
 
 def write_property(folder: Path, num_identities: int) -> None:

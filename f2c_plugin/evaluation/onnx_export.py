@@ -15,7 +15,7 @@ from f2c_plugin.data.dataset import IMAGE_SIZE, normalize_faces
 from f2c_plugin.errors import CheckpointError, ConfigError, ExportError, F2CError
 from f2c_plugin.evaluation.verification import embed
 from f2c_plugin.models import NETWORKS, TOO_LARGE, get_model, get_model_on_meta, networks
-from f2c_plugin.utils.atomic import naming, written_whole
+from f2c_plugin.utils.atomic import naming, require_writable, written_whole
 from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.finite import not_finite, some
 from f2c_plugin.utils.inputs import embeddings_in
@@ -157,6 +157,7 @@ def export_checked(net: nn.Module, path: str | Path, images: torch.Tensor | None
         OSError: the file cannot be written.
     """
     require_exportable(net, f"{path}: not written")
+    require_writable(path)
     net = net.cpu().eval()  # and leave it there, in that mode
     if found := unusable(net):
         raise ExportError(f"{path}: not written, because the net is not finite: {some(found)}: export an earlier checkpoint")

@@ -22,6 +22,7 @@ from f2c_plugin.tools.pack_sources import NO_IDENTITY, File, walk
 from f2c_plugin.utils.atomic import PARTIAL, partials_of, written_whole
 from f2c_plugin.utils.extras import installing, require
 from f2c_plugin.utils.git_lfs import NOT_FETCHED, is_lfs_pointer
+from f2c_plugin.utils.paths import require_no_file
 from f2c_plugin.utils.workers import worker_pool
 
 QUALITY = 95
@@ -202,6 +203,7 @@ def align(photos: str | Path, out: str | Path, model: str | Path | None = None, 
         OverwriteError: ``out`` holds a pack.
     """
     photos, out = Path(photos), Path(out)
+    require_no_file(photos, "the folder of the photos", "", RecordError)
     if not photos.is_dir():
         raise RecordError(f"{photos}: no such folder")
     real, real_out = photos.resolve(), out.resolve()
@@ -277,7 +279,6 @@ def _align(photos: Path, out: Path, model: Path, file: File) -> tuple[str, str]:
     encoded = _face(photos / path, model)
     if isinstance(encoded, str):
         return path, encoded
-    face.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(face) as written:
         written.write(encoded)
     return path, ""

@@ -95,7 +95,6 @@ def merge(folder: str | Path, out: str | Path, num_ranks: int) -> list[Path]:
     else:
         raise CheckpointError(f"{paths[0]}: {_describe_head(heads[0])}: only F²C and Partial FC can be converted")
 
-    out.mkdir(parents=True, exist_ok=True)
     rescaled = _rescale_steps(states[0], len(states), num_ranks)
     with ExitStack() as on_error:  # a part of the files is of no use
         for rank, target in enumerate(targets):

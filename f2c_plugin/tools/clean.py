@@ -21,7 +21,7 @@ from f2c_plugin.tools.duplicates import Suggested, suggestions
 from f2c_plugin.tools.pack_embeddings import by_identity, embedded
 from f2c_plugin.tools.packs import contact_sheet, spread
 from f2c_plugin.tools.plotting import look, panels, pyplot, save_figure
-from f2c_plugin.tools.report import html_image, html_page
+from f2c_plugin.tools.report import html_image, html_page, html_picture
 from f2c_plugin.utils.atomic import written_whole
 
 LIST, SAME, PAGE, PLOT = "clean.tsv", "same.tsv", "clean.html", "clean.png"
@@ -255,7 +255,7 @@ def _page(pack: RecordDataset, cosines: Float32s, found: Cleaned, having: Int64s
             + sheet(*(typical(int(having[each.identity]), _COLUMNS // 2) for each in group[:3])) for group in groups]
     far, near = order[:found.far], order[found.far:]
     parts = [f"<p>{html.escape(line)}</p>" for line in [*found.report().splitlines(), *found.reasons()]]
-    parts.append(html_image("histograms of cosines", plot.read_bytes()))
+    parts.append(html_picture("histograms of cosines", plot.read_bytes()))
     for title, lines in (("Left out: the farthest", judged(far)), ("Left out: the nearest to the threshold", judged(far[::-1])),
                          ("Kept: the nearest to the threshold", judged(near)), ("May be one person's", same)):
         parts += [f"<h2>{title}</h2>", *(f"<p>{line}</p>" for line in lines or ["None."])]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from f2c_plugin.data.recordio import IDENTITY_BITS, Int64s, RecordFile, read_idx
+from f2c_plugin.data.recordio import IDENTITY_BITS, Int64s, RecordFile, read_idx, rec_in
 from f2c_plugin.data.writer import RecordWriter, new_pack, pack_image_record, write_property
 from f2c_plugin.errors import RecordError
 from f2c_plugin.tools.repack import Written
@@ -31,7 +31,7 @@ def convert(source: str | Path, labels: str | Path, out: str | Path) -> Written:
         RecordError: the pack or the list cannot be read, or they do not fit.
         OverwriteError: ``out`` already holds a pack.
     """
-    records = RecordFile(Path(source) / "train.rec")
+    records = RecordFile(rec_in(source))
     keys, offsets = read_idx(records.path.with_suffix(".idx"))
     listed, identities = _read_list(Path(labels))
     position = np.minimum(np.searchsorted(listed, keys), len(listed) - 1)

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from f2c_plugin.evaluation.accuracy import FOLDS, fold_accuracies
-from f2c_plugin.tools.runs import Run, differing_settings, scores_of
+from f2c_plugin.tools.runs import Run, beside, differing_settings, scores_of
 
 SLOW = 0.8  # of the fastest run's images per second
 LOW_HIT_RATE = 0.5
 SAME_LENGTH = 0.99  # runs whose numbers of images differ by less can be compared
 SKIPPED_BY_FP16 = 0.05  # of the steps: its scaler finds its scale by steps that overflow
 STANDARD_ERRORS = 2  # a difference that is larger is more than chance
+COLLAPSED = 0.99  # mean cosine of different people: their embeddings are all but the same
 DATA = ("rec", "num_classes", "num_image")
 
 Rule = Callable[[Sequence[Run]], Iterator[str]]
@@ -82,8 +83,59 @@ def _not_finite(runs: Sequence[Run]) -> Iterator[str]:
             yield f"{run.name} has met numbers that are not finite: {'; '.join(found)}."
 
 
+def _batch_not_logged(runs: Sequence[Run]) -> Iterator[str]:
+    for run in runs:
+        if run.derived_batch == 1:
+            yield (f"{run.name}: its log holds no total_batch_size, nor two speeds from which it could be found: its steps are "
+                   "counted as images, and its hours are wrong.")
+        elif run.derived_batch:
+            yield (f"{run.name}: its log holds no total_batch_size; by its speeds and times a step has {run.derived_batch:,} "
+                   "images.")
+
+
+def _never_verified(runs: Sequence[Run]) -> Iterator[str]:
+    if never := [run for run in runs if not run.accuracies]:
+        yield (f"{_names(never)} {'was' if len(never) == 1 else 'were'} never verified, so that nothing shows what was learnt: "
+               "name sets in val_targets, or give the model.pt to `f2c-plugin evaluate`.")
+
+
+def _collapsed(runs: Sequence[Run]) -> Iterator[str]:
+    for accuracy in _accuracies(runs):
+        for run in runs:
+            divergence = run.last(beside(accuracy, "divergence"))
+            if divergence is not None and divergence >= COLLAPSED:
+                yield (f"{scores_of(accuracy)}: {run.name} has collapsed: its embeddings of different people have a cosine of "
+                       f"{divergence:.3f} in the mean, so that all faces look the same to it. Train again with a smaller lr.")
+
+
+def _no_better_than_chance(runs: Sequence[Run]) -> Iterator[str]:
+    for accuracy in _accuracies(runs):
+        for run in runs:
+            if (value := run.last(accuracy)) is None:
+                continue
+            name, (chance, error) = scores_of(accuracy), _chance(run, accuracy)
+            if value <= chance + STANDARD_ERRORS * error:
+                resolved = (f", within {STANDARD_ERRORS} standard errors of chance ({chance:.2%} ± {error:.2%})" if error else
+                            f", and chance is {chance:.2%}")
+                yield (f"{name}: {run.name} has learnt nothing that shows: its last accuracy is {value:.2%}{resolved}.")
+
+
+def _chance(run: Run, accuracy: str) -> tuple[float, float]:
+    """The accuracy of a net that has learnt nothing, and its standard error: by the number of pairs if the scores are recorded,
+    otherwise by the logged deviation of the folds; 0 without either."""
+    if scores := run.scores.get(scores_of(accuracy)):
+        same = float(scores[1].mean())
+        chance = max(same, 1 - same)
+        return chance, (chance * (1 - chance) / len(scores[1])) ** 0.5
+    return 0.5, (run.last(f"{accuracy}_std") or 0.0) / (FOLDS - 1) ** 0.5
+
+
+def _accuracies(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in run.accuracies))
+
+
 def _best(runs: Sequence[Run]) -> Iterator[str]:
-    for accuracy in dict.fromkeys(name for run in runs for name in run.accuracies):
+    for accuracy in _accuracies(runs):
         ranked = sorted((run for run in runs if run.last(accuracy) is not None), key=lambda run: -_value(run, accuracy))
         if len(ranked) < 2:
             continue
@@ -157,5 +209,5 @@ def _names(runs: Sequence[Run]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-RULES: tuple[Rule, ...] = (_different_lengths, _different_data, _different_seeds, _unfinished, _not_finite, _best, _slower,
-                           _low_hit_rate)
+RULES: tuple[Rule, ...] = (_batch_not_logged, _different_lengths, _different_data, _different_seeds, _unfinished, _not_finite,
+                           _never_verified, _collapsed, _no_better_than_chance, _best, _slower, _low_hit_rate)

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from f2c_plugin.data.dataset import IMAGE_SIZE, Pixels, RecordDataset, decode_face
 from f2c_plugin.data.identities import Ints
-from f2c_plugin.data.recordio import Buffer, Int64s, RecordFile, read_idx, unpack_image_record
+from f2c_plugin.data.recordio import Buffer, Int64s, RecordFile, read_idx, rec_in, unpack_image_record
 from f2c_plugin.data.tail import images_per_identity, large_identities, many_alone
 from f2c_plugin.errors import InputError, OverwriteError, RecordError
 from f2c_plugin.tools.plotting import pyplot, save_figure
-from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.utils.atomic import require_writable, written_whole
 from f2c_plugin.utils.extras import require
 from f2c_plugin.utils.workers import worker_pool
 
@@ -93,7 +93,7 @@ def verify(root_dir: str | Path, processes: int | None = None) -> tuple[int, dic
     Returns the number of records, and {record number: what is wrong with it} for every unusable record. Raises
     RecordError if the ``.rec`` or the ``.idx`` is missing or empty, or the ``.idx`` is not an index.
     """
-    records = RecordFile(Path(root_dir) / "train.rec")
+    records = RecordFile(rec_in(root_dir))
     keys, offsets = read_idx(records.path.with_suffix(".idx"), progress=True)
     with worker_pool(processes, _open, (records.path,)) as pool:
         found = tqdm(pool.imap(_damage, offsets.tolist(), _CHUNK), "decoding", len(keys), unit=" records", disable=None)
@@ -122,7 +122,7 @@ def reindex(root_dir: str | Path) -> int:
     gets number 0 and the images follow from 1, wherever it stands: face2rec2 writes it behind the images. Raises
     OverwriteError if there is a ``train.idx``, RecordError if ``train.rec`` is damaged; then nothing is written.
     """
-    records = RecordFile(Path(root_dir) / "train.rec")
+    records = RecordFile(rec_in(root_dir))
     path = records.path.with_suffix(".idx")
     if os.path.lexists(path):
         raise OverwriteError(f"{path} exists and is not overwritten: move it away to have another one made")
@@ -168,6 +168,7 @@ def draw_sheet(dataset: RecordDataset, path: str | Path, identity: int | None = 
     form = pillow.registered_extensions().get(Path(path).suffix.lower())
     if form not in pillow.SAVE:
         raise InputError(f"{path}: unknown image format: name a file that ends with .png or .jpg")
+    require_writable(path)
     index = dataset.index
     if image is not None:
         positions = np.flatnonzero(index.keys == image)

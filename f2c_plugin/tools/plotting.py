@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from f2c_plugin.errors import InputError
-from f2c_plugin.utils.atomic import written_whole
+from f2c_plugin.utils.atomic import require_writable, written_whole
 from f2c_plugin.utils.extras import require
 
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito's, without yellow
@@ -23,23 +23,24 @@ def pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write a figure and close it."""
+    """Write a figure and close it. Raises as ``require_drawable``."""
     try:
+        require_drawable(path)
         with written_whole(path) as file:
             figure.savefig(file, dpi=120, format=Path(path).suffix[1:] or "png")
-    except ValueError as error:  # an unknown suffix
-        raise InputError(f"{path}: {error}") from error
     finally:
         pyplot().close(figure)
     return Path(path)
 
 
 def require_drawable(path: str | Path) -> None:
-    """Raise what would otherwise be found out when the picture is drawn: F2CError without matplotlib, InputError without the
-    folder."""
+    """Raise what would otherwise be found out when the picture is drawn: F2CError without matplotlib, InputError for an unknown
+    format, OSError as ``require_writable``."""
     pyplot()
-    if not Path(path).parent.is_dir():
-        raise InputError(f"{path}: there is no folder {Path(path).parent}")
+    forms = require("matplotlib.backend_bases", extra="plot").FigureCanvasBase.filetypes
+    if (form := Path(path).suffix[1:].lower() or "png") not in forms:
+        raise InputError(f"{path}: unknown picture format {form!r}: name a file that ends with .png, .svg or .pdf")
+    require_writable(path)
 
 
 def look(number: int) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from f2c_plugin.errors import ReportError
 from f2c_plugin.evaluation.accuracy import GEOMETRY, NOT_RESOLVED
 from f2c_plugin.tools.findings import findings
-from f2c_plugin.tools.plotting import add_legend, draw_roc, look, panels, plain, save_figure
+from f2c_plugin.tools.plotting import add_legend, draw_roc, look, panels, plain, require_drawable, save_figure
 from f2c_plugin.tools.runs import Run, beside, differing_settings, distinct_names, scores_of
 from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.extras import require
@@ -30,6 +31,7 @@ _STYLE = """\
 body { font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff; margin: 1.5em; }
 img { max-width: min(100%, 1500px); height: auto; }
 .wide { overflow-x: auto; }
+.wide img { max-width: clamp(900px, 100%, 1500px); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; }
 th, td { border: 1px solid #ccc; padding: .25em .6em; text-align: left; vertical-align: top; }
 th { background: #f3f3f3; font-weight: 600; }
@@ -46,14 +48,17 @@ summary { cursor: pointer; font-size: 1.3em; font-weight: 600; margin: 1em 0; }
 
 
 def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Plot runs, write plots and summaries into ``report.html`` in ``out``, or in the first folder, and print the summaries.
+    """Plot runs, write plots and summaries into ``report.html`` in ``out``, or in the first folder shown; print the summaries.
 
-    The page holds its plots, so it is always of one report, and opens without a network.
+    The page holds its plots, so it is always of one report, and opens without a network. Folders that cannot be shown are left
+    out, and page and terminal say why. Raises ReportError, with a line for each of them, if none can be shown.
     """
-    folders = list({os.path.realpath(folder): folder for folder in folders}.values())
-    runs = [Run.read(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
-    out = Path(out or folders[0])
-    out.mkdir(parents=True, exist_ok=True)
+    shown, left_out = _readable(folders)
+    for run, name in zip(shown.values(), distinct_names([*shown]), strict=True):
+        run.name = name
+    runs = [*shown.values()]
+    out = Path(out or next(iter(shown)))
+    require_drawable(out / "curves.png")
     pictures = {"curves": draw_curves(runs, out / "curves.png")}
     if any(run.speed for run in runs):
         pictures["hours"] = draw_curves(runs, out / "curves_hours.png", against_hours=True)
@@ -64,14 +69,28 @@ def report(folders: Sequence[str | Path], out: str | Path | None = None) -> Path
     sentences = findings(runs)
     page = out / "report.html"
     with written_whole(page) as file:  # a folder's name may be in another encoding
-        file.write(_page(runs, sentences, pictures).encode("utf-8", "surrogateescape"))
+        file.write(_page(runs, sentences, pictures, left_out).encode("utf-8", "surrogateescape"))
     for run in runs:
         print(run.name)
         for name, fact in run.facts.items():
             if fact != NOT_RESOLVED:
                 print(f"  {name:<34} {fact}")
-    print(*sentences, sep="\n")
+    print(*sentences, *(f"Left out: {reason}" for reason in left_out), sep="\n")
     return page
+
+
+def _readable(folders: Sequence[str | Path]) -> tuple[dict[str | Path, Run], list[str]]:
+    """The runs in those folders that hold one, each folder once; and why the others are left out."""
+    runs: dict[str | Path, Run] = {}
+    left_out: list[str] = []
+    for folder in {os.path.realpath(folder): folder for folder in folders}.values():
+        try:
+            runs[folder] = Run.read(folder)
+        except (ReportError, OSError) as error:
+            left_out.append(str(error))
+    if not runs:
+        raise ReportError("\n".join(left_out))
+    return runs, left_out
 
 
 def draw_curves(runs: Sequence[Run], path: Path, against_hours: bool = False) -> Path:
@@ -134,11 +153,12 @@ def draw_scores(runs: Sequence[Run], path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def _page(runs: Sequence[Run], sentences: Sequence[str], pictures: dict[str, Path]) -> str:
+def _page(runs: Sequence[Run], sentences: Sequence[str], pictures: dict[str, Path], left_out: Sequence[str]) -> str:
     names = [run.name for run in runs]
     title = html.escape(", ".join(names) if len(runs) < 4 else f"{len(runs)} runs: {', '.join(names[:2])}, …")
-    items = "\n".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences) or "<li>Nothing.</li>"
-    parts = [f"<h2>What stands out</h2>\n<ul>\n{items}\n</ul>"]
+    parts = [f"<h2>What stands out</h2>\n{_list(sentences or ['Nothing.'])}"]
+    if left_out:
+        parts.append(f"<h2>Left out</h2>\n{_list(left_out)}")
     if len(runs) > 1:
         parts.append(f"<h2>Runs</h2>\n{_table_of_runs(runs)}")
     else:
@@ -159,6 +179,10 @@ def _page(runs: Sequence[Run], sentences: Sequence[str], pictures: dict[str, Pat
     return html_page(title, "\n".join(parts))
 
 
+def _list(items: Sequence[str]) -> str:
+    return "<ul>\n" + "\n".join(f"<li>{html.escape(item)}</li>" for item in items) + "\n</ul>"
+
+
 def html_page(title: str, body: str) -> str:
     """A page of its own, without a network; both are HTML."""
     return f"""<!DOCTYPE html>
@@ -173,7 +197,12 @@ def html_page(title: str, body: str) -> str:
 
 
 def _picture(path: Path, kind: str = "") -> str:
-    return f'<div class="wide {kind}">{html_image(path.stem, path.read_bytes())}</div>'
+    return html_picture(path.stem, path.read_bytes(), kind)
+
+
+def html_picture(name: str, encoded: bytes, kind: str = "") -> str:
+    """An image that a narrow window does not shrink until it cannot be read: it scrolls in its box."""
+    return f'<div class="wide {kind}">{html_image(name, encoded)}</div>'
 
 
 def html_image(name: str, encoded: bytes) -> str:

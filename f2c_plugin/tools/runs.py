@@ -7,7 +7,9 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +17,13 @@ import numpy as np
 from f2c_plugin.errors import ReportError
 from f2c_plugin.evaluation.accuracy import FARS, GEOMETRY, tar_at_far, tar_text
 from f2c_plugin.tools.plotting import Scores
+from f2c_plugin.utils.paths import require_no_file
 
 # Settings that change no result.
 NO_RESULT = re.compile("output|resume|frequent|verbose|num_workers|f2c_save_every|save_all_states|suffix_run_name|"
                        ".*wandb.*|.*mlflow.*")
 _LOSS = re.compile(r"Speed ([\d.]+) samples/sec\s+Loss (\S+)\s+LearningRate (\S+).*Global Step: (\d+)")
+_TIMED_LOSS = re.compile(rf"Training: ([\d-]+ [\d:,]+)-{_LOSS.pattern}")
 _MONITOR = re.compile(r"F²C step (\d+): (.*)")
 _ACCURACY = re.compile(r"\[(gallery_)?(\w+)\]\[(\d+)\]Accuracy-Flip: ([\d.]+)(?:\+-([\d.]+))?")
 _GEOMETRY = re.compile(rf"  ({'|'.join(GEOMETRY)}): (-?[\d.]+)")
@@ -45,26 +49,31 @@ class Run:
     facts: dict[str, str] = field(default_factory=dict)  # the summary
     skipped_steps: int = 0  # because their gradient was not finite
     not_finite_losses: list[int] = field(default_factory=list)  # the steps
+    derived_batch: int | None = None  # images of a step where the log does not say it; 1 if nothing does
 
     @classmethod
-    def read(cls, folder: str | Path, name: str | None = None) -> "Run":
-        """Read the output folder of a training, which names the run by default. Raises ReportError without intact results."""
+    def read(cls, folder: str | Path) -> "Run":
+        """Read the output folder of a training, which names the run. Raises ReportError without intact results."""
         folder = Path(folder)
+        require_no_file(folder, "the output folder of a training", "training.log", ReportError)
         log = folder / "training.log"
         if not log.is_file():
             raise ReportError(f"{folder}: no training.log; give the output folder of a training by arcface_torch or by "
                               "f2c_plugin.train")
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         config = {found[1] or found[2]: found[3].strip() for line in lines if (found := _CONFIG.match(line))}
+        derived = None
         file = folder / "history.jsonl"
         if file.is_file():
             with _reading(file):
                 history = [_current_names(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
         else:
-            history = _history_of_log(lines, config.get("total_batch_size", ""))
+            total = config.get("total_batch_size", "")
+            derived = None if total.isdecimal() else _images_of_a_step(lines)
+            history = _history_of_log(lines, derived or int(total))
         if not history:
             raise ReportError(f"{folder}: the training has not logged a step yet")
-        run = cls(name or Path(os.path.realpath(folder)).name, history, config)
+        run = cls(Path(os.path.realpath(folder)).name, history, config, derived_batch=derived)
         run.skipped_steps = len({found[1] for found in filter(None, map(_SKIPPED.search, lines))})
         losses = filter(None, map(_NOT_FINITE_LOSS.search, lines))
         run.not_finite_losses = sorted({int(found[1] or found[2]) for found in losses})
@@ -182,9 +191,17 @@ def _reading(file: Path) -> Iterator[None]:
         raise ReportError(f"{file}: damaged: {error}") from error
 
 
-def _history_of_log(lines: Sequence[str], total_batch_size: str) -> list[Entry]:
+def _images_of_a_step(lines: Sequence[str]) -> int:
+    """Of arcface_torch, whose speeds are those between two lines of its log; 1 if there are no two."""
+    found = [(datetime.strptime(each[1], "%Y-%m-%d %H:%M:%S,%f"), int(each[5]), float(each[2]))
+             for each in map(_TIMED_LOSS.match, lines) if each]
+    images = [speed * (time - before).total_seconds() / (step - step_before)
+              for (before, step_before, _), (time, step, speed) in pairwise(found) if step > step_before]
+    return max(round(float(np.median(images))), 1) if images else 1
+
+
+def _history_of_log(lines: Sequence[str], images_per_step: int) -> list[Entry]:
     """The entries of a run of arcface_torch, from the lines of its log."""
-    images_per_step = int(total_batch_size) if total_batch_size.isdecimal() else 1
     entries: dict[int, Entry] = {}
 
     def entry(step: str) -> Entry:

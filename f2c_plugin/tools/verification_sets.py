@@ -15,6 +15,7 @@ from f2c_plugin.evaluation.accuracy import FOLDS
 from f2c_plugin.evaluation.verification import save_bin
 from f2c_plugin.tools.image_files import IMAGE_SUFFIXES, storable
 from f2c_plugin.tools.pack_sources import walk
+from f2c_plugin.utils.paths import require_no_file
 
 
 class Pair(NamedTuple):
@@ -87,6 +88,7 @@ def source_of(folder: str | Path, resize: bool = False) -> Source:
     folder = Path(folder)
     if (folder / "train.rec").is_file():
         return _Pack(folder)
+    require_no_file(folder, "the folder of a pack, or one with a folder of images for each identity", "train.rec", InputError)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
     return _Folder(folder, resize)
@@ -110,7 +112,6 @@ def write_verification_set(source: Source, pairs: Sequence[Pair], out: str | Pat
     for name in names:
         if name not in images:
             images[name] = source.image(name)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
     save_bin(out, [images[name] for name in names], [pair.same for pair in pairs])
 
 

@@ -4,7 +4,7 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -24,16 +24,14 @@ def partials_of(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a binary file beside ``path`` and move it there once all of it is on disk.
+    """Open a binary file beside ``path`` and move it there once all of it is on disk. Its folder is made if it is missing.
 
     On an error, what was at ``path`` stays, and the half-written file is removed. A process that is killed
-    leaves it: see ``partials_of``. Raises OSError with the name ``path`` if it cannot be written, or is a
-    folder, a pipe or a device.
+    leaves it: see ``partials_of``. Raises OSError with the name ``path`` if it cannot be written, or as ``require_writable``.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # or the superuser would replace /dev/null
-        raise FileExistsError(errno.EEXIST, "Not a file, and not replaced by one", str(path))
-    with naming(path):
+    require_writable(path)
+    with made(path.parent), naming(path):
         partial, file = create_beside(path)
         try:
             with file:
@@ -44,6 +42,36 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def require_writable(path: str | Path) -> None:
+    """Find out before hours of work what would keep ``written_whole`` from opening ``path``.
+
+    Raises:
+        OSError: it is a folder, a pipe or a device; or its folder cannot be made, or not be written into.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # or the superuser would replace /dev/null
+        raise FileExistsError(errno.EEXIST, "Not a file, and not replaced by one", str(path))
+    nearest = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not nearest.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"Its folder cannot be made, because {nearest} is not a folder", str(path))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, f"Nothing may be written into {nearest}", str(path))
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it. On an error, those that were missing go again, unless something is in them."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for each in missing:
+                each.rmdir()
+        raise
 
 
 @contextmanager

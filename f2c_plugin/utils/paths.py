@@ -1,4 +1,4 @@
-"""Folders: what comes with the package, and the cache."""
+"""Folders: what comes with the package, the cache, and files that are given instead of one."""
 
 import os
 import tempfile
@@ -13,6 +13,19 @@ def data_folder(name: str) -> Path:
     """Folder ``configs`` or ``patches``: inside the installed package, or beside it in a source tree."""
     package = Path(__file__).parents[1]
     return next(folder for folder in (package / name, package.parent / name) if folder.is_dir())
+
+
+def require_no_file(path: str | Path, kind: str, holds: str, error: type[F2CError]) -> None:
+    """Raise ``error`` if ``path`` is a file where a folder is needed: with its own, if that one holds a file of the name.
+
+    Args:
+        kind: what the folder is, in words.
+        holds: name of a file that such a folder holds.
+    """
+    path = Path(path)
+    if path.is_file():
+        its = f", {path.parent}" if (path.parent / holds).is_file() else ""
+        raise error(f"{path}: a file: give {kind}{its}")
 
 
 def cache_folder() -> Path:

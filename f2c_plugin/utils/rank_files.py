@@ -7,6 +7,7 @@ from typing import Any
 
 from f2c_plugin.errors import CheckpointError
 from f2c_plugin.utils.finite import some
+from f2c_plugin.utils.paths import require_no_file
 from f2c_plugin.utils.safe_load import load_states
 from f2c_plugin.utils.schema import problems_of_arcface_torch
 
@@ -19,6 +20,7 @@ def load_all_ranks(folder: Path) -> dict[Path, dict[str, Any]]:
     Raises:
         CheckpointError: one is missing, damaged, not of arcface_torch, or from another step than the others.
     """
+    require_no_file(folder, "the folder of checkpoint_gpu_0.pt, checkpoint_gpu_1.pt, …", "checkpoint_gpu_0.pt", CheckpointError)
     states: dict[Path, dict[str, Any]] = {}
     for path in _files_of_all_ranks(folder):
         states[path] = state = load_states(path)

@@ -126,8 +126,12 @@ def test_resolutions_and_recognizability_are_refused_where_they_cannot_be_found(
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_before_the_evaluation(faces, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="missing/roc.png: there is no folder .*missing"):
-        cli(["evaluate", str(tmp_path / "no model"), str(faces / "synth.bin"), "--plot", str(tmp_path / "missing/roc.png")])
+    for path, problem in (("given/roc.png", "Its folder cannot be made, because .*given is not a folder: '.*roc.png'"),
+                          ("roc.xyz", "roc.xyz: unknown picture format 'xyz': name a file that ends with .png")):
+        (tmp_path / "given").touch()
+        for command in (["evaluate", "no model", str(faces / "synth.bin")], ["index", "no pack"], ["plan", "no pack"]):
+            with pytest.raises(SystemExit, match=problem):
+                cli([*command, "--plot", str(tmp_path / path)])
 
 
 def test_a_set_whose_name_has_a_line_end_takes_one_line(trained, faces, tmp_path, capsys):

@@ -10,8 +10,9 @@ CONFIG = {"num_image": "480", "num_epoch": "1", "frequent": "10", "seed": "1", "
 
 
 def run(name, step=60, config=None, entries=(), **fields):
-    """A run of steps of 8 images, with a last entry of the history and others before."""
-    history = [*({"step": step, "images": 8 * step, **entry} for entry in entries), {"step": step, "images": 8 * step}]
+    """A run of steps of 8 images, with a last entry of the history and others before; verified on a set of its own."""
+    history = [{"step": 0, "images": 0, f"{name}/accuracy": 0.9},
+               *({"step": step, "images": 8 * step, **entry} for entry in entries), {"step": step, "images": 8 * step}]
     return Run(name, history, CONFIG | (config or {}), **fields)
 
 
@@ -99,8 +100,50 @@ def test_without_scores_the_logged_deviations_count():
 
 def test_a_set_that_one_run_was_verified_on_or_that_has_other_pairs_is_not_compared():
     assert not findings([verified("a", 0.9), run("b")])
-    sentence, = findings([verified("a", 0.9), verified("b", 0.5, pairs=500)])
+    sentence, = findings([verified("a", 0.9), verified("b", 0.6, pairs=500)])
     assert sentence == "lfw: the runs were verified on different pairs, so their accuracies are not compared."
+
+
+def test_runs_that_were_never_verified_are_named():
+    runs = [run(name) for name in "abc"]
+    for each in runs[:2]:
+        del each.history[0]
+    assert findings(runs) == ["a and b were never verified, so that nothing shows what was learnt: name sets in val_targets, "
+                              "or give the model.pt to `f2c-plugin evaluate`."]
+    assert findings(runs[:1])[0].startswith("a was never verified")
+
+
+@pytest.mark.parametrize("accuracy, same, speaks", [
+    (0.5, 0.5, "50.00%, within 2 standard errors of chance (50.00% ± 1.58%)"), (0.531, 0.5, "53.10%, within 2 standard errors"),
+    (0.532, 0.5, ""), (0.85, 0.9, "85.00%, within 2 standard errors of chance (90.00% ± 0.95%)"), (0.92, 0.9, "")])
+def test_an_accuracy_that_the_pairs_do_not_tell_from_chance_is_named(accuracy, same, speaks):
+    scores = {"lfw": (np.zeros(1000), np.arange(1000) < 1000 * same)}
+    sentences = findings([run("a", entries=[{"lfw/accuracy": accuracy}], scores=scores)])
+    assert [f"lfw: a has learnt nothing that shows: its last accuracy is {speaks}" in each for each in sentences] == [
+        True] * bool(speaks)
+
+
+@pytest.mark.parametrize("accuracy, std, speaks", [(0.53, 0.06, True), (0.55, 0.06, False), (0.5, None, True),
+                                                   (0.51, None, False), (0.5, 0.0, True)])
+def test_without_scores_the_deviation_of_the_folds_says_how_far_chance_reaches(accuracy, std, speaks):
+    entry = {"lfw/accuracy": accuracy} | ({} if std is None else {"lfw/accuracy_std": std})
+    assert [each.startswith("lfw: a has learnt nothing") for each in findings([run("a", entries=[entry])])] == [True] * speaks
+
+
+@pytest.mark.parametrize("divergence, speaks", [(0.995, True), (0.98, False), (0.03, False)])
+def test_embeddings_that_are_all_the_same_have_collapsed(divergence, speaks):
+    entries = [{"lfw/gallery_accuracy": 0.9, "lfw/gallery_divergence": divergence}]
+    sentences = findings([run("a", entries=entries)])
+    assert [each.startswith("gallery_lfw: a has collapsed: its embeddings of different people have a cosine of 0.995")
+            for each in sentences] == [True] * speaks
+
+
+@pytest.mark.parametrize("derived, sentence", [
+    (None, None), (64, "a: its log holds no total_batch_size; by its speeds and times a step has 64 images."),
+    (1, "a: its log holds no total_batch_size, nor two speeds from which it could be found: its steps are counted as images, "
+        "and its hours are wrong.")])
+def test_a_log_without_the_batch_size_is_named(derived, sentence):
+    assert findings([run("a", derived_batch=derived)]) == ([sentence] if sentence else [])
 
 
 def test_runs_that_are_slower_by_more_than_a_fifth_are_named():

@@ -109,6 +109,42 @@ def test_a_folder_without_a_run_is_refused_with_what_to_give(tmp_path):
         Run.read(tmp_path)
 
 
+def test_folders_that_cannot_be_shown_are_left_out_with_the_reason(runs, tmp_path, capsys):
+    (tmp_path / "a<b").mkdir()
+    (tmp_path / "crashed").mkdir()
+    (tmp_path / "crashed/training.log").write_text("2026-11-22 rank_id: 0\n")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/training.log").touch()
+    (tmp_path / "damaged/history.jsonl").write_text("{")
+    bad = [tmp_path / name for name in ("a<b", "crashed", "damaged", "nowhere")]
+    page = report([*bad, *runs, runs[0] / "training.log"])
+    assert page.parent == runs[0] and not (tmp_path / "nowhere").exists()
+    text, printed = page.read_text(), capsys.readouterr().out
+    assert "<h1>theirs, &lt;ours&gt;</h1>" in text and "<h2>Left out</h2>" in text
+    for reason in (f"{bad[0]}: no training.log; give", f"{bad[1]}: the training has not logged a step yet",
+                   f"{bad[2]}/history.jsonl: damaged", f"{bad[3]}: no training.log",
+                   f"{runs[0]}/training.log: a file: give the output folder of a training, {runs[0]}"):
+        assert f"<li>{html.escape(reason)}" in text and f"\nLeft out: {reason}" in printed
+    with pytest.raises(ReportError) as refused:
+        report(bad)
+    assert [line.split(": ")[0] for line in str(refused.value).splitlines()] == [
+        *map(str, bad[:2]), f"{bad[2]}/history.jsonl", str(bad[3])]
+    assert "Left out" not in report(runs, tmp_path / "out").read_text()
+
+
+def test_a_log_of_arcface_torch_without_its_batch_size_is_counted_by_its_speeds_and_times(runs):
+    log = runs[0] / "training.log"
+    log.write_text("".join(
+        f"Training: 2026-11-22 12:25:{second:06.3f}-Speed {speed} samples/sec   Loss 1.0   LearningRate 0.1   Epoch: 0   "
+        f"Global Step: {step}   Required: 0 hours\n".replace(".", ",", 1)
+        for second, step, speed in ((1, 20, 700), (11, 30, 640), (36, 40, 256), (41.003, 50, 1279.2))))
+    run = Run.read(runs[0])
+    assert run.derived_batch == 640 and run.images_seen == 50 * 640
+    assert run.clock[1][-1] * 3600 == pytest.approx(20 * 640 / 700 + 10 + 25 + 5, rel=0.01)
+    log.write_text(log.read_text().splitlines()[0])
+    assert Run.read(runs[0]).derived_batch == 1
+
+
 def test_the_page_compares_runs_and_holds_its_pictures(compared):
     page, _ = compared
     text = page.read_text()
@@ -249,6 +285,16 @@ def test_a_real_browser_shows_it(compared, tmp_path):
     # An image that was not decoded has no size.
     widths = shown(page, tmp_path, "[...document.images].map(image => image.naturalWidth)")
     assert len(widths) == 4 and all(width > 500 for width in widths)
+
+
+def test_a_narrow_window_keeps_pictures_readable_in_boxes_that_scroll(compared, tmp_path):
+    page = Path(shutil.copy(compared[0], tmp_path))
+    page.write_text(page.read_text().replace("<body>", '<body style="width: 460px">'))
+    widths, fits = shown(page, tmp_path, "[[...document.images].filter(image => image.offsetWidth).map("
+                         "image => [image.offsetWidth, image.naturalWidth, image.parentElement.offsetWidth]), "
+                         "document.documentElement.scrollWidth <= innerWidth]")
+    assert fits and [width for width, natural, box in widths] == [min(natural, 900) for _, natural, _ in widths]
+    assert all(box <= 460 for *_, box in widths)
 
 
 def test_a_browser_switches_the_curves_and_keeps_ten_runs_within_its_window_without_a_network(runs, tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from f2c_plugin.utils.atomic import naming, partials_of, written_whole
+from f2c_plugin.utils.atomic import naming, partials_of, require_writable, written_whole
 from f2c_plugin.utils.locks import locked, temporary_folder
 
 HOLD = """
@@ -68,6 +69,34 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path):
     assert set(os.listdir(tmp_path)) == {"pipe", "link"}
 
 
+def test_a_missing_folder_is_made_and_goes_again_on_an_error(tmp_path: Path):
+    path = tmp_path / "new/folder/file"
+    with pytest.raises(ZeroDivisionError), written_whole(path):
+        assert path.parent.is_dir() and 1 / 0
+    assert not list(tmp_path.iterdir())
+    with written_whole(path) as file:
+        file.write(b"whole")
+    assert path.read_bytes() == b"whole" and os.listdir(path.parent) == ["file"]
+
+
+def test_a_folder_that_cannot_be_made_or_written_into_is_found_out_before_anything_is_done(tmp_path: Path,
+                                                                                           monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in "file", "dangling":
+        path = tmp_path / name / "folder/plan.png"
+        message = f"Its folder cannot be made, because {tmp_path / name} is not a folder: '{path}'"
+        for write in require_writable, lambda path: written_whole(path).__enter__():
+            with pytest.raises(NotADirectoryError, match=re.escape(message)):
+                write(path)
+    require_writable(tmp_path / "new/folder/file")
+    require_writable("file of this folder")
+    assert set(os.listdir(tmp_path)) == {"file", "dangling"}
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may write everywhere
+    with pytest.raises(PermissionError, match=f"Nothing may be written into {tmp_path}: '{tmp_path / 'new/file'}'"):
+        require_writable(tmp_path / "new/file")
+
+
 def test_other_users_can_read_what_is_written(tmp_path: Path):
     before = os.umask(0o022)
     try:
@@ -86,9 +115,10 @@ def test_an_error_without_a_file_gets_its_name(tmp_path: Path):
 
 
 def test_a_file_that_cannot_be_created_is_named_and_not_its_partial_one(tmp_path: Path):
-    with pytest.raises(FileNotFoundError) as raised, written_whole(tmp_path / "missing" / "file"):
+    path = tmp_path / (250 * "n")  # so long that the partial one's is too long
+    with pytest.raises(OSError, match="File name too long") as raised, written_whole(path):
         pass
-    assert raised.value.filename == str(tmp_path / "missing" / "file")
+    assert raised.value.filename == str(path)
 
 
 def test_a_lock_keeps_others_out_until_its_holder_dies(tmp_path: Path):
