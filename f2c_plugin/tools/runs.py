@@ -60,7 +60,7 @@ class Run:
         if not log.is_file():
             raise ReportError(f"{folder}: no training.log; give the output folder of a training by arcface_torch or by "
                               "f2c_plugin.train")
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = _since_the_last_start(log.read_text(encoding="utf-8", errors="replace").splitlines())
         config = {found[1] or found[2]: found[3].strip() for line in lines if (found := _CONFIG.match(line))}
         derived = None
         file = folder / "history.jsonl"
@@ -189,6 +189,20 @@ def _reading(file: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, AttributeError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ReportError(f"{file}: damaged: {error}") from error
+
+
+def _since_the_last_start(lines: Sequence[str]) -> Sequence[str]:
+    """Without the trainings before: arcface_torch appends to a log. Each start logs its config; resume=False begins anew."""
+    begin = start = 0
+    before = None
+    for i, line in enumerate(lines):
+        found = _CONFIG.match(line)
+        if found and not before:
+            start = i
+        if found and found[1] == "resume" and found[3].strip() == "False":
+            begin = start
+        before = found
+    return lines[begin:]
 
 
 def _images_of_a_step(lines: Sequence[str]) -> int:

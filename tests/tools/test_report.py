@@ -76,6 +76,21 @@ def test_a_run_of_arcface_torch_is_read_from_its_log(runs):
     assert not run.series("f2c/hard_negative_cosine")
 
 
+def test_a_log_that_several_trainings_have_appended_to_is_that_of_the_last_that_began_anew(runs):
+    log = runs[0] / "training.log"
+
+    def started(resume, loss):
+        fp16 = "Training: 2026-11-22 12:25:32,124-: fp16"
+        config = f"Training: 2026-11-22 12:25:32,124-: resume                   {resume}\n{fp16}"
+        return ARCFACE_TORCH_LOG.replace(fp16, config).replace("140.2500", loss)
+
+    first = ARCFACE_TORCH_LOG.replace("Global Step: 10", "Global Step: 90")
+    log.write_text(first + started("False", "7.5000"))
+    assert Run.read(runs[0]).series("loss") == [(160, 7.5)]
+    log.write_text(first + started("False", "7.5000") + started("True", "6.5000").replace("Global Step: 10", "Global Step: 30"))
+    assert Run.read(runs[0]).series("loss") == [(160, 7.5), (480, 6.5)]
+
+
 @pytest.mark.parametrize("key, value, padded", [
     ("fp16", "True", "fp16                     True"), ("output", "", "output                   "),
     ("interclass_filtering_threshold", "0.4", "interclass_filtering_threshold0.4"),
