@@ -339,7 +339,7 @@ def evaluate(args: Namespace) -> None:
     if args.plot:  # not after hours
         require_drawable(args.plot)
     with process_group() if "RANK" in os.environ else nullcontext():
-        found = tool.evaluate(args.model, args.sets, args.net, args.resolutions, bool(args.quality))
+        found = tool.evaluate(args.model, args.sets, args.net, args.resolutions, bool(args.quality), bool(args.plot))
     if not found:  # rank 0 shows it
         return
     print(json.dumps([each.summary() for each in found], indent=2) if args.json else tool.table(found))
