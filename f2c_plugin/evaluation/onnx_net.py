@@ -36,7 +36,9 @@ class OnnxNet(nn.Module):
         self.path = Path(path)
         try:
             nodes = {node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node[:_FIRST]}
-            self._session: Any = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+            options = runtime.SessionOptions()
+            options.log_severity_level = 4  # its errors come as exceptions, too
+            self._session: Any = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # both raise almost anything
             raise ExportError(f"{path}: no ONNX model that can be run: {error}") from error
         self._takes_pixels = {"Sub", "Mul"} <= nodes
@@ -62,7 +64,8 @@ class OnnxNet(nn.Module):
         try:
             found = self._session.run(None, {self._session.get_inputs()[0].name: batch})[0]
         except Exception as error:  # of ONNX Runtime's own kinds
-            raise ExportError(f"{self.path}: fails for {batch.shape}, but a face model takes {_TAKEN}: {error}") from error
+            reason = str(error).strip()
+            raise ExportError(f"{self.path}: fails for {batch.shape}, but a face model takes {_TAKEN}: {reason}") from error
         if found.ndim != 2 or len(found) != len(batch):
             raise ExportError(f"{self.path}: gives {found.shape} for {len(batch)} faces, but a face model gives a row for each")
         return found
