@@ -46,6 +46,7 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+PAIRS = 6000  # of a verification set that is drawn; as in LFW
 SEED = argument("--seed", type=_seed, default=0, metavar="N", help="of what is random; default: %(default)s")
 NET = argument("--net", default="probe", choices=["probe", "gallery"],
                help="the gallery net is in checkpoints alone, of trainings that have one")
@@ -313,20 +314,28 @@ def export(args: Namespace) -> None:
 
 @command(argument("source", help="folder of a pack, or one with a folder of images for each identity"),
          argument("out", help="the .bin file to write"),
-         argument("--pairs", type=int, default=6000, metavar="N", help="to draw, half of them same; default: %(default)s"),
-         SEED,
+         argument("--pairs", type=int, metavar="N",
+                  help="to draw, half of them same, of images that can be used. Those met that cannot are listed beside OUT, "
+                       f"in a .left_out.tsv; default: {PAIRS}"),
+         argument("--seed", type=_seed, metavar="N", help="of the draw; default: 0"),
          argument("--list", metavar="FILE", help="of the pairs: two images and 1 or 0 in each line, tabs between; images are "
-                                                 "numbers of records, or paths in the folder. Or LFW's pairs.txt"),
+                                                 "numbers of records, or paths in the folder. They keep their order, and each "
+                                                 "tenth of them, a fold of the accuracy, must have both kinds. Or LFW's "
+                                                 "pairs.txt, of whose folds same and different pairs are taken in turn"),
          argument("--resize", action="store_true", help="also take images of other sizes from folders, as pack does"))
 def verification_set(args: Namespace) -> None:
     """Write a verification set: pairs of images, the same person's or not."""
     from f2c_plugin.tools import verification_sets
 
     source = verification_sets.source_of(args.source, args.resize)
-    pairs = (verification_sets.listed_pairs(args.list) if args.list else
-             verification_sets.drawn_pairs(source.identities(), args.pairs, args.seed))
-    verification_sets.write_verification_set(source, pairs, args.out)
-    print(f"{args.out}: {len(pairs)} pairs, {sum(pair.same for pair in pairs)} same")
+    if args.list is None:
+        pairs, seed = (default if given is None else given for given, default in ((args.pairs, PAIRS), (args.seed, 0)))
+        print(verification_sets.drawn_set(source, args.out, pairs, seed).report())
+        return
+    for option, value in ("--pairs", args.pairs), ("--seed", args.seed):
+        if value is not None:
+            raise InputError(f"{option} {value}: is for drawn pairs, but --list {args.list} names them all: give one of both")
+    print(verification_sets.listed_set(source, args.out, args.list).report())
 
 
 @command(argument("model", help="a model.pt, a checkpoint of arcface_torch or f2c_plugin.train, or an .onnx file"),
@@ -352,7 +361,8 @@ def evaluate(args: Namespace) -> None:
     if args.plot:  # not after hours
         require_drawable(args.plot)
     with process_group() if "RANK" in os.environ else nullcontext():
-        found = tool.evaluate(args.model, args.sets, args.net, args.resolutions, bool(args.quality), args.network)
+        found = tool.evaluate(args.model, args.sets, args.net, args.resolutions, bool(args.quality), args.network,
+                              bool(args.plot))
     if not found:  # rank 0 shows it
         return
     print(json.dumps([each.summary() for each in found], indent=2) if args.json else tool.table(found))

@@ -21,6 +21,7 @@ from f2c_plugin.evaluation.accuracy import FARS, tars_at_fars
 from f2c_plugin.evaluation.pooling import pooled
 
 _PIXELS = np.arange(IMAGE_SIZE) + 1j * np.arange(IMAGE_SIZE)[:, None]
+_SHOWN = 60  # characters of a line that is wrong
 _CHUNK = 8192  # pairs scored at a time
 Row = TypeVar("Row")
 
@@ -153,28 +154,41 @@ def _rows(path: Path, read: Callable[[list[str]], Row], form: str) -> Iterator[R
         for number, line in enumerate(file, 1):
             try:
                 yield read(line.split())
-            except (ValueError, OverflowError):
-                raise VerificationSetError(f"{path}, line {number}: {line.rstrip()[:60]!r} must be {form}") from None
+            except (ValueError, OverflowError) as error:
+                shown = line.rstrip()
+                shown = repr(shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…")
+                raise VerificationSetError(f"{path}, line {number}: {shown} must be {form}: {error}") from None
 
 
 def _face(words: list[str]) -> tuple[str, np.ndarray, float]:
+    _check_length(words, 12)
     name, *numbers = words
+    for number in numbers:
+        if not np.isfinite(float(number)):
+            raise ValueError(f"{number!r} is not finite")
     *coordinates, score = map(float, numbers)
     points = np.array(coordinates).reshape(5, 2) @ (1, 1j)
-    if not np.isfinite([*coordinates, score]).all() or not np.ptp(points.real) + np.ptp(points.imag):
-        raise ValueError
+    if not np.ptp(points.real) + np.ptp(points.imag):
+        raise ValueError("the points are one")
     return name, points, score
 
 
 def _image_of_template(words: list[str]) -> tuple[str, int, int]:
+    _check_length(words, 3)
     name, template, media = words
     return name, int(np.int64(template)), int(np.int64(media))
 
 
 def _pair(words: list[str]) -> None:
+    _check_length(words, 3)
     _, _, same = map(np.int64, words)
     if same not in (0, 1):
-        raise ValueError
+        raise ValueError(f"{same} is neither 1 nor 0")
+
+
+def _check_length(words: list[str], length: int) -> None:
+    if len(words) != length:
+        raise ValueError(f"{len(words)} words, not {length}")
 
 
 def aligned_crop(folder: Path, listed_in: Path, crop: Crop) -> Pixels:

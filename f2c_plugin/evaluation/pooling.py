@@ -36,7 +36,7 @@ def pooled(net: nn.Module, face: Callable[[Item], Pixels], items: Iterable[Item]
     Returns:
         float64 (R, D), the same on all ranks; on the GPU where there is one.
     Raises:
-        F2CError: embeddings are not finite, or what ``face`` raises.
+        F2CError: embeddings are not finite, another rank has ended, or what ``face`` raises.
     """
     shard = Shard(*this_rank())
     first, end = shard.range_of(len(rows))
@@ -50,7 +50,12 @@ def pooled(net: nn.Module, face: Callable[[Item], Pixels], items: Iterable[Item]
             batch = torch.from_numpy(np.stack([*islice(faces, part.stop - begin)]))
             sums.index_add_(0, rows[part], embed(net, batch).sum(1) * weights[part, None])
             bar.update(len(batch))
-    sums = shard.sum(sums.to("cuda" if torch.cuda.is_available() else "cpu"))  # NCCL takes no tensors in main memory
+    sums = sums.to("cuda" if torch.cuda.is_available() else "cpu")  # NCCL takes no tensors in main memory
+    try:
+        sums = shard.sum(sums)
+    except RuntimeError as error:  # of gloo, when the connection to a rank is closed
+        raise F2CError(f"rank {shard.rank} has embedded its images of {name}, but another rank has ended: see its "
+                       "error") from error
     if not sums.isfinite().all():
         raise F2CError(f"the model's embeddings of {name} are not finite")
     return sums

@@ -159,12 +159,17 @@ def load_bin(path: str | Path, image_size: Sequence[int] = (IMAGE_SIZE, IMAGE_SI
     if tuple(image_size) != (IMAGE_SIZE, IMAGE_SIZE):
         raise VerificationSetError(f"image_size={image_size}: must be {(IMAGE_SIZE, IMAGE_SIZE)}")
     verification_set = VerificationSet(path)
-    for number, fold in enumerate(np.array_split(verification_set.same, FOLDS)):
+    check_folds(path, verification_set.same)
+    images = verification_set.faces().permute(0, 3, 1, 2).float()
+    return [images, images.flip(3)], verification_set.same.tolist()
+
+
+def check_folds(path: str | Path, same: Sequence[bool] | np.ndarray) -> None:
+    """Raise VerificationSetError if a fold has not both kinds of pairs, without which arcface_torch's evaluation fails."""
+    for number, fold in enumerate(np.array_split(np.asarray(same, bool), FOLDS)):
         if fold.all() or not fold.any():
             raise VerificationSetError(f"{path}: of its {FOLDS} parts, in each of which arcface_torch needs same and different "
                                        f"pairs, part {number} has {fold.sum()} and {(~fold).sum()}: mix them, and give more")
-    images = verification_set.faces().permute(0, 3, 1, 2).float()
-    return [images, images.flip(3)], verification_set.same.tolist()
 
 
 def save_bin(path: str | Path, images: Sequence[bytes], same: Sequence[bool]) -> None:

@@ -16,8 +16,9 @@ from f2c_plugin.data.dataset import IMAGE_SIZE
 from f2c_plugin.data.template import TEMPLATE, Points, turn_from_template
 from f2c_plugin.data.writer import refuse_to_overwrite
 from f2c_plugin.errors import F2CError, InputError, RecordError
+from f2c_plugin.evaluation.tinyface import LISTS
 from f2c_plugin.tools.image_files import upright
-from f2c_plugin.tools.left_out import LEFT_OUT, LeftOut
+from f2c_plugin.tools.left_out import DETECTOR_FAILS, LEFT_OUT, NO_FACE, LeftOut
 from f2c_plugin.tools.pack_sources import NO_IDENTITY, File, walk
 from f2c_plugin.utils.atomic import PARTIAL, partials_of, written_whole
 from f2c_plugin.utils.extras import installing, require
@@ -32,7 +33,7 @@ LEAST_SCORE = 0.6  # of YuNet
 _MOST_TIMES = 32  # that a face is drawn larger than it becomes
 _CHUNK = 8  # photos that a process takes at a time
 _LONGEST_NAME = 255 - len(".01234567" + PARTIAL)  # bytes
-_DETECTORS = "det_*.onnx", "scrfd_*.onnx"  # in insightface's model packs
+_DETECTORS = "det_*.onnx", "scrfd_*.onnx", "*yunet*.onnx"  # as they are called in insightface's model packs and opencv_zoo
 _TO_HAVE_ONE = ("Give --detector the file of YuNet, face_detection_yunet_2023mar.onnx from "
                 f"https://github.com/opencv/opencv_zoo ({installing('align')}), or the folder of a model pack from "
                 f"https://github.com/deepinsight/insightface/releases, like buffalo_l ({installing('insightface')})")
@@ -111,7 +112,7 @@ def detector_file(named: str | Path | None) -> Path:
     elif not Path(named).is_dir():
         return Path(named)
     else:
-        folders, where = [Path(named)], f"--detector {named}: the folder has no {' or '.join(_DETECTORS)}"
+        folders, where = [Path(named)], f"--detector {named}: the folder has no {', '.join(_DETECTORS)}"
     for folder in folders:
         if found := [file for name in _DETECTORS for file in sorted(folder.glob(name))]:
             return found[0]
@@ -174,16 +175,17 @@ class Aligned(LeftOut):
     Attributes:
         aligned: number of faces that it has written.
         before: number of photos that it has not touched, because their faces were there.
+        copied: number of TinyFace's lists that lay among the photos, and lie beside the faces now.
     """
 
     def __init__(self, out: Path):
         super().__init__(out)
-        self.aligned = self.before = 0
+        self.aligned = self.before = self.copied = 0
 
     def report(self) -> str:
         """In lines for people."""
-        return "\n".join([f"{self.out}: {self.aligned} faces aligned" + (f", {self.before} were there" if self.before else ""),
-                          *self.lines()])
+        return "\n".join([f"{self.out}: {self.aligned} faces aligned" + (f", {self.before} were there" if self.before else "")
+                          + (f", {self.copied} lists of TinyFace copied" if self.copied else ""), *self.lines()])
 
 
 def align(photos: str | Path, out: str | Path, model: str | Path | None = None, processes: int | None = None) -> Aligned:
@@ -191,7 +193,7 @@ def align(photos: str | Path, out: str | Path, model: str | Path | None = None, 
 
     Of several faces in a photo it takes the one that is largest and most central. A face takes the name of its photo, and
     ".jpg" behind it if it has another suffix. Where there is such a file, the photo is not done again, so an interrupted run
-    goes on where it was. ``out/left_out.tsv`` names the photos without a face and says why.
+    goes on where it was. ``out/left_out.tsv`` names the photos without a face and says why. TinyFace's lists are copied.
 
     Args:
         model: as ``detector_file`` takes it.
@@ -199,7 +201,7 @@ def align(photos: str | Path, out: str | Path, model: str | Path | None = None, 
     Raises:
         F2CError: there is no detector, or a package is missing.
         RecordError: there is no photo, or none with a face, or a link leads out of ``photos``.
-        InputError: one of the folders is inside the other.
+        InputError: one of the folders is inside the other, or ``out`` is a file.
         OverwriteError: ``out`` holds a pack.
     """
     photos, out = Path(photos), Path(out)
@@ -210,6 +212,8 @@ def align(photos: str | Path, out: str | Path, model: str | Path | None = None, 
     if real_out.is_relative_to(real) or real.is_relative_to(real_out):
         raise InputError(f"{out} and {photos}: one is inside the other, so faces would lie among photos: choose a folder "
                          "outside")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file, but the faces need a folder: name a new one, or that of an earlier run")
     refuse_to_overwrite(out)
     require("PIL.Image", "align")
     model = detector_file(model)
@@ -227,11 +231,16 @@ def align(photos: str | Path, out: str | Path, model: str | Path | None = None, 
 
         def to_do() -> Iterator[File]:
             for path, reason in walk(photos):
-                if reason in ("", NO_IDENTITY) and (out / _face_path(path)).is_file():
+                reason = "" if reason == NO_IDENTITY else reason
+                if not reason and Path(path).name in LISTS.values():
+                    _copy(photos / path, out / path)
+                    done.copied += 1
+                    bar.update()
+                elif not (reason := reason or _no_name(photos, path)) and (out / _face_path(path)).is_file():
                     done.before += 1
                     bar.update()
                 else:
-                    yield path, "" if reason == NO_IDENTITY else reason
+                    yield path, reason
         with written_whole(out / LEFT_OUT) as left_out:
             for path, reason in pool.imap(partial(_align, photos, out, model), to_do(), _CHUNK):
                 if reason:
@@ -248,6 +257,20 @@ def align(photos: str | Path, out: str | Path, model: str | Path | None = None, 
 
 def _face_path(photo: str) -> str:
     return photo if photo.lower().endswith((".jpg", ".jpeg")) else f"{photo}.jpg"
+
+
+def _no_name(photos: Path, path: str) -> str:
+    """Why a photo's face has no name of its own; "" if it has. Not seen from the faces: a second run finds other ones there."""
+    face = _face_path(path)
+    if len(os.fsencode(Path(face).name)) > _LONGEST_NAME:
+        return "name too long"
+    return f"its face would have the name of another photo: {face}" if face != path and os.path.lexists(photos / face) else ""
+
+
+def _copy(file: Path, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(out) as written:
+        written.write(file.read_bytes())
 
 
 @contextmanager
@@ -272,10 +295,6 @@ def _align(photos: Path, out: Path, model: Path, file: File) -> tuple[str, str]:
     face = out / _face_path(path)
     if reason:
         return path, reason
-    if len(os.fsencode(face.name)) > _LONGEST_NAME:
-        return path, "name too long"
-    if _face_path(path) != path and os.path.lexists(photos / _face_path(path)):
-        return path, f"its face would have the name of another photo: {_face_path(path)}"
     encoded = _face(photos / path, model)
     if isinstance(encoded, str):
         return path, encoded
@@ -292,7 +311,7 @@ def _face(photo: Path, model: Path) -> bytes | str:
     try:
         points = detector(model).points(image)
     except Exception as error:  # of the detector's packages, for pictures of odd shapes
-        return f"the detector fails: {error}"
+        return f"{DETECTOR_FAILS}: {error}"
     if points is None:
-        return "no face found"
+        return NO_FACE
     return simplejpeg.encode_jpeg(np.ascontiguousarray(aligned(image, points)), QUALITY, "RGB", "444")

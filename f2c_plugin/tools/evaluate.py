@@ -1,15 +1,16 @@
 """Evaluates trained and exported models on verification sets and benchmarks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from f2c_plugin.data.dataset import IMAGE_SIZE
-from f2c_plugin.errors import ExportError, F2CError, InputError
+from f2c_plugin.errors import ExportError, F2CError, InputError, VerificationSetError
 from f2c_plugin.evaluation.accuracy import FARS, GEOMETRY, tar_text
 from f2c_plugin.evaluation.ijb import TemplateResult, TemplateSet
 from f2c_plugin.evaluation.onnx_export import load_net
@@ -24,21 +25,27 @@ from f2c_plugin.evaluation.recognizability import (
 )
 from f2c_plugin.evaluation.tinyface import RANKS, IdentificationResult, IdentificationSet
 from f2c_plugin.evaluation.verification import VerificationResult, VerificationSet, embed
-from f2c_plugin.tools.left_out import on_one_line
+from f2c_plugin.tools.left_out import on_one_line, photos_without_face
 from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.distributed import this_rank
 
 Set = VerificationSet | TemplateSet | IdentificationSet
+_A_SET = "a set is a .bin file, as f2c-plugin verification-set writes it, or a folder of IJB-B, IJB-C or TinyFace"
+_ONE_POINT = 1e-6  # how far apart, in each number, embeddings of norm 1 may be that are all the same
 Result = VerificationResult | TemplateResult | IdentificationResult
 
 
 class Evaluated(NamedTuple):
-    """A model on a set; at a resolution, with the pixels of the first and the second image of each pair."""
+    """A model on a set; at a resolution, with the pixels of the first and the second image of each pair.
+
+    ``zero`` is the number of embeddings that are 0, of images or templates, of the set as it is.
+    """
 
     name: str
     result: Result
     resolution: tuple[int, int] | None = None
     quality: Recognizability | None = None
+    zero: int = 0
 
     @property
     def label(self) -> str:
@@ -48,12 +55,12 @@ class Evaluated(NamedTuple):
         """Metrics; those that the pairs do not resolve are None."""
         found = self.result
         if not isinstance(found, VerificationResult):
-            return {"set": self.name, **found.summary()}
+            return {"set": self.name, **found.summary(), "zero_embeddings": self.zero}
         geometry = found.geometry()
         return {"set": self.name, **({"resolution": self.resolution} if self.resolution else {}),
                 "pairs": len(found.same), "accuracy": found.accuracy, "accuracy_std": found.accuracy_std,
                 "tar_at_far": {f"{far:.0e}": found.tar_at_far(far) for far in FARS}, "embedding_norm": found.embedding_norm,
-                **{name: geometry.get(name) for name in GEOMETRY},
+                **{name: geometry.get(name) for name in GEOMETRY}, "zero_embeddings": self.zero,
                 **({"recognizability": self.quality.summary()} if self.quality else {})}
 
 
@@ -75,13 +82,18 @@ def load_model(path: str | Path, which: str = "probe", network: str | None = Non
 
 def open_set(path: str | Path) -> Set:
     """A ``.bin`` file, or a folder of IJB-B, IJB-C or TinyFace, told apart by its files. Raises VerificationSetError."""
-    if not Path(path).is_dir():
+    if Path(path).is_dir():
+        return TemplateSet(path) if TemplateSet.lists_in(path) else IdentificationSet(path, photos_without_face)
+    try:
         return VerificationSet(path)
-    return TemplateSet(path) if TemplateSet.lists_in(path) else IdentificationSet(path)
+    except VerificationSetError as error:
+        if Path(path).is_file() and Path(path).suffix.lower() != ".bin":
+            raise VerificationSetError(f"{error}; {_A_SET}") from error
+        raise
 
 
 def evaluate(model: str | Path, sets: Sequence[str | Path], which: str = "probe", resolutions: Sequence[int] = (),
-             quality: bool = False, network: str | None = None) -> list[Evaluated]:
+             quality: bool = False, network: str | None = None, roc: bool = False) -> list[Evaluated]:
     """Evaluate a model: on ``.bin`` sets, accuracy over ten folds and TAR at FAR; on IJB-B and IJB-C, TAR at FAR of pairs of
     templates; on TinyFace, the rate of identification at ranks 1, 5 and 20.
 
@@ -95,10 +107,13 @@ def evaluate(model: str | Path, sets: Sequence[str | Path], which: str = "probe"
             first so and the second as it is (7/112 pixels).
         quality: also find how recognizable the images of ``.bin`` sets are.
         network: the name of the net, where the file does not say it and several fit.
+        roc: there must be a set that ``scored_pairs`` takes.
     Raises:
-        F2CError: the model or a set cannot be read, or the model's embeddings are not finite.
+        F2CError: the model or a set cannot be read, or the model's embeddings are not finite, or all the same.
     """
     opened = [open_set(path) for path in sets]
+    if roc and all(isinstance(each, IdentificationSet) for each in opened):
+        raise InputError("--plot: draws the ROC of pairs, and TinyFace has none")
     if (resolutions or quality) and not all(isinstance(each, VerificationSet) for each in opened):
         raise InputError("--resolutions and --quality: are for .bin sets, not for folders of IJB-B, IJB-C and TinyFace")
     if wrong := [each for each in resolutions if not 0 < each <= IMAGE_SIZE]:
@@ -106,6 +121,9 @@ def evaluate(model: str | Path, sets: Sequence[str | Path], which: str = "probe"
     if quality:
         for each in opened:
             check_pairs(each.path, cast(VerificationSet, each).same)
+    for each in opened[1:]:  # not after the sets before; the first is decoded at once
+        if isinstance(each, VerificationSet):
+            each.check()
     names = [each.path.stem if isinstance(each, VerificationSet) else each.path.resolve().name for each in opened]
     net = load_model(model, which, network)
     rank, _ = this_rank()
@@ -116,7 +134,8 @@ def evaluate(model: str | Path, sets: Sequence[str | Path], which: str = "probe"
             found += [] if rank else _verified(model, net, each, name, resolutions, quality)
         else:
             embeddings = each.embed(net)
-            found += [] if rank else [Evaluated(name, each.score(embeddings))]
+            zero = _zero(embeddings, model, each.path)
+            found += [] if rank else [Evaluated(name, each.score(embeddings), zero=zero)]
     return found
 
 
@@ -131,11 +150,12 @@ def _verified(model: str | Path, net: nn.Module, verification_set: VerificationS
             raise F2CError(f"{model}: its embeddings of {verification_set.path} are not finite")
         return embeddings
     sharp = embedded()
+    zero = _zero(sharp.sum(1), model, verification_set.path)
     result, found = verification_set.compare(sharp), None
     if quality:
         images = recognizability(sharp.sum(1), embedded(UNRECOGNIZABLE).sum(1))
         found = error_reject(result.scores, result.same, images)
-    rows = [Evaluated(name, result, quality=found)]
+    rows = [Evaluated(name, result, quality=found, zero=zero)]
     for pixels in resolutions:
         low = embedded(pixels)
         rows.append(Evaluated(name, verification_set.compare(low), (pixels, pixels)))
@@ -144,13 +164,24 @@ def _verified(model: str | Path, net: nn.Module, verification_set: VerificationS
     return rows
 
 
+def _zero(embeddings: Tensor, model: str | Path, name: Path) -> int:
+    """How many of the embeddings (n, D), which are finite, are 0.
+
+    Raises F2CError if all are, or all are the same: their scores would say nothing.
+    """
+    unit = normalize(embeddings)
+    if not embeddings.any():
+        raise F2CError(f"{model}: all its embeddings of {name} are 0: the net has no weights, or has collapsed in training")
+    if len(unit) > 1 and (unit.amax(0) - unit.amin(0)).max() < _ONE_POINT:
+        raise F2CError(f"{model}: its embeddings of all images of {name} are the same: the net tells nobody apart. Has it been "
+                       "trained, or has it collapsed?")
+    return int((embeddings == 0).all(1).sum())
+
+
 def scored_pairs(found: Sequence[Evaluated]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{name: (cosines, whether same)} of the sets of pairs, as a panel of ``draw_roc``. Raises InputError if there is none."""
-    pairs = {each.label: (each.result.scores, each.result.same) for each in found
-             if not isinstance(each.result, IdentificationResult)}
-    if not pairs:
-        raise InputError("--plot: draws the ROC of pairs, and TinyFace has none")
-    return pairs
+    """{name: (cosines, whether same)} of the sets of pairs, as a panel of ``draw_roc``."""
+    return {each.label: (each.result.scores, each.result.same) for each in found
+            if not isinstance(each.result, IdentificationResult)}
 
 
 def error_curves(found: Sequence[Evaluated]) -> dict[str, np.ndarray]:
@@ -181,7 +212,7 @@ def table(found: Sequence[Evaluated]) -> str:
         tars = [result.tar_at_far(far) for far in fars]
         tables[0].append([name, f"{len(result.same):,}", f"{result.accuracy:.2%} ± {result.accuracy_std:.2%}",
                           *("" if tar is None else f"{tar:.2%}" for tar in tars)])
-    for name, result, _, quality in found:
+    for name, result, _, quality, _ in found:
         if quality:
             rates = [quality.at(share) for share in REJECTED]
             tables[3].append([name, f"{quality.far:.0e}", *("" if rate is None else f"{rate:.2%}" for rate in rates)])
@@ -191,7 +222,18 @@ def table(found: Sequence[Evaluated]) -> str:
         elif isinstance(result, IdentificationResult):
             tables[2].append([result.protocol, name, f"{len(result.ranks):,}", f"{result.gallery:,}",
                               *(f"{result.rate(rank):.2%}" for rank in RANKS)])
-    return "\n\n".join(_aligned(rows) for rows in [each for each in tables if len(each) > 1] or tables[:1])
+    shown = [_aligned(rows) for rows in [each for each in tables if len(each) > 1] or tables[:1]]
+    return "\n\n".join([*shown, *(note for each in found for note in _notes(each))])
+
+
+def _notes(of: Evaluated) -> Iterator[str]:
+    """What makes figures lower than the model would have to be, in lines for people."""
+    if of.zero:
+        yield f"{of.name}: {of.zero:,} embeddings are 0, and have a cosine of 0 to all others"
+    if isinstance(of.result, IdentificationResult) and any(of.result.without_face):
+        probes, gallery = of.result.without_face
+        yield (f"{of.name}: no face was detected in {probes:,} probes, which count as not found, and in {gallery:,} images of "
+               "the gallery, which are not compared")
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

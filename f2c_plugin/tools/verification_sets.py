@@ -1,10 +1,10 @@
 """Makes verification sets, ``.bin`` files of pairs, from packs or from folders of images."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -12,10 +12,14 @@ from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.writer import refuse_to_overwrite
 from f2c_plugin.errors import InputError, RecordError, VerificationSetError
 from f2c_plugin.evaluation.accuracy import FOLDS
-from f2c_plugin.evaluation.verification import save_bin
+from f2c_plugin.evaluation.verification import check_folds, save_bin
 from f2c_plugin.tools.image_files import IMAGE_SUFFIXES, storable
+from f2c_plugin.tools.left_out import LEFT_OUT, LeftOut, on_one_line
 from f2c_plugin.tools.pack_sources import walk
+from f2c_plugin.utils.atomic import written_whole
 from f2c_plugin.utils.paths import require_no_file
+
+_MOST_NAMED = 20  # images of a list that cannot be used
 
 
 class Pair(NamedTuple):
@@ -26,22 +30,31 @@ class Pair(NamedTuple):
     same: bool
 
 
-class Source(Protocol):
-    """Where the images of identities come from."""
+class Source:
+    """Where the images of identities come from. Each image is read once."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, bytes | str] = {}
 
     def identities(self) -> list[list[str]]:
-        """The images of each identity."""
-        ...
+        """The images of each identity. Raises VerificationSetError if there is none."""
+        raise NotImplementedError
 
-    def image(self, name: str) -> bytes:
-        """An encoded image of 112 × 112. Raises VerificationSetError if there is none, or it cannot be used."""
-        ...
+    def image(self, name: str) -> bytes | str:
+        """An encoded image of 112 × 112; or why there is none: "kind of reason" or "kind of reason: detail"."""
+        if name not in self._read:
+            self._read[name] = self._image(name)
+        return self._read[name]
+
+    def _image(self, name: str) -> bytes | str:
+        raise NotImplementedError
 
 
-class _Pack:
+class _Pack(Source):
     """A pack, whose images are called by the numbers of their records."""
 
     def __init__(self, folder: Path):
+        super().__init__()
         self._dataset = RecordDataset(folder, skip_damaged=True)
         keys = self._dataset.index.keys
         self._order = np.argsort(keys, kind="stable")
@@ -51,19 +64,23 @@ class _Pack:
         index = self._dataset.index
         return [list(map(str, index.keys[each].tolist())) for each in np.split(index.grouped, index.starts[1:-1])]
 
-    def image(self, name: str) -> bytes:
+    def _image(self, name: str) -> bytes | str:
         position = int(np.searchsorted(self._sorted, int(name))) if name.isdecimal() else len(self._sorted)
         if position == len(self._sorted) or self._sorted[position] != int(name):
-            raise VerificationSetError(f"{self._dataset.records.path}: has no image with record number {name!r}")
+            return f"{self._dataset.records.path} has no image with this record number"
         position = int(self._order[position])
-        self._dataset.face(position)  # decoded, to see that it can be
-        return self._dataset.encoded(position)
+        try:
+            self._dataset.face(position)  # decoded, to see that it can be
+            return self._dataset.encoded(position)
+        except RecordError as error:
+            return f"a record that cannot be used: {error}"
 
 
-class _Folder:
+class _Folder(Source):
     """A folder with a folder for each identity, whose images are called by their paths below it."""
 
     def __init__(self, folder: Path, resize: bool):
+        super().__init__()
         self._folder, self._resize = folder, resize
 
     def identities(self) -> list[list[str]]:
@@ -71,22 +88,24 @@ class _Folder:
         for path, reason in walk(self._folder):
             if not reason and Path(path).suffix.lower() in IMAGE_SUFFIXES:
                 found.setdefault(Path(path).parts[0], []).append(path)
+        if not found:
+            raise VerificationSetError(f"{self._folder}: has no folder with images: it must hold train.rec, or a folder of "
+                                       "images for each identity")
         return list(found.values())
 
-    def image(self, name: str) -> bytes:
+    def _image(self, name: str) -> bytes | str:
         path = self._folder / name
         if not path.resolve().is_relative_to(self._folder.resolve()):
-            raise VerificationSetError(f"{path} is outside {self._folder}")
-        found = storable(path, self._resize, None)
-        if isinstance(found, str):
-            raise VerificationSetError(f"{path}: {found}")
-        return found
+            return f"is outside {self._folder}"
+        return storable(path, self._resize, None)
 
 
 def source_of(folder: str | Path, resize: bool = False) -> Source:
     """A pack, or else a folder of folders of images, which ``resize`` scales and crops. Raises InputError if it is neither."""
     folder = Path(folder)
     if (folder / "train.rec").is_file():
+        if resize:
+            raise InputError(f"--resize: is for folders of images, and {folder} is a pack: its images have one size")
         return _Pack(folder)
     require_no_file(folder, "the folder of a pack, or one with a folder of images for each identity", "train.rec", InputError)
     if not folder.is_dir():
@@ -94,61 +113,165 @@ def source_of(folder: str | Path, resize: bool = False) -> Source:
     return _Folder(folder, resize)
 
 
-def write_verification_set(source: Source, pairs: Sequence[Pair], out: str | Path) -> None:
-    """Write the ``.bin`` of these pairs, whole or not at all.
+class Made(LeftOut):
+    """A verification set, and what was left out before its pairs were drawn.
+
+    Attributes:
+        pairs, same: how many there are.
+    """
+
+    def __init__(self, out: Path, pairs: Sequence[Pair]):
+        super().__init__(out, left_out_of(out))
+        self.pairs, self.same = len(pairs), sum(pair.same for pair in pairs)
+
+    def report(self) -> str:
+        """In lines for people."""
+        return "\n".join([f"{self.out}: {self.pairs} pairs, {self.same} same", *self.lines()])
+
+
+def left_out_of(out: Path) -> Path:
+    """The list of what was left out of a verification set."""
+    return out.with_name(f"{out.stem}.{LEFT_OUT}")
+
+
+def drawn_set(source: Source, out: str | Path, count: int, seed: int = 0) -> Made:
+    """Write the ``.bin`` of pairs that ``drawn_pairs`` draws, whole or not at all.
+
+    Images that cannot be used are left out; ``left_out_of(out)`` names those that were met and says why.
 
     Raises:
-        VerificationSetError: an image cannot be used; there are fewer pairs than two for each fold, or only same or different
-            ones.
+        InputError: ``count`` is below two for each fold.
+        VerificationSetError: there are not so many pairs.
         OverwriteError: there is such a file.
     """
-    refuse_to_overwrite(Path(out).parent, [Path(out).name])
+    out = Path(out)
+    refuse_to_overwrite(out.parent, [out.name, left_out_of(out).name])
+    if count < 2 * FOLDS:
+        raise InputError(f"--pairs {count}: must be {2 * FOLDS} or more, two for each of {FOLDS} folds")
+    unusable: dict[str, str] = {}
+    pairs = drawn_pairs(source.identities(), count, seed, source, unusable)
+    made = Made(out, pairs)
+    listed = [made.leave_out(name, reason) for name, reason in unusable.items()]
+    _write(source, pairs, out)
+    if listed:
+        with written_whole(left_out_of(out)) as file:
+            file.writelines(listed)
+    return made
+
+
+def listed_set(source: Source, out: str | Path, listed: str | Path) -> Made:
+    """Write the ``.bin`` of the pairs of a list, as ``listed_pairs`` reads it, in its order, whole or not at all.
+
+    Raises:
+        VerificationSetError: images cannot be used; there are fewer pairs than two for each fold, or a fold without both kinds.
+        OverwriteError: there is such a file.
+    """
+    pairs, out = listed_pairs(listed), Path(out)
+    refuse_to_overwrite(out.parent, [out.name])
     if len(pairs) < 2 * FOLDS:
-        raise VerificationSetError(f"{len(pairs)} pairs: {2 * FOLDS} or more are needed, two for each of {FOLDS} folds")
-    if len({pair.same for pair in pairs}) == 1:
-        raise VerificationSetError(f"{len(pairs)} pairs, all {'same' if pairs[0].same else 'different'}: both kinds are needed")
-    images: dict[str, bytes] = {}
-    names = list(chain.from_iterable(pair[:2] for pair in pairs))
-    for name in names:
-        if name not in images:
-            images[name] = source.image(name)
-    save_bin(out, [images[name] for name in names], [pair.same for pair in pairs])
+        raise VerificationSetError(f"{listed}: {len(pairs)} pairs: {2 * FOLDS} or more are needed, two for each of {FOLDS} "
+                                   "folds")
+    check_folds(listed, [pair.same for pair in pairs])
+    names = dict.fromkeys(chain.from_iterable(pair[:2] for pair in pairs))
+    unusable = {name: reason for name in names if isinstance(reason := source.image(name), str)}
+    if unusable:
+        shown = [f"{on_one_line(name)}: {on_one_line(reason)}" for name, reason in islice(unusable.items(), _MOST_NAMED)]
+        more = [f"and {len(unusable) - len(shown)} more"] if len(unusable) > len(shown) else []
+        raise VerificationSetError("\n  ".join([
+            f"{listed}: {len(unusable)} of its {len(names)} images cannot be used. Replace them, or take their pairs out of "
+            "the list; --resize also takes other sizes from folders:", *shown, *more]))
+    _write(source, pairs, out)
+    return Made(out, pairs)
 
 
-def drawn_pairs(identities: Sequence[Sequence[str]], count: int, seed: int = 0) -> list[Pair]:
+def _write(source: Source, pairs: Sequence[Pair], out: Path) -> None:
+    images = [source.image(name) for name in chain.from_iterable(pair[:2] for pair in pairs)]
+    save_bin(out, cast(list[bytes], images), [pair.same for pair in pairs])
+
+
+def drawn_pairs(identities: Sequence[Sequence[str]], count: int, seed: int = 0, source: Source | None = None,
+                unusable: dict[str, str] | None = None) -> list[Pair]:
     """Random pairs of images of random identities, no two alike. Same and different alternate, so that each fold has both.
 
-    Raises VerificationSetError if there are not so many.
+    Args:
+        source: if given, images that cannot be used are left out as they are met, and the draw is repeated. So the pairs are
+            those that are drawn without it, if none is.
+        unusable: takes their names, with the reasons.
+    Raises:
+        VerificationSetError: there are not so many pairs.
     """
-    sizes = np.array([len(images) for images in identities], np.int64)
+    unusable = {} if unusable is None else unusable
+    people = list(identities)
+    sizes = np.array([len(images) for images in people], np.int64)
     left = sizes * (sizes - 1) // 2  # same pairs of each identity that have not been drawn
-    different = int(sizes.sum()) ** 2 // 2 - int((sizes * sizes).sum()) // 2
-    if count - count // 2 > left.sum() or count // 2 > different:
-        raise VerificationSetError(f"{count} pairs, half of them same: {len(sizes)} identities have {left.sum()} same and "
-                                   f"{different} different pairs: ask for fewer")
+    different = int(sizes.sum()) ** 2 // 2 - int((sizes * sizes).sum()) // 2  # likewise
     random = np.random.default_rng(seed)
-    chosen: dict[tuple[tuple[int, int], tuple[int, int]], bool] = {}
+    chosen: dict[tuple[str, str], bool] = {}
+
+    def require_enough() -> None:
+        """Those that are drawn and those that are left must be as many as asked for."""
+        drawn_same = sum(chosen.values())
+        same_pairs, others = int(left.sum()) + drawn_same, different + len(chosen) - drawn_same
+        if count - count // 2 > same_pairs or count // 2 > others:
+            without = f", without {len(unusable)} images that cannot be used ({_first_reason(unusable)})" if unusable else ""
+            raise VerificationSetError(f"{count} pairs, half of them same: {len(sizes)} identities have {same_pairs} same and "
+                                       f"{others} different pairs{without}: ask for fewer")
+
+    def leave_out(identity: int, image: int) -> None:
+        nonlocal sizes, left, different
+        others = int(sizes[identity]) - 1
+        different -= int(sizes.sum()) - others - 1
+        left[identity] -= others  # none of them is drawn, for it would have been seen before
+        sizes[identity] = others
+        people[identity] = [*people[identity][:image], *people[identity][image + 1:]]
+        if not others:
+            del people[identity]
+            sizes, left = np.delete(sizes, identity), np.delete(left, identity)
+        require_enough()
+
+    def usable(pair: Sequence[tuple[int, int]]) -> bool:
+        for identity, image in pair:
+            name = people[identity][image]
+            if source and isinstance(reason := source.image(name), str):
+                unusable[name] = reason
+                leave_out(identity, image)
+                return False
+        return True
 
     def draw(same: bool) -> None:
-        identity = int(random.choice(np.flatnonzero(left))) if same else 0
+        nonlocal different
         while True:
-            if same:
-                both = [(identity, int(image)) for image in random.choice(sizes[identity], 2, replace=False)]
-            else:
-                both = [(int(each), int(random.integers(sizes[each]))) for each in random.choice(len(sizes), 2, replace=False)]
-            first, second = sorted(both)
-            pair = first, second
-            if pair not in chosen:
+            identity = int(random.choice(np.flatnonzero(left))) if same else 0
+            while True:
+                if same:
+                    both = [(identity, int(image)) for image in random.choice(sizes[identity], 2, replace=False)]
+                else:
+                    both = [(int(each), int(random.integers(sizes[each])))
+                            for each in random.choice(len(sizes), 2, replace=False)]
+                (first, image), (second, other) = sorted(both)
+                pair = people[first][image], people[second][other]
+                if pair in chosen:
+                    continue
+                if not usable(both):
+                    break  # numbers of identities have changed
                 chosen[pair] = same
                 left[identity] -= same
+                different -= not same
                 return
+    require_enough()
     for number in range(count):
         draw(number % 2 == 0)
-    return [Pair(identities[a][image], identities[b][other], same) for ((a, image), (b, other)), same in chosen.items()]
+    return [Pair(*pair, same) for pair, same in chosen.items()]
+
+
+def _first_reason(unusable: Mapping[str, str]) -> str:
+    name, reason = next(iter(unusable.items()))
+    return on_one_line(f"{name}: {reason}")
 
 
 def listed_pairs(path: str | Path) -> list[Pair]:
-    """The pairs of a list: two images and 1 or 0, same or different, separated by tabs; or LFW's ``pairs.txt``.
+    """The pairs of a list: two images and 1 or 0, same or different, separated by tabs; or LFW's ``pairs.txt``, fold by fold,
+    same and different in turn.
 
     Raises VerificationSetError for a line that is none.
     """
@@ -158,8 +281,12 @@ def listed_pairs(path: str | Path) -> list[Pair]:
     except (OSError, UnicodeDecodeError) as error:
         raise VerificationSetError(f"{path}: cannot be read: {error}") from error
     if lines and re.fullmatch(r"\d+\s+\d+\s*", lines[0]):
-        lfw = LfwPairs(path)
-        return [Pair(lfw_file(pair.first), lfw_file(pair.second), pair.same) for pair in lfw.of_folds(range(lfw.num_folds))]
+        try:
+            lfw = LfwPairs(path)
+            return [Pair(lfw_file(pair.first), lfw_file(pair.second), pair.same) for pair in lfw.of_folds(range(lfw.num_folds))]
+        except RecordError as error:
+            raise VerificationSetError(f"{error}. Its first line has two numbers, as in LFW's file: if it is a list of pairs, "
+                                       "each line must be two images and 1 or 0, separated by tabs") from error
     pairs: list[Pair] = []
     for number, line in enumerate(lines, 1):
         words = [word.strip() for word in line.split("\t")]

@@ -13,6 +13,7 @@ from f2c_plugin.data.dataset import decode_face
 from f2c_plugin.errors import F2CError, VerificationSetError
 from f2c_plugin.evaluation.tinyface import IdentificationSet
 from f2c_plugin.evaluation.verification import embed
+from f2c_plugin.tools.left_out import photos_without_face
 from tests.protocol_sets import cells, write_tinyface
 
 
@@ -48,8 +49,8 @@ def test_ranks_are_those_of_a_slow_reference(net, tinyface):
     result = found(tinyface, net)
     # The nearest image of one's own identity may be behind others of it, which the reference counts as well.
     assert sorted(result.ranks) == sorted(ranks) and 0 < rates["1"] < rates["5"] < rates["20"] < 1
-    assert result.summary() == {"protocol": "TinyFace 1:N", "probes": 16, "probes_without_mate": 0, "gallery": 64,
-                                "identification_rate": rates}
+    assert result.summary() == {"protocol": "TinyFace 1:N", "probes": 16, "probes_without_mate": 0, "probes_without_face": 0,
+                                "gallery": 64, "gallery_without_face": 0, "identification_rate": rates}
 
 
 def test_names_say_the_identities_where_there_are_no_lists(net, tinyface, copy, monkeypatch):
@@ -84,7 +85,7 @@ def test_lists_decide_which_images_count_and_whose_they_are(net, tinyface, copy)
     assert len(result.ranks) == 1 and result.without_mate == 1
     savemat(copy / "probe_img_ID_pairs.mat", {"probe_set": cells(["1_0.jpg", "2_0.jpg"]), "probe_ids": np.array([[76], [77]])})
     with pytest.raises(VerificationSetError, match="the gallery has no image of any probe's identity"):
-        found(copy, net)
+        IdentificationSet(copy)  # before anything is embedded
 
 
 def test_a_net_that_tells_no_faces_apart_finds_nobody(tinyface):
@@ -102,7 +103,10 @@ def test_what_is_missing_or_damaged_is_named(net, copy):
         with pytest.raises(VerificationSetError, match=message):
             IdentificationSet(copy).embed(net)
     path.unlink()
-    with pytest.raises(VerificationSetError, match="probe_img_ID_pairs.mat, entry 10: 2_1.jpg is not in .*Probe"):
+    with pytest.raises(VerificationSetError, match="probe_img_ID_pairs.mat, entry 10: 2_1.jpg is not in .*Probe: what f2c"):
+        IdentificationSet(copy)
+    (copy / "Probe/2_0.jpg").unlink()
+    with pytest.raises(VerificationSetError, match="entry 2: 2_0.jpg is not in .*Probe, and 1 more are not: what .*left_out"):
         IdentificationSet(copy)
     probes = copy / "probe_img_ID_pairs.mat"
     for content in ({"probe_ids": np.array([[1]])}, {"probe_set": cells(["1_0.jpg"]), "probe_ids": np.array([[1], [2]])},
@@ -124,3 +128,17 @@ def test_what_is_missing_or_damaged_is_named(net, copy):
     (copy / "Gallery_Distractor").rmdir()
     with pytest.raises(VerificationSetError, match="Gallery_Distractor is missing: TinyFace has Probe, .*; IJB-B has meta/"):
         IdentificationSet(copy)
+
+
+def test_only_photos_in_which_align_found_no_face_may_be_missing(copy):
+    for name in "Probe/1_0.jpg", "Probe/2_0.jpg", "Gallery_Match/3_4.jpg":
+        (copy / name).unlink()
+    listed = ["Probe/1_0.jpg\tno face found", "Probe/2_0.jpg\tcannot be decoded: cut", "Gallery_Match/3_4.jpg\tno face found",
+              "Probe/8_1.jpg\tno face found"]  # the last has been made by hand since
+    (copy / "left_out.tsv").write_text("\n".join(listed))
+    with pytest.raises(VerificationSetError, match="entry 2: 2_0.jpg is not in .*Probe: "):
+        IdentificationSet(copy, photos_without_face)
+    (copy / "left_out.tsv").write_text("\n".join(listed).replace("cannot be decoded", "the detector fails"))
+    result = IdentificationSet(copy, photos_without_face).score(torch.ones(77, 4))
+    assert result.without_face == (2, 1) and len(result.ranks) == 16 and result.gallery == 63 and result.without_mate == 0
+    assert (result.ranks > 80).sum() == 2

@@ -13,12 +13,14 @@ import onnx
 import pytest
 import simplejpeg
 from PIL import Image
+from scipy.io import savemat
 
 from f2c_plugin.cli import main as cli
 from f2c_plugin.data.dataset import RecordDataset
 from f2c_plugin.data.template import TEMPLATE
 from f2c_plugin.errors import F2CError, InputError, OverwriteError, RecordError
 from f2c_plugin.tools.align import CENTRE, SCRFD, YuNet, align, aligned, detector, detector_file
+from tests.protocol_sets import cells, write_net
 from tests.runs import hear_interrupts
 from tests.tools.detectors import SQUARE, write_scrfd, write_yunet
 
@@ -155,7 +157,7 @@ def test_the_result_as_json(photos, tmp_path, yunet, capsys):
     (photos / "carl/nobody.jpg").unlink()
     cli(["align", str(photos), str(tmp_path / "faces"), "--detector", str(yunet), "--json"])
     (tmp_path / "faces/anna/0.jpg").unlink()
-    expected = {"out": str(tmp_path / "faces"), "left_out": {"not an image": 1}, "aligned": 3, "before": 0}
+    expected = {"out": str(tmp_path / "faces"), "left_out": {"not an image": 1}, "aligned": 3, "before": 0, "copied": 0}
     assert json.loads(capsys.readouterr().out) == expected
     cli(["align", str(photos), str(tmp_path / "faces"), "--detector", str(yunet), "--json"])
     assert json.loads(capsys.readouterr().out) == expected | {"aligned": 1, "before": 2}
@@ -211,14 +213,19 @@ def test_no_photo_takes_the_name_of_another_and_odd_names_are_kept(tmp_path, yun
              "Zoë b/" + os.fsdecode(b"\xff\t.webp"), "a/b/c/d.jpg", "a/" + long]
     for name in names:
         save(tmp_path / "photos" / name, photo((164, 124)), "PNG" if name.endswith(("png", "0")) else None)
+    names.append("a/" + "m" * 250 + ".png")  # whose face no file system can hold
+    save(tmp_path / "photos" / names[-1], photo((164, 124)))
     done = align(tmp_path / "photos", tmp_path / "faces", yunet, 1)
+    first = left_out(tmp_path / "faces")
     taken = "its face would have the name of another photo: "
-    assert left_out(tmp_path / "faces") == {"a/0": f"{taken}a/0.jpg", "a/1.png": f"{taken}a/1.png.jpg",
-                                            f"a/{long}": "name too long"}
+    assert first == {"a/0": f"{taken}a/0.jpg", "a/1.png": f"{taken}a/1.png.jpg",
+                                            f"a/{long}": "name too long", names[-1]: "name too long"}
     assert files(tmp_path / "faces") == sorted(["left_out.tsv", "top.jpg", "a/0.jpg", "a/0.png.jpg", "a/0.jpeg", "a/0.JPG",
                                                 "a/1.png.jpg", "Zoë b/日本\n.jpg", "a/b/c/d.jpg",
                                                 "Zoë b/" + os.fsdecode(b"\xff\t.webp.jpg")])
-    assert done.aligned == len(names) - 3
+    assert done.aligned == len(names) - 4
+    again = align(tmp_path / "photos", tmp_path / "faces", yunet, 1)
+    assert left_out(tmp_path / "faces") == first and (again.aligned, again.before) == (0, done.aligned)
 
 
 def test_photos_are_turned_upright(tmp_path, yunet):
@@ -253,9 +260,44 @@ def test_where_no_photo_has_a_face_the_reasons_are_told(tmp_path, yunet):
     assert left_out(tmp_path / "faces") == {"a/0.jpg": "no face found"}
 
 
+def test_tinyface_is_aligned_and_evaluated_as_documented_and_faces_not_found_count_as_missed(tmp_path, yunet, capsys):
+    root, without = tmp_path / "TinyFace/Testing_Set", {"Probe/2_0.jpg", "Gallery_Match/3_1.jpg", "Gallery_Distractor/b.jpg"}
+    names = ["Gallery_Distractor/a.jpg", "Gallery_Distractor/b.jpg"]
+    names += [f"{name}_{number}.jpg" for number, folder in enumerate(("Probe", "Gallery_Match"))
+              for name in (f"{folder}/1", f"{folder}/2", f"{folder}/3")]
+    for name in names:
+        seed = ord(Path(name).name[0])  # photos of one identity are alike
+        save(root / name, photo(*([] if name in without else [(164, 124)]), seed=seed))
+    for kind, name, number in (("probe", "probe", 0), ("gallery", "gallery_match", 1)):
+        listed = cells([f"{identity}_{number}.jpg" for identity in (1, 2, 3)])
+        savemat(root / f"{name}_img_ID_pairs.mat", {f"{kind}_set": listed, f"{kind}_ids": np.array([[1], [2], [3]])})
+    write_net(tmp_path / "model.pt")
+    out = tmp_path / "aligned"
+    for already in (0, 5):
+        cli(["align", str(tmp_path / "TinyFace"), str(out), "--detector", str(yunet)])
+        assert ("5 were there" in capsys.readouterr().out) == bool(already)
+        assert left_out(out) == {f"Testing_Set/{name}": "no face found" for name in without}
+    command = ["evaluate", str(tmp_path / "model.pt"), str(out)]
+    cli([*command, "--json"])
+    found, = json.loads(capsys.readouterr().out)
+    assert found["identification_rate"] == dict.fromkeys(["1", "5", "20"], 1 / 3)
+    assert {name: found[name] for name in ("probes", "probes_without_mate", "probes_without_face", "gallery",
+                                           "gallery_without_face")} == dict(
+        probes=3, probes_without_mate=0, probes_without_face=1, gallery=3, gallery_without_face=2)
+    cli(command)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "aligned: no face was detected in 1 probes, which count as not found, and in 2 images of the gallery, which are not "
+        "compared")
+    for path in out.rglob("*.mat"):  # and likewise where names say the identities
+        path.unlink()
+    cli([*command[:2], str(out / "Testing_Set"), "--json"])
+    assert json.loads(capsys.readouterr().out)[0] == found | {"set": "Testing_Set"}
+
+
 @pytest.mark.parametrize("out, error, message", [
     ("photos", InputError, "one is inside the other"), ("photos/anna/faces", InputError, "one is inside the other"),
     (".", InputError, "one is inside the other"), ("link/faces", InputError, "one is inside the other"),
+    ("pack/train.rec", InputError, "pack/train.rec: is a file, but the faces need a folder"),
     ("pack", OverwriteError, "pack/train.rec exists and is not overwritten")])
 def test_wrong_folders_are_refused(photos, tmp_path, monkeypatch, yunet, out, error, message):
     monkeypatch.chdir(tmp_path)
@@ -292,8 +334,11 @@ def test_a_model_pack_of_insightface_is_found(tmp_path, monkeypatch):
     assert detector_file(None) == models / "buffalo_l/det_10g.onnx"
     assert detector_file(models / "buffalo_s") == models / "buffalo_s/det_500m.onnx"
     assert detector_file(models / "none.onnx") == models / "none.onnx"
-    with pytest.raises(F2CError, match=r"--detector .*models: the folder has no det_\*.onnx or scrfd_\*.onnx. Give"):
+    with pytest.raises(F2CError, match=r"--detector .*models: the folder has no det_\*.onnx, scrfd_\*.onnx, \*yunet\*.onnx. "):
         detector_file(models)
+    for name in "face_detection_yunet_2023mar_int8.onnx", "face_detection_yunet_2023mar.onnx":
+        (models / name).touch()
+        assert detector_file(models) == models / name  # the float one first
 
 
 def other_net(path):

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper
+from onnx import TensorProto, helper
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -19,13 +19,13 @@ from f2c_plugin.errors import ExportError, F2CError, InputError, VerificationSet
 from f2c_plugin.evaluation.accuracy import tar_at_far
 from f2c_plugin.evaluation.onnx_net import OnnxNet
 from f2c_plugin.evaluation.recognizability import recognizability
-from f2c_plugin.evaluation.tinyface import IdentificationResult
 from f2c_plugin.evaluation.verification import VerificationSet, embed, save_bin
 from f2c_plugin.tools import plotting
-from f2c_plugin.tools.evaluate import Evaluated, evaluate, load_model, scored_pairs, table
+from f2c_plugin.tools.evaluate import evaluate, load_model, table
 from f2c_plugin.utils.resolution import at_resolution
 from tests.protocol_sets import write_ijb, write_tinyface
-from tests.runs import by_torchrun, completed, history, run
+from tests.runs import by_torchrun, completed, history, on_ranks, run
+from tests.tools.detectors import write_scrfd, write_yunet
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +173,12 @@ def test_the_error_reject_curve_is_drawn_beside_the_roc_up_to_half_of_the_images
     assert len(roc.lines) == 2 and line.get_color() == roc.lines[1].get_color() != roc.lines[0].get_color()
 
 
-def graph(path, *nodes, batch="N", shape=(3, 112, 112), out=("M", "D")):
+def graph(path, *nodes, batch="N", shape=(3, 112, 112), out=("M", "D"), kind=TensorProto.FLOAT):
     """A small model of these nodes, from "x" to "y"."""
     initializers = [helper.make_tensor("half", onnx.TensorProto.FLOAT, [1], [127.5]),
                     helper.make_tensor("scale", onnx.TensorProto.FLOAT, [1], [1 / 127.5])]
-    made = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", 1, [batch, *shape])],
-                             [helper.make_tensor_value_info("y", 1, list(out))], initializers)
+    made = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", kind, [batch, *shape])],
+                             [helper.make_tensor_value_info("y", kind, list(out))], initializers)
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), str(path))
     return path
 
@@ -201,8 +201,26 @@ def test_protocols_on_two_ranks_give_the_figures_of_one_and_rank_0_prints_them(t
     assert tinyface.split()[:5] == ["TinyFace", "1:N", "tinyface", "16", "64"] and (tmp_path / "roc.png").is_file()
     with pytest.raises(SystemExit, match="meta/Probe is missing: TinyFace has .*; IJB-B has meta/ijbb_face_tid_mid.txt"):
         cli(["evaluate", model, str(tmp_path / "IJBC/meta")])
-    with pytest.raises(InputError, match="--plot: draws the ROC of pairs, and TinyFace has none"):
-        scored_pairs([Evaluated("tinyface", IdentificationResult("TinyFace 1:N", np.ones(2), 3, 0))])
+    with pytest.raises(SystemExit, match="--plot: draws the ROC of pairs, and TinyFace has none"):
+        cli(["evaluate", str(tmp_path / "no model"), sets[1], "--plot", str(tmp_path / "other.png")])  # before any work
+
+
+def evaluate_and_tell(rank, *arguments):
+    try:
+        cli(["evaluate", *arguments])
+    except SystemExit as end:
+        Path(f"rank_{rank}").write_text(str(end.code))
+
+
+def test_where_an_image_is_damaged_each_rank_ends_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = graph(tmp_path / "model.onnx", helper.make_node("Flatten", ["x"], ["y"]))
+    folder = write_tinyface(tmp_path / "tinyface")
+    (folder / "Testing_Set/Gallery_Distractor/9.jpg").write_bytes(b"damaged")  # the last: rank 1 has it
+    on_ranks(evaluate_and_tell, (str(model), str(folder)), 2)
+    assert "9.jpg: cannot be used" in Path("rank_1").read_text()
+    assert Path("rank_0").read_text() == ("f2c-plugin evaluate: rank 0 has embedded its images of "
+                                          f"{folder}, but another rank has ended: see its error")
 
 
 def test_a_model_that_normalises_pixels_itself_gets_pixels(tmp_path):
@@ -213,8 +231,9 @@ def test_a_model_that_normalises_pixels_itself_gets_pixels(tmp_path):
     plain, normalising = OnnxNet(graph(tmp_path / "a.onnx", flatten)), OnnxNet(graph(tmp_path / "b.onnx", *own))
     torch.testing.assert_close(plain(images), images.flatten(1))
     torch.testing.assert_close(normalising(images), images.flatten(1), rtol=0, atol=1e-5)
-    fixed = OnnxNet(graph(tmp_path / "c.onnx", flatten, batch=1))
-    torch.testing.assert_close(fixed(images), images.flatten(1))
+    for batch in 1, 2, 3, 4:  # the last one is filled up
+        fixed = OnnxNet(graph(tmp_path / "c.onnx", flatten, batch=batch))
+        torch.testing.assert_close(fixed(images), images.flatten(1))
 
 
 def test_what_is_no_face_model_is_refused(trained, faces, tmp_path, capsys):
@@ -223,9 +242,17 @@ def test_what_is_no_face_model_is_refused(trained, faces, tmp_path, capsys):
         OnnxNet(tmp_path / "text.onnx")
     with pytest.raises(ExportError, match=r"takes x \['N', 1, 28, 28\], but a face model takes \(N, 3, 112, 112\)"):
         OnnxNet(graph(tmp_path / "a.onnx", helper.make_node("Flatten", ["x"], ["y"]), shape=(1, 28, 28)))
-    net = OnnxNet(graph(tmp_path / "b.onnx", helper.make_node("Flatten", ["x"], ["y"], axis=0)))
-    with pytest.raises(ExportError, match="gives .* for 3 faces, but a face model gives a row for each"):
-        net(torch.zeros(3, 3, 112, 112))
+    with pytest.raises(ExportError, match=r"b.onnx: gives \(1, .* for 2 faces, but a face model gives a row for each"):
+        OnnxNet(graph(tmp_path / "b.onnx", helper.make_node("Flatten", ["x"], ["y"], axis=0)))
+    with pytest.raises(ExportError, match=r"c.onnx: takes x \['N', 3, 112, 112\] of tensor\(float16\), but .* of float32"):
+        OnnxNet(graph(tmp_path / "c.onnx", helper.make_node("Flatten", ["x"], ["y"]), kind=TensorProto.FLOAT16))
+    fails = (helper.make_node("AveragePool", ["x"], ["a"], kernel_shape=[200, 200]), helper.make_node("Flatten", ["a"], ["y"]))
+    with pytest.raises(ExportError, match=r"d.onnx: fails for \(2, 3, 112, 112\), but a face model takes \(N, 3, 112, 112\): "):
+        OnnxNet(graph(tmp_path / "d.onnx", *fails, shape=("C", "H", "W")))
+    for write in write_yunet, write_scrfd:
+        write(tmp_path / "detector.onnx")
+        with pytest.raises(ExportError, match=r"detector.onnx: .* a face model (takes|gives)"):
+            OnnxNet(tmp_path / "detector.onnx")
     with pytest.raises(ExportError, match="nowhere.onnx: no such file"):
         evaluate(tmp_path / "nowhere.onnx", [faces / "synth.bin"])
     with pytest.raises(InputError, match="--net gallery: only checkpoints"):
@@ -242,3 +269,31 @@ def test_embeddings_that_are_not_finite_are_no_result(faces, monkeypatch):
     with pytest.raises(F2CError, match="model.pt: its embeddings of .*synth.bin are not finite"):
         evaluate(Path("model.pt"), [faces / "synth.bin"])
     assert table([])
+
+
+def test_embeddings_that_are_all_0_or_all_the_same_are_no_result_and_some_that_are_0_are_told(faces, tmp_path, monkeypatch):
+    class Net(nn.Module):
+        def __init__(self, give):
+            super().__init__()
+            self.forward = give
+    nothing = Net(lambda images: torch.zeros(len(images), 4))
+    one = Net(lambda images: images.new_tensor([1, 2, 3, 4]) * images.mean((1, 2, 3))[:, None].abs())  # of other norms
+    some = Net(lambda images: images[:, :, ::28, ::28].flatten(1) * (images.mean((1, 2, 3)) > 0)[:, None])
+    for each in faces / "synth.bin", write_tinyface(tmp_path / "tinyface"), write_ijb(tmp_path / "IJBC"):
+        for net, message in (nothing, f"all its embeddings of {each} are 0"), (one, f"of all images of {each} are the"):
+            monkeypatch.setattr("f2c_plugin.tools.evaluate.load_model", lambda *_, net=net: net)
+            with pytest.raises(F2CError, match=f"model.pt: .*{message}"):
+                evaluate(Path("model.pt"), [each])
+        monkeypatch.setattr("f2c_plugin.tools.evaluate.load_model", lambda *_: some)
+        found, = evaluate(Path("model.pt"), [each])
+        assert found.summary()["zero_embeddings"] == found.zero > 0
+        assert table([found]).endswith(f"\n\n{each.stem}: {found.zero} embeddings are 0, and have a cosine of 0 to all others")
+
+
+def test_what_is_no_set_is_told_what_one_is_and_a_damaged_one_before_others_are_evaluated(trained, faces, tmp_path):
+    with pytest.raises(SystemExit, match="model.pt: .*; a set is a .bin file, as f2c-plugin verification-set writes"):
+        cli(["evaluate", str(trained / "model.pt"), str(trained / "model.pt")])
+    whole = VerificationSet(faces / "synth.bin")
+    save_bin(tmp_path / "damaged.bin", [*whole.images[:-1], b"damaged"], whole.same.tolist())
+    with pytest.raises(VerificationSetError, match="damaged.bin: image 119 cannot be used"):
+        evaluate(tmp_path / "no model", [faces / "synth.bin", tmp_path / "damaged.bin"])
