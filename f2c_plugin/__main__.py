@@ -11,6 +11,7 @@ def main() -> None:
         print("f2c-plugin: interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; Ctrl-C would interrupt Python's own end
 
 
 if __name__ == "__main__":
