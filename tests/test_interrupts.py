@@ -107,7 +107,7 @@ def test_a_clone_that_is_interrupted_leaves_nothing(tmp_path):
 
 def test_ctrl_c_after_the_work_changes_nothing():
     script = ("import atexit, signal, sys; atexit.register(signal.raise_signal, signal.SIGINT); "
-              "sys.argv = ['f2c-plugin', 'plan', '--identities', '1000', '--gpus', '1', '--pool-rate', '1', '--network', 'tiny']; "
+              "sys.argv = 'f2c-plugin plan --identities 1000 --gpus 1 --pool-rate 1 --network tiny'.split(); "
               "from f2c_plugin.__main__ import main; main()")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, preexec_fn=hear_interrupts)
     assert (done.returncode, done.stderr) == (0, "") and "All heads fit" in done.stdout
