@@ -188,16 +188,18 @@ def _listed(steps: list[HeadStep]) -> str:
 def draw(planned: StepPlan, path: str | Path) -> None:
     """Draw memory and time of a step against the number of identities, around the plan's. Needs matplotlib."""
     plan, costs, costs_of = planned.plan, planned.costs, planned.costs_of
-    plans: list[Plan] = []
-    for identities in plan.identities * np.logspace(-1, 1, 21):
-        with suppress(ConfigError):  # too few: the pool would be smaller than a batch
-            plans.append(replace(plan, identities=int(identities)))
+    plans = [replace(plan, identities=max(1, int(identities))) for identities in plan.identities * np.logspace(-1, 1, 21)]
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     names = [step.head for step in planned.steps[1:]]
     for axis, label, value in ((axes[0], "GB of each GPU", lambda p, name: memory(p, costs_of, name) / 2**30),
                                (axes[1], "ms a step on an H200", lambda p, name: plan_time.estimate(p, name, costs))):
         for name in names:
-            axis.semilogx([each.identities for each in plans], [value(each, name) for each in plans], label=HEADS[name])
+            shown: dict[int, float] = {}
+            for each in plans:
+                with suppress(ConfigError):  # too few: the pool would be smaller than a batch
+                    memory(each, costs_of, name)
+                    shown[each.identities] = value(each, name)
+            axis.semilogx([*shown], [*shown.values()], label=HEADS[name])
         axis.axhline(value(plan, "backbone"), color="black", linestyle=":", label="no head")
         axis.axvline(plan.identities, color="grey", linestyle=":")
         axis.set(xlabel="identities", ylabel=label, ylim=(0, None))

@@ -6,6 +6,7 @@ import pytest
 
 from f2c_plugin.cli import main as cli
 from f2c_plugin.errors import ConfigError
+from f2c_plugin.tools import plan_step
 from f2c_plugin.tools.net_costs import CostsByBatch, count
 from f2c_plugin.tools.plan import Plan
 from f2c_plugin.tools.plan_step import BESIDE, StepPlan, memory, parts
@@ -100,6 +101,19 @@ def test_heads_without_a_pool_are_planned_where_the_pool_is_too_small():
     largest = {step.head: step.largest_batch for step in StepPlan(Plan(10**4, 1, "small", 128, 0.1), 24).steps}
     assert largest["f2c"] == 1000 and largest["f2c_paper"] == 2000  # slots; the others have what memory takes
     assert largest["full_fc"] > 3000 and largest["backbone"] > 3000 and largest["dcq"] > 3000
+
+
+def test_the_curve_of_a_head_begins_where_it_can_have_the_training(tmp_path, monkeypatch):
+    drawn = {}
+
+    def kept(figure, path):
+        for axis in figure.axes:
+            drawn[axis.get_ylabel()] = {line.get_label(): len(line.get_xdata()) for line in axis.lines}
+    monkeypatch.setattr(plan_step, "save_figure", kept)
+    plan_step.draw(StepPlan(Plan(9000, 1, "small"), 24), tmp_path / "plan.png")
+    for curves in drawn.values():
+        assert 10 < curves["F²C"] < 21 == curves["F²C as published"] == curves["full FC"] == curves["DCQ"]
+    assert list(drawn) == ["GB of each GPU", "ms a step on an H200"]
 
 
 def test_what_no_gpu_has_is_refused():
