@@ -204,7 +204,9 @@ def draw(planned: StepPlan, path: str | Path) -> None:
         axis.axvline(plan.identities, color="grey", linestyle=":")
         axis.set(xlabel="identities", ylabel=label, ylim=(0, None))
         axis.grid(alpha=0.3, which="both")
-    axes[0].axhline(planned.gpu_memory / 2**30, color="grey", linestyle="--", label="memory of a GPU")
-    figure.suptitle(f"a step of {plan.network} on each of {plan.gpus} GPUs, batch {plan.batch_size}, rate {plan.pool_rate:g}")
+    if (gpu_memory := planned.gpu_memory / 2**30) < axes[0].get_ylim()[1]:  # else the curves would be flat below it
+        axes[0].axhline(gpu_memory, color="grey", linestyle="--", label="memory of a GPU")
+    gpus = f"each of {plan.gpus} GPUs" if plan.gpus > 1 else "one GPU"
+    figure.suptitle(f"a step of {plan.network} on {gpus}, batch {plan.batch_size}, rate {plan.pool_rate:g}")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save_figure(figure, path)
