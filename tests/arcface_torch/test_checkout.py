@@ -307,7 +307,7 @@ get_model("r51")"""
                           env={**os.environ, "PYTHONPATH": path})
     assert done.stdout == "Pixels 64\n"
     assert done.stderr.strip().endswith("ValueError: 'r51' is none of the installed arcface_torch.backbones: mixfacenet_m, "
-                                        "mixfacenet_s, pixels, vargfacenet")
+                                        "mixfacenet_s, pixels, small, tiny, vargfacenet")
 
 
 def test_the_light_backbones_of_this_package_are_some_of_arcface_torch(patched, tmp_path):
