@@ -268,7 +268,6 @@ def _no_name(photos: Path, path: str) -> str:
 
 
 def _copy(file: Path, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as written:
         written.write(file.read_bytes())
 

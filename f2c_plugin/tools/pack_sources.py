@@ -372,10 +372,10 @@ class HuggingFace:
     @cached_property
     def _features(self) -> dict[str, Any]:
         """What is in each column."""
-        return self._features_of(self.paths[0]) if self._saved is None else self._saved.features
+        return self._features_of(self._parquet(self.paths[0])) if self._saved is None else self._saved.features
 
-    def _features_of(self, path: Path) -> dict[str, Any]:
-        return require("datasets", extra="huggingface").Features.from_arrow_schema(self._parquet(path).schema_arrow)
+    def _features_of(self, parquet: Any) -> dict[str, Any]:
+        return require("datasets", extra="huggingface").Features.from_arrow_schema(parquet.schema_arrow)
 
     @cached_property
     def _saved(self) -> Any:
@@ -420,13 +420,17 @@ class HuggingFace:
         columns = self._columns()  # raises before the work begins
         if self._saved is not None:
             return len(self._saved)
-        for path in self.paths[1:]:
+        rows = 0
+        for path in self.paths:
+            parquet = self._parquet(path)
+            rows += parquet.metadata.num_rows
+            here = self._features_of(parquet)
             for column in columns:
-                kinds = [type(features.get(column)).__name__ for features in (self._features, self._features_of(path))]
+                kinds = [type(features.get(column)).__name__ for features in (self._features, here)]
                 if kinds[0] != kinds[1]:
                     raise InputError(f"{path}: its column {column} is of the kind {kinds[1]}, and that of {self.paths[0]} "
                                      f"{kinds[0]}: pack them apart, and merge the packs")
-        return len(self.beside) + sum(self._parquet(path).metadata.num_rows for path in self.paths)
+        return len(self.beside) + rows
 
     def items(self) -> Iterator[Item]:
         image_column, label_column = self._columns()
@@ -449,7 +453,8 @@ class HuggingFace:
         if self._saved is not None:
             parts = [(self._saved.select_columns(columns).with_format("arrow").iter(_ROWS), self._features)]
         else:
-            parts = ((self._parquet(path).iter_batches(_ROWS, columns=columns), self._features_of(path)) for path in self.paths)
+            parts = ((parquet.iter_batches(_ROWS, columns=columns), self._features_of(parquet))
+                     for parquet in map(self._parquet, self.paths))
         try:
             for tables, features in parts:
                 names = getattr(features[label_column], "names", None)

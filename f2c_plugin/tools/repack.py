@@ -78,23 +78,27 @@ class _Images(NamedTuple):
 class _Packs:
     """Packs that are read one image at a time.
 
-    Attributes:
-        readable: of each pack, bool (images,): whose records are not damaged. The index of packs in InsightFace's layout
-            takes identities from other records, and has not seen those of the images.
-        unusable: images that are left out of the packs.
+    Args:
+        folders: of the packs.
+        usable: of each pack, bool (images,); None takes those whose records are not damaged. The index of packs in
+            InsightFace's layout takes identities from other records, and has not seen those of the images.
     """
 
-    def __init__(self, folders: Sequence[str | Path]):
+    def __init__(self, folders: Sequence[str | Path], usable: Sequence[NDArray[np.bool_]] | None = None):
         self.folders = [Path(folder) for folder in folders]
         self.datasets = [RecordDataset(folder, skip_damaged=True) for folder in folders]
-        self.readable = list(map(_readable, self.datasets))
-        self.unusable = sum(len(dataset.index.unusable) for dataset in self.datasets) + sum(
-            int(np.count_nonzero(~readable)) for readable in self.readable)
+        self.usable = list(map(_not_damaged, self.datasets)) if usable is None else usable
+
+    @property
+    def unusable(self) -> int:
+        """Images that are left out of the packs."""
+        return sum(len(dataset.index.unusable) for dataset in self.datasets) + sum(
+            int(np.count_nonzero(~usable)) for usable in self.usable)
 
     def sizes(self, source: int) -> Int64s:
-        """Readable images of each identity of a pack, int64 (identities,)."""
+        """Usable images of each identity of a pack, int64 (identities,)."""
         index = self.datasets[source].index
-        return np.add.reduceat(self.readable[source][index.grouped], index.starts[:-1], dtype=np.int64)
+        return np.add.reduceat(self.usable[source][index.grouped], index.starts[:-1], dtype=np.int64)
 
     def __len__(self) -> int:
         return sum(map(len, self.datasets))
@@ -113,7 +117,7 @@ class _Packs:
                     bar.update()
 
     def named(self, number_of: Sequence[Int64s]) -> _Images:
-        """All readable images of the packs' identities, with the new numbers of these; those below 0 are left out.
+        """All usable images of the packs' identities, with the new numbers of these; those below 0 are left out.
 
         Args:
             number_of: of each pack, int64 (identities,) in the order of ``index.numbers``.
@@ -123,7 +127,7 @@ class _Packs:
             index = dataset.index
             identity = np.repeat(numbers, np.diff(index.starts))
             images = _Images(np.full(len(index), source), index.grouped.astype(np.int64), identity)
-            parts.append(images.chosen((identity >= 0) & self.readable[source][index.grouped]))
+            parts.append(images.chosen((identity >= 0) & self.usable[source][index.grouped]))
         images = _Images(*(np.concatenate(each) for each in zip(*parts, strict=True)))
         return images.chosen(np.argsort(images.identity, kind="stable"))
 
@@ -139,7 +143,7 @@ class _Packs:
                         file.write(f"{new}\t{on_one_line(str(path))}\t{old}\n".encode())
 
 
-def _readable(dataset: RecordDataset) -> NDArray[np.bool_]:
+def _not_damaged(dataset: RecordDataset) -> NDArray[np.bool_]:
     offsets = tqdm(dataset.index.offsets.tolist(), f"checking {dataset.root_dir}", unit=" records", disable=None)
     return np.fromiter((dataset.records.damage(offset) is None for offset in offsets), np.bool_, len(dataset))
 
@@ -243,9 +247,8 @@ def write_kept(source: str | Path, folder: Path, kept: NDArray[np.bool_], number
     ``numbers`` (identities,), in the order of ``index.numbers``, are the identities' new numbers, or −1 of those without an
     image.
     """
-    packs = _Packs([source])
-    images = packs.named([numbers])
-    packs.write(folder, images.chosen(kept[images.position]), [numbers])
+    packs = _Packs([source], [kept])
+    packs.write(folder, packs.named([numbers]), [numbers])
 
 
 def _write_chosen(packs: _Packs, out: Path, folder: Path, chosen: NDArray[np.bool_]) -> Repacked:
@@ -257,7 +260,7 @@ def _write_chosen(packs: _Packs, out: Path, folder: Path, chosen: NDArray[np.boo
 
 
 def _merged_numbers(packs: _Packs, same: dict[tuple[int, int], str]) -> list[Int64s]:
-    """The new number of each identity of each pack, in the order of their first ones; −1 of those without a readable image.
+    """The new number of each identity of each pack, in the order of their first ones; −1 of those without a usable image.
 
     ``same`` are names by number of the pack, from 0, and identity.
     """
